@@ -1,0 +1,65 @@
+# slml_nb: `make demo` shows it, `make test` checks it. Both build .venv on the first call (some minutes), once.
+SHELL  := /bin/bash
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+pip = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench sample readme lab clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## from raw flights to a gated, packaged, served model and its report
+	@$(BIN)/slml run params/flights.yaml || { s=$$?; test $$s -eq 3 && echo "(the run itself went well: the verdict is that no model is good enough)"; }
+
+test: $(VENV)/.tested check ## the export is fresh, the notebooks are clean, every notebook and every test passes
+	$(BIN)/nbdev_test --n_workers 2 --do_print
+	$(BIN)/python -m pytest tests -q
+
+check: $(VENV)/.installed ## slml_nb/ is what nbs/ exports, and the notebooks are clean
+	@set -e; copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \
+	cp -r settings.ini nbs slml_nb "$$copy"; \
+	(cd "$$copy" && rm -f slml_nb/_modidx.py && find slml_nb -maxdepth 1 -name '[a-z]*.py' -delete \
+	  && "$(abspath $(BIN))"/nbdev_export && "$(abspath $(BIN))"/nbdev_clean); \
+	diff -rq -x __pycache__ -x sample slml_nb "$$copy/slml_nb" \
+	  || { echo "slml_nb/ is not what nbs/ exports: run $(BIN)/nbdev_export (or nbdev_update, if you edited the .py)"; exit 1; }; \
+	diff -rq -x .ipynb_checkpoints nbs "$$copy/nbs" || { echo "a notebook is not clean: run $(BIN)/nbdev_clean"; exit 1; }; \
+	echo "export fresh, notebooks clean"
+
+bench: $(VENV)/.tested ## measures, and writes bench/results.md
+	$(BIN)/python bench/run.py
+
+sample: $(VENV)/.installed ## makes slml_nb/sample, the small built-in run, anew from params/sample.yaml
+	$(BIN)/slml run params/sample.yaml || test $$? -eq 3
+	$(BIN)/python -c "from slml_nb.run import export_run, find_run; export_run(find_run('sample'), 'slml_nb/sample')"
+
+readme: $(VENV)/.installed ## README.md from nbs/index.ipynb
+	@copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; cp nbs/index.ipynb "$$copy/README.ipynb"; \
+	$(BIN)/jupyter nbconvert --to markdown --output-dir . --log-level WARN \
+	  --NbConvertApp.output_files_dir=nbs/images \
+	  --RegexRemovePreprocessor.patterns='^#\|\s*(hide|default_exp)' "$$copy/README.ipynb"
+
+lab: $(VENV)/.installed ## the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+clean: ## takes away .venv and what builds leave; your runs stay
+	rm -rf $(VENV) build dist _proc *.egg-info .pytest_cache
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "slml_nb needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n1). Say which to use: make $(or $(MAKECMDGOALS),demo) PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "could not make $(VENV): on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	@echo "building $(VENV): some minutes, once"
+	@$(pip) pip setuptools wheel
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.python settings.ini setup.py constraints.txt
+	@$(pip) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	@$(pip) --no-build-isolation -e '.[dev]'
+	@$(pip) --no-deps --upgrade --target $(VENV)/rie aws-sam-cli==1.170.0
+	@touch $@

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCALARS', 'PLAIN', 'HEAD', 'RESERVED', 'SlmlError', 'nearest', 'suggest', 'canonical_json', 'sha256_text',
-           'sha256_file', 'atomic_write', 'project_root', 'read_notebook', 'cells_tagged', 'directives',
+           'sha256_file', 'atomic_write', 'project_root', 'read_notebook', 'parse_python', 'cells_tagged', 'directives',
            'read_front_matter', 'Param', 'read_parameters', 'Refused', 'coerce', 'Secret', 'mask', 'load_yaml',
            'ParamSet', 'load_params', 'resolve']
 
-# %% ../nbs/00_core.ipynb #dc5c7552
-import ast, contextlib, datetime as dt, difflib, hashlib, json, os, re, tempfile
+# %% ../nbs/00_core.ipynb #4a696485
+import ast, contextlib, datetime as dt, difflib, hashlib, json, os, re, tempfile, threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def project_root(
         if any((folder / mark).exists() for mark in ("params", "runs", "settings.ini")): return folder
     return start
 
-# %% ../nbs/00_core.ipynb #9db68805
+# %% ../nbs/00_core.ipynb #8f8c3ee4
 def read_notebook(
     path,  # .ipynb file
 ) -> dict:  # the notebook, each cell's source joined to one text
@@ -118,6 +118,17 @@ def read_notebook(
     except ValueError as e: raise SlmlError(f"not a notebook ({e})", str(path), "open and save it in Jupyter") from None
     for cell in nb.get("cells", []): cell["source"] = "".join(cell["source"])
     return nb
+
+
+_parsing = threading.Lock()
+
+
+def parse_python(
+    source: str,
+    mode: str = "exec",
+) -> ast.AST:
+    "`ast.parse`, one thread at a time: Python 3.11 counts the depth of all threads together and stumbles."
+    with _parsing: return ast.parse(source, mode=mode)
 
 
 def cells_tagged(
@@ -163,10 +174,10 @@ class Param:
     comment: str = ""  # what stands behind it on its line, without "required:"
     required: bool = False  # its comment begins with "required": a parameter set must give it
 
-# %% ../nbs/00_core.ipynb #bde561b8
+# %% ../nbs/00_core.ipynb #bcd492ef
 def _declarations(source: str, where: str):
     "Yield (line number, name, type, default) of each assignment in a parameters cell."
-    for node in ast.parse(source).body:
+    for node in parse_python(source).body:
         if isinstance(node, ast.AnnAssign) and node.value is not None:
             target, kind = node.target, ast.unparse(node.annotation)
         elif isinstance(node, ast.Assign) and len(node.targets) == 1: target, kind = node.targets[0], ""
@@ -259,13 +270,13 @@ def _date(v):
 SCALARS = {"int": _integer, "float": _number, "bool": _boolean, "str": _text, "Path": lambda v: Path(_text(v)),
            "date": _date, "Any": lambda v: v, "object": lambda v: v}
 
-# %% ../nbs/00_core.ipynb #36bbd751
+# %% ../nbs/00_core.ipynb #73faa96b
 def coerce(
     value,  # from YAML, the command line or a remote job
     kind: str,  # a type as written in a parameters cell
 ):  # the value in that type; `Refused` when it does not fit
     "`value` as the declared type `kind`, or `Refused` with the words for what was expected."
-    return _coerce(value, ast.parse(kind, mode="eval").body)
+    return _coerce(value, parse_python(kind, mode="eval").body)
 
 
 def _coerce(v, t):

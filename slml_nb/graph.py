@@ -6,16 +6,16 @@
 __all__ = ['Node', 'read_stage', 'stages_of', 'Graph', 'normal_code', 'counting_code', 'imports_of', 'closure', 'key_parts',
            'key_of', 'what_changed', 'plan']
 
-# %% ../nbs/05_graph.ipynb #6de4e30f
+# %% ../nbs/05_graph.ipynb #dca8d718
 import ast, functools, importlib.metadata, re, sys
 from dataclasses import dataclass
 from pathlib import Path
-from .core import (ParamSet, SlmlError, canonical_json, directives, nearest, project_root, read_front_matter, read_notebook,
+from .core import (ParamSet, SlmlError, canonical_json, parse_python, project_root, read_front_matter, read_notebook,
                           read_parameters, resolve, sha256_text, suggest)
-from .engine import skipped
+from .engine import left_out
 from .stage import shipped_notebooks
 
-# %% ../nbs/05_graph.ipynb #7d8a5e15
+# %% ../nbs/05_graph.ipynb #164ac685
 @dataclass
 class Node:
     "One stage of a graph."
@@ -26,10 +26,14 @@ class Node:
     source: dict  # the notebook as data
 
     @property
-    def needs(self): return self.front["needs"]
+    def needs(self):
+        "Names of the artifacts it reads."
+        return self.front["needs"]
 
     @property
-    def makes(self): return self.front["makes"]
+    def makes(self):
+        "Names of the artifacts it leaves."
+        return self.front["makes"]
 
 
 def read_stage(
@@ -104,12 +108,12 @@ class Graph:
         "Complain about a stage that is not there."
         if stage not in self.nodes: raise SlmlError(f"there is no stage '{stage}'", "", suggest(stage, self.nodes))
 
-# %% ../nbs/05_graph.ipynb #035011d1
+# %% ../nbs/05_graph.ipynb #9527d290
 def normal_code(
     source: str,  # Python, as in a cell or a module
 ) -> str:  # its syntax tree as text, without comments and docstrings
     "What a piece of code says, whatever way it is written down."
-    try: tree = ast.parse(source)
+    try: tree = parse_python(source)
     except SyntaxError: return re.sub(r"^\s*#.*\n?", "", source, flags=re.M)  # a cell with %magic or !shell
     for n in ast.walk(tree):
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(n, clean=False) is not None:
@@ -121,20 +125,23 @@ def counting_code(
     nb: dict,  # from `read_notebook`
 ) -> list[str]:  # per cell that a batch run executes, its normal form; the parameters cell apart
     "The code of a notebook that decides what it makes."
-    code = [c for c in nb["cells"] if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])]
-    return [normal_code(c["source"]) for c in code if c["source"].strip() and not skipped(c["source"])]
+    out, code = left_out(nb["cells"]), [(i, c) for i, c in enumerate(nb["cells"]) if c["cell_type"] == "code"]
+    return [normal_code(c["source"]) for i, c in code if i not in out and c["source"].strip() and "parameters" not in c["metadata"].get("tags", [])]
 
-# %% ../nbs/05_graph.ipynb #a5a7b5c9
+# %% ../nbs/05_graph.ipynb #39388b13
 def imports_of(
     code: str,  # Python source, or several cells joined
+    package: str = "slml_nb",  # what `from .core import x` is relative to
 ) -> set[str]:  # dotted names of the modules that it imports, anywhere in it
     "Modules that a piece of code imports, also inside of functions."
-    try: tree = ast.parse(code)
-    except SyntaxError: tree = ast.parse("\n".join(re.findall(r"^\s*(?:from\s+[\w.]+\s+)?import\s.+$", code, re.M)).replace("\n ", "\n"))
+    try: tree = parse_python(code)
+    except SyntaxError: tree = parse_python("\n".join(re.findall(r"^\s*(?:from\s+[\w.]+\s+)?import\s.+$", code, re.M)).replace("\n ", "\n"))
     found = set()
     for n in ast.walk(tree):
         if isinstance(n, ast.Import): found |= {a.name for a in n.names}
-        elif isinstance(n, ast.ImportFrom) and not n.level: found |= {n.module} | ({f"{n.module}.{a.name}" for a in n.names} if n.module == "slml_nb" else set())
+        elif isinstance(n, ast.ImportFrom):
+            module = ".".join(filter(None, [package if n.level else "", n.module]))
+            found |= {module} | ({f"{module}.{a.name}" for a in n.names} if module == package else set())
     return found
 
 
@@ -144,12 +151,12 @@ def _local_module(name: str, folders: list[Path]) -> Path | None:
         for path in (folder / (name.replace(".", "/") + ".py"), folder / name.replace(".", "/") / "__init__.py"):
             if path.is_file(): return path
 
-# %% ../nbs/05_graph.ipynb #26d623e5
+# %% ../nbs/05_graph.ipynb #da3c8996
 @functools.lru_cache(maxsize=None)
 def _module(path: Path, stamp: float) -> tuple[str, frozenset]:
     "Hash of a module's normal form, and what it imports; read again when the file changes."
     text = path.read_text(encoding="utf-8")
-    return sha256_text(normal_code(text)), frozenset(imports_of(text))
+    return sha256_text(normal_code(text)), frozenset(imports_of(text, path.parent.name))
 
 
 def closure(
@@ -175,7 +182,7 @@ def _version(module: str) -> str:
     try: return importlib.metadata.version({"sklearn": "scikit-learn", "yaml": "PyYAML", "dateutil": "python-dateutil"}.get(module, module))
     except importlib.metadata.PackageNotFoundError: return ""
 
-# %% ../nbs/05_graph.ipynb #d731b85d
+# %% ../nbs/05_graph.ipynb #a17d3410
 def key_parts(
     node: Node,
     parameters: dict,  # resolved, as the stage will see them
@@ -185,7 +192,8 @@ def key_parts(
     "Everything that decides what a stage makes."
     package = Path(__file__).parents[1] if "__file__" in globals() else project_root()
     code = counting_code(node.source)
-    plain = "\n".join(c["source"] for c in node.source["cells"] if c["cell_type"] == "code" and not skipped(c["source"]))
+    out = left_out(node.source["cells"])
+    plain = "\n".join(c["source"] for i, c in enumerate(node.source["cells"]) if c["cell_type"] == "code" and i not in out)
     modules, versions = closure(plain, [node.notebook.parent, package, project_root()])
     return {"cells": [sha256_text(c)[:16] for c in code], "modules": modules, "parameters": {k: sha256_text(canonical_json(v))[:16] for k, v in parameters.items()},
             "inputs": inputs, "outside": outside, "versions": {**versions, "python": ".".join(map(str, sys.version_info[:2]))}}

@@ -144,19 +144,22 @@ class Run:
 
 def _now() -> str: return dt.datetime.now(dt.timezone.utc).isoformat(timespec="milliseconds")
 
-# %% ../nbs/06_run.ipynb #e84fefc1
+# %% ../nbs/06_run.ipynb #f71d0319
 class StageFailed(SlmlError):
     "A stage did not finish; the rest of the message is the stage's own."
 
 
+_importing = threading.Lock()
+
+
 def _import_papermill():
-    "Papermill, without the second that a check of internationalised URLs costs it (an optional import of jsonschema)."
-    if "papermill" in sys.modules: return
+    "Papermill, by one thread at a time, without the second that checking internationalised URLs costs it (optional in jsonschema)."
     optional = "rfc3987_syntax"
-    sys.modules.setdefault(optional, None)
-    try: import papermill.engines, nbformat  # noqa
-    finally:
-        if sys.modules[optional] is None: del sys.modules[optional]
+    with _importing:
+        sys.modules.setdefault(optional, None)
+        try: import jupyter_client.manager, nbformat, papermill.clientwrap, papermill.engines, papermill.exceptions, papermill.utils  # noqa
+        finally:
+            if sys.modules[optional] is None: del sys.modules[optional]
 
 
 def kernel_manager(folder: str):  # an empty folder for the sockets
@@ -166,6 +169,7 @@ def kernel_manager(folder: str):  # an empty folder for the sockets
 
     class ThisPython(KernelSpecManager):
         def get_kernel_spec(self, name):
+            "The same whatever kernels are installed."
             return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="python3", language="python")
     return AsyncKernelManager(kernel_name="python3", kernel_spec_manager=ThisPython(), transport="ipc", ip=f"{folder}/s", connection_file=f"{folder}/kernel.json")
 
@@ -250,7 +254,7 @@ def _keep(run: Run, store, stage: str, key: str) -> dict:
     shutil.rmtree(place / "out", ignore_errors=True)
     return made
 
-# %% ../nbs/06_run.ipynb #0c56b0ef
+# %% ../nbs/06_run.ipynb #66483f78
 def why_again(
     run: Run,
     stage: str,
@@ -295,14 +299,14 @@ def _make(run: Run, store, node: Node, parameters: dict, key: str, emit) -> dict
     stage, place = node.stage, run.folder / node.stage
     atomic_write(place / "context.json", json.dumps(node.front))
     limit = node.front.get("timeout")
-    def on_cell(done, total): emit(type="cell", stage=stage, done=done, total=total)
+    def _on_cell(done, total): emit(type="cell", stage=stage, done=done, total=total)
     meter = run_notebook(node.source, place / "notebook.ipynb", {**parameters, **({"run": str(run.folder)} if "run" in node.schema else {})},
-                         on_cell, run.kernels.add, float(limit) if limit else None)
+                         _on_cell, run.kernels.add, float(limit) if limit else None)
     atomic_write(place / "meter.json", json.dumps(meter, indent=1))
     run.update(stage, cells=len(meter["cells"]), outside=meter["outside"], peak_mb=meter["peak_mb"])
     return _keep(run, store, stage, key)
 
-# %% ../nbs/06_run.ipynb #64bc7604
+# %% ../nbs/06_run.ipynb #dab9a0ca
 def execute(
     params,  # path of a parameter set, or a ParamSet
     overrides: dict | None = None,  # {"train.epochs": "3"}
@@ -337,18 +341,18 @@ def execute(
 def _emitter(on_event):
     "One event at a time, whatever thread it comes from."
     lock = threading.Lock()
-    def emit(**event):
+    def _emit(**event):
         if on_event:
             with lock: on_event(event)
-    return emit
+    return _emit
 
-# %% ../nbs/06_run.ipynb #08c6efe3
+# %% ../nbs/06_run.ipynb #acec86a2
 @contextlib.contextmanager
 def _stops_kernels(run: Run):
     "Ctrl-C and SIGTERM end the kernels, with everything they have started."
     main = threading.current_thread() is threading.main_thread()
-    def on_term(*_): raise KeyboardInterrupt
-    old = signal.signal(signal.SIGTERM, on_term) if main else None
+    def _on_term(*_): raise KeyboardInterrupt
+    old = signal.signal(signal.SIGTERM, _on_term) if main else None
     try: yield
     except BaseException:
         for km in list(run.kernels):

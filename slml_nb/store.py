@@ -10,7 +10,7 @@ import contextlib, os, shutil, tempfile
 from pathlib import Path
 from .core import SlmlError, atomic_write, sha256_file
 
-# %% ../nbs/01_store.ipynb #844156eb
+# %% ../nbs/01_store.ipynb #98a70e31
 def _checked(key: str) -> str:
     "A name that stays inside its store."
     if not key or key.startswith("/") or ".." in key.split("/"): raise SlmlError(f"{key!r} is not a name in a store", "", "use a relative name such as project/table.parquet")
@@ -42,7 +42,9 @@ class FolderStore:
         try: return self._at(key).read_bytes()
         except (FileNotFoundError, IsADirectoryError): raise SlmlError(f"there is no '{key}'", str(self), "list() tells what there is") from None
 
-    def exists(self, key: str) -> bool: return self._at(key).is_file()
+    def exists(self, key: str) -> bool:
+        "Whether a name is taken."
+        return self._at(key).is_file()
 
     def list(self, prefix: str = "") -> list[str]:
         "All names that begin with `prefix`, sorted."
@@ -73,7 +75,7 @@ def _s3_errors(where: str):
     try: yield
     except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as e: raise _s3_error(e, where) from None
 
-# %% ../nbs/01_store.ipynb #9e9168ce
+# %% ../nbs/01_store.ipynb #84940a11
 class S3Store:
     "A store below a prefix of an S3 bucket."
 
@@ -115,7 +117,9 @@ class S3Store:
             pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=base + prefix)
             return sorted(o["Key"][len(base):] for page in pages for o in page.get("Contents", []))
 
-    def exists(self, key: str) -> bool: return key in self.list(key)
+    def exists(self, key: str) -> bool:
+        "Whether a name is taken."
+        return key in self.list(key)
 
     def delete(self, key: str) -> None:
         "Remove a name; nothing happens when it is not there."

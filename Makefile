@@ -33,13 +33,27 @@ bench: $(VENV)/.tested ## measures, and writes bench/results.md
 
 sample: $(VENV)/.installed ## makes slml_nb/sample, the small built-in run, anew from params/sample.yaml
 	$(BIN)/slml run params/sample.yaml || test $$? -eq 3
-	$(BIN)/python -c "from slml_nb.run import export_run, find_run; export_run(find_run('sample'), 'slml_nb/sample')"
+	$(BIN)/python -c "from slml_nb.run import export_run, find_run; export_run(find_run('sample'), 'slml_nb/sample', pictures=False)"
 
-readme: $(VENV)/.installed ## README.md from nbs/index.ipynb
-	@copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; cp nbs/index.ipynb "$$copy/README.ipynb"; \
-	$(BIN)/jupyter nbconvert --to markdown --output-dir . --log-level WARN \
-	  --NbConvertApp.output_files_dir=nbs/images \
-	  --RegexRemovePreprocessor.patterns='^#\|\s*(hide|default_exp)' "$$copy/README.ipynb"
+define README
+import pathlib, re, nbformat
+from nbconvert import MarkdownExporter
+nb = nbformat.read("nbs/index.ipynb", 4)
+nb.metadata["language_info"] = {"name": "python"}
+nb.cells = [c for c in nb.cells if not re.search(r"^#\|\s*(hide|default_exp)", c.source, re.M)]
+for c in nb.cells:
+    if re.search(r"^#\|\s*echo:\s*false", c.source, re.M): c.metadata["transient"] = {"remove_source": True}
+    if c.cell_type == "code": c.source = re.sub(r"^#\|.*\n?", "", c.source, flags=re.M)
+text, made = MarkdownExporter().from_notebook_node(nb, {"output_files_dir": "nbs/images", "unique_key": "index"})
+text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$$", "", text, flags=re.M)).strip()
+pathlib.Path("nbs/images").mkdir(exist_ok=True)
+for name, data in made["outputs"].items(): pathlib.Path(name).write_bytes(data)
+pathlib.Path("README.md").write_text(f"<!-- made from nbs/index.ipynb by `make readme` -->\n\n{text}\n", encoding="utf-8")
+endef
+export README
+
+readme: $(VENV)/.installed ## README.md from nbs/index.ipynb, with the outputs it was saved with
+	@$(BIN)/python -c "$$README"
 
 lab: $(VENV)/.installed ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

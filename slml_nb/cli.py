@@ -6,8 +6,9 @@
 __all__ = ['DONE', 'FAILED', 'WRONG', 'NOT_MET', 'INTERRUPTED', 'EXIT_CODES', 'COMMANDS', 'MARKS', 'TINTS', 'Outcome', 'arg',
            'command', 'duration', 'bar', 'Line', 'counted', 'stage_line', 'Progress', 'update', 'draw', 'tick', 'close',
            'overrides_of', 'verdict_of', 'plan_text', 'failure_of', 'finished', 'run_command', 'parameter_help',
-           'new_command', 'runs_command', 'report_command', 'package_of', 'serve_command', 'predict_command', 'Check',
-           'check_packages', 'check_machine', 'check_reach', 'doctor_command', 'make_parser', 'guarded', 'main']
+           'new_command', 'runs_command', 'report_command', 'package_of', 'serve_command', 'as_ingested',
+           'predict_command', 'Check', 'check_packages', 'check_machine', 'check_reach', 'doctor_command',
+           'make_parser', 'guarded', 'main']
 
 # %% ../nbs/61_cli.ipynb #16080505
 import argparse, json, os, shutil, sys, tempfile, threading, time
@@ -193,13 +194,18 @@ def overrides_of(
         out[key.strip()] = value
     return out
 
-# %% ../nbs/61_cli.ipynb #0835b801
+# %% ../nbs/61_cli.ipynb #8bc050c3
 def verdict_of(
     run,  # folder of a run
 ) -> dict | None:  # the `verdict` artifact; None when nothing was evaluated
     "What the evaluation of a run decided."
+    return _made_json(run, "verdict")
+
+
+def _made_json(run, name: str):
+    "A JSON artifact of a run; None when it has none of that name."
     from slml_nb.stage import _local, made_in
-    record = made_in(run).get("verdict")
+    record = made_in(run).get(name)
     return json.loads(_local(record).read_text(encoding="utf-8")) if record else None
 
 
@@ -376,20 +382,47 @@ def serve_command(args) -> Outcome:
     serve(package, host=args.host, port=args.port)
     return Outcome()
 
-# %% ../nbs/61_cli.ipynb #f5a7f81d
+# %% ../nbs/61_cli.ipynb #83fa2b4b
+def as_ingested(
+    run: Path,  # folder of a run
+    file: str,  # as typed
+    folder: Path,  # an empty place on disk
+) -> tuple[Path, list]:  # a Parquet file of the typed rows, and (line, reason) of those that cannot be read
+    "A file, read the way a run has read its data."
+    from slml_nb.ingest import READINGS, How, read_table
+    from slml_nb.new import place_of
+    from slml_nb.run import load_run
+    from slml_nb.sql import columns_of, connect, to_parquet
+    given, con = load_run(run)["parameters"].get("ingest", {}), connect()
+    how = How(**{k: given[k] for k in ("delimiter", "encoding", "header", "skip") if k in given})
+    if "nulls" in given: how.nulls = tuple(n.lower() for n in {"", *given["nulls"]})
+    def read(place, **more): return read_table(con, "", [place_of(file)], folder / place, how, **more)
+    found = {c.name: c.reading for c in read("first").columns}
+    settled = {c["name"]: {"text": "VARCHAR"}.get(c["reading"], c["reading"]) for c in _made_json(run, "ingest_report")["columns"]}
+    types = {n: r for n, r in settled.items() if found.get(n, "as stored") != "as stored" and (r in READINGS or r == "VARCHAR")}
+    types |= {n: t for n, t in given.get("types", {}).items() if n in found}
+    table = read("again", types=types, columns={n: sql for n, sql in given.get("columns", {}).items() if set(columns_of(sql)) <= set(found)})
+    to_parquet(con, f"select * exclude (row_id, source) from ({table.query}) order by row_id", folder / "typed.parquet")
+    return folder / "typed.parquet", [r for f in table.files for r in f.rejects]
+
+# %% ../nbs/61_cli.ipynb #b860316c
 @command("predict the rows of a file with the model of a run",
          arg("run", metavar="RUN", help="latest, a run id, a project or a path"),
-         arg("file", metavar="FILE", help="CSV (also gz), JSON lines or Parquet; a row a prediction"),
+         arg("file", metavar="FILE", help="CSV (also gz), JSON lines or Parquet, written like the data of the run; a row a prediction"),
          arg("--out", metavar="FILE", help=".csv or .parquet to write; default: CSV on standard output"))
 def predict_command(args) -> Outcome:
     "`slml predict RUN FILE`."
     from slml_nb.package import load_package, predict_table
+    from slml_nb.run import find_run
     predictor = load_package(package_of(args.run))
     with tempfile.TemporaryDirectory() as folder:
-        done = predict_table(predictor, args.file, args.out or Path(folder) / "answers.csv")
+        typed, rejects = as_ingested(find_run(args.run), args.file, Path(folder))
+        try: done = predict_table(predictor, typed, args.out or Path(folder) / "answers.csv")
+        except SlmlError as e: raise SlmlError(e.what, args.file, e.fix) from None
         text = f"{done['rows']:,} rows answered in {args.out}" if args.out else Path(done["out"]).read_text(encoding="utf-8").rstrip("\n")
+    if rejects: _say(f"{len(rejects):,} lines of {args.file} cannot be read, such as line {rejects[0][0]} ({rejects[0][1]}): they are left out")
     if done["errors"]: _say(f"{done['errors']:,} of {done['rows']:,} rows have no prediction; the column error says why")
-    return Outcome(text, {**done, "out": args.out}, FAILED if done["errors"] == done["rows"] > 0 else DONE)
+    return Outcome(text, {**done, "out": args.out, "rejects": len(rejects)}, FAILED if done["errors"] == done["rows"] > 0 else DONE)
 
 # %% ../nbs/61_cli.ipynb #ae459260
 @dataclass

@@ -10,12 +10,12 @@ __all__ = ['INTEGERS', 'RESERVED_NAMES', 'READ', 'refused_columns', 'columns_rea
            'write_recipe', 'InputError', 'FeatureFunction', 'read_request', 'rows', 'recheck', 'against_target',
            'plot_features']
 
-# %% ../nbs/20_features.ipynb #b48214cc
+# %% ../nbs/20_features.ipynb #60e33906
 import datetime as dt, json, math, threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import SlmlError, atomic_write, nearest, suggest
-from .sql import _walk, ident, literal, parse_expression
+from .sql import walk_tree, ident, literal, parse_expression
 
 # %% ../nbs/20_features.ipynb #ff11d6a7
 def refused_columns(
@@ -57,14 +57,14 @@ def columns_read(
         found.append(known[name.lower()])
     return list(dict.fromkeys(found))
 
-# %% ../nbs/20_features.ipynb #cf6d55ad
+# %% ../nbs/20_features.ipynb #0742afbd
 def other_rows(
     con,  # a DuckDB connection
     tree,  # from `parse_expression`
 ) -> str:  # what in it needs more than one row, in words; "" when nothing does
     "Why an expression is not row-wise."
     plain = {"SUBQUERY": "a subquery looks at other rows", "STAR": "* stands for many columns", "PARAMETER": "? is never filled"}
-    for node in _walk(tree):
+    for node in walk_tree(tree):
         kind, name = node.get("class"), node.get("function_name", "")
         if kind in plain: return plain[kind]
         if kind == "WINDOW": return f"the window function {name}(…) looks at other rows"
@@ -439,7 +439,7 @@ def plain(value):
     if isinstance(value, (dt.date, dt.time)): return value.isoformat()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../nbs/20_features.ipynb #c3d2407f
+# %% ../nbs/20_features.ipynb #38cab157
 def request_rows(
     con,  # DuckDB connection with `rows` and `splits`
     inputs: list[dict],  # from `describe_inputs`
@@ -451,7 +451,7 @@ def request_rows(
     got = con.execute(f"select {', '.join('r.' + ident(n) for n in names)} from rows r join splits s using (row_id) order by {order} limit {limit}").fetchall() if names else [()] * limit
     return [{n: plain(v) for n, v in zip(names, row) if v is not None} for row in got]
 
-
+# %% ../nbs/20_features.ipynb #da083fca
 def write_lookups(
     con,  # DuckDB connection
     folder: Path,  # the recipe
@@ -491,7 +491,7 @@ def write_recipe(
                 f"to {literal(str(folder / 'requests.parquet'))} (format parquet, compression zstd)")
     return recipe
 
-# %% ../nbs/20_features.ipynb #ee20b2a5
+# %% ../nbs/20_features.ipynb #25d3d824
 class InputError(SlmlError):
     "A field of a request that cannot be used."
 
@@ -500,7 +500,7 @@ class InputError(SlmlError):
         shown = "is missing" if value is None else f"is {value!r:.80}"
         super().__init__(f"field '{field}' {shown}", f"request {row + 1}" if row else "request", f"send {allowed}")
 
-
+# %% ../nbs/20_features.ipynb #4699dafb
 def _int(v):
     if isinstance(v, str): v = int(v) if v.strip().lstrip("+-").isdigit() else float(v)
     if isinstance(v, bool) or v != int(v) or abs(v) >= 2**63: raise ValueError
@@ -560,7 +560,7 @@ class FeatureFunction:
 
     def __repr__(self): return f"FeatureFunction({len(self.inputs)} fields -> {len(self.names)} features)"
 
-# %% ../nbs/20_features.ipynb #47ccea92
+# %% ../nbs/20_features.ipynb #f0d0744b
 def _connection(self: FeatureFunction):
     "This thread's own cursor, with the single-row statement prepared."
     if not hasattr(self._local, "con"):
@@ -576,7 +576,9 @@ def _over(self: FeatureFunction, source) -> str:
     columns = ", ".join(f"{source(i['type'])} AS {ident(i['name'])}" for i in self.inputs)
     return f"with rows as (select {columns or '1 as x'}) {self.sql}"
 
+FeatureFunction._connection, FeatureFunction._over = _connection, _over
 
+# %% ../nbs/20_features.ipynb #0518815a
 def read_request(
     self: FeatureFunction,
     request: dict,  # a request as JSON gives it
@@ -606,7 +608,6 @@ def _unknown(self: FeatureFunction, request, row):
     for name in request.keys() - self._known:
         if close := nearest(name, absent): raise InputError(name, request[name], f"'{close}' instead, if that is what you mean: '{name}' is no field", row)
 
-FeatureFunction._connection, FeatureFunction._over = _connection, _over
 FeatureFunction.read, FeatureFunction._unknown = read_request, _unknown
 
 # %% ../nbs/20_features.ipynb #91feba46

@@ -147,7 +147,7 @@ def check_seal(
     if manifest.get("hash") != sha256_text(canonical_json(sealed)): raise SlmlError("manifest.json has been changed", str(folder), fix)
     return manifest["hash"]
 
-# %% ../nbs/40_package.ipynb #caeed34a
+# %% ../nbs/40_package.ipynb #04834161
 class Predictor:
     "A package, ready to answer. Safe to share between threads."
 
@@ -192,7 +192,7 @@ class Predictor:
         "Answer some requests."
         return self.timed(requests)[0]
 
-
+# %% ../nbs/40_package.ipynb #a71c6aa3
 def load_package(
     folder,  # a package
 ) -> Predictor:

@@ -413,10 +413,11 @@ def _dry(params, graph, values, wanted, forced, store, emit) -> dict:
     emit(type="plan", stages=states, dry_run=True)
     return {"project": params.project, "state": "planned", "parameters": mask(values), "plan": states}
 
-# %% ../nbs/06_run.ipynb #4abc4b9f
+# %% ../nbs/06_run.ipynb #48e41410
 def export_run(
     run,  # folder of a run
-    to,  # a folder, replaced
+    to,  # a folder; stages that are there are replaced
+    pictures: bool = True,  # its figures and tables too
 ):
     "Copy a run with everything it made into one folder that needs no store."
     run, to = Path(run), Path(to)
@@ -425,6 +426,7 @@ def export_run(
         shutil.rmtree(to / stage, ignore_errors=True)
         (to / stage / "out").mkdir(parents=True)
         root = file.parent / made["root"]
+        if not pictures: made.update(figures=[], tables=[])
         for record in [*made["artifacts"].values(), *made["figures"], *made["tables"]]:
             copy = shutil.copytree if (root / record["file"]).is_dir() else shutil.copy
             copy(root / record["file"], to / stage / "out" / record["file"])

@@ -77,7 +77,7 @@ def openapi_of(
     for status, why in ((400, "Not JSON"), (413, "Too large"), (422, "A field cannot be used")): answers[str(status)] = {"description": why, **body(error)}
     return {"requestBody": {"required": True, **body(many(one), example=sample["request"])}, "responses": answers}
 
-# %% ../nbs/41_serve.ipynb #22857e1c
+# %% ../nbs/41_serve.ipynb #5b206ef9
 def build_app(
     package_folder,  # a package
 ):  # a FastAPI application
@@ -108,7 +108,7 @@ def build_app(
     app.get("/", include_in_schema=False)(lambda: RedirectResponse("/docs"))
     return _one_error_shape(app, reply)
 
-
+# %% ../nbs/41_serve.ipynb #c11cbc2c
 def health(predictor: Predictor) -> dict:
     "What a service says of itself."
     return {"status": "ok", "target": predictor.target, "model": predictor.model.name, "package": predictor.hash}
@@ -151,7 +151,7 @@ def serve(
     app, sock = build_app(package_folder), sock or listen(host, port)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[sock])
 
-# %% ../nbs/41_serve.ipynb #99850c3c
+# %% ../nbs/41_serve.ipynb #b79a4085
 _CHILD = """import os, socket, sys, threading
 from slml_nb.serve import serve
 threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
@@ -181,7 +181,7 @@ def running(
         child.wait()
         for pipe in (child.stdin, child.stderr): pipe.close()
 
-
+# %% ../nbs/41_serve.ipynb #5bb083ba
 def _until_up(child, port, deadline):
     "Wait for /healthz."
     import http.client
@@ -194,7 +194,7 @@ def _until_up(child, port, deadline):
         time.sleep(0.05)
     raise SlmlError("the server did not answer in time", "serve", "look at the load of this machine")
 
-# %% ../nbs/41_serve.ipynb #e3f3578e
+# %% ../nbs/41_serve.ipynb #42d05e6b
 def percentile(
     values,  # numbers
     q: float,  # 0 to 1
@@ -225,7 +225,7 @@ def measure(
     connection.close()
     return out
 
-
+# %% ../nbs/41_serve.ipynb #e9d3d8d7
 def service_report(
     times: list[dict],  # from `measure`
     requirements: list[dict] = (),  # of the problem

@@ -80,7 +80,7 @@ def test_job_contract(path):
     job = "\n".join(code[start:])
     for call in ("stage.figure(", "stage.table_out(", "stage.done()"): assert call in job, f"{path.name}: its job never calls {call}"
     for artifact in found["makes"]: assert re.search(rf"""stage\.save\(\s*['"]{artifact}['"]""", job), f"{path.name} makes {artifact}, saves it never"
-    assert code[-1].rstrip().endswith("stage.done()")
+    assert not re.search(r"stage\.(save|figure|table_out|metric|finding)\(", job.rpartition("stage.done()")[2]), "nothing is said after stage.done()"
 
 
 def bound_by(tree):
@@ -100,14 +100,14 @@ def used_at_once(node):
 
 
 @each_job
-def test_a_batch_run_needs_no_test_cell(path):
-    "Cells that begin with `#| test` are skipped by `slml run`: no other cell may use a name that only they have defined so far."
-    from slml_nb.engine import skipped
-    bound = set(dir(builtins)) | {"get_ipython", "display"}
-    for source in [c["source"] for c in cells(path) if c["cell_type"] == "code" and not skipped(c["source"])]:
+def test_a_batch_run_needs_only_what_it_runs(path):
+    "Tests and examples are left out by `slml run`: no other cell may use a name that only they have defined so far."
+    from slml_nb.engine import left_out
+    bound, out = set(dir(builtins)) | {"get_ipython", "display"}, left_out(cells(path))
+    for source in [c["source"] for i, c in enumerate(cells(path)) if c["cell_type"] == "code" and i not in out]:
         tree = ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M))
         bound |= set(bound_by(tree))
-        assert not (missing := set(used_at_once(tree)) - bound), f"{path.name} uses {missing}, which only a test cell defines: {source[:200]}"
+        assert not (missing := set(used_at_once(tree)) - bound), f"{path.name} uses {missing}, which only a test or an example defines: {source[:200]}"
 
 
 @each_job

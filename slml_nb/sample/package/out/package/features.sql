@@ -1,0 +1,21 @@
+SELECT
+  CAST((sched_arr_time // 100 * 60 + sched_arr_time % 100 - hour * 60 - minute - (coalesce(tz, -5) + 5) * 60 + 2880) % 1440 AS DOUBLE) AS "scheduled_minutes",
+  CASE WHEN isfinite(hour + minute / 60.0) THEN hour + minute / 60.0 END AS "hour_of_day",
+  CAST(isodow(make_date(year, month, day)) AS DOUBLE) AS "weekday",
+  CAST(2013 - built AS DOUBLE) AS "plane_age",
+  CAST("dep_delay" AS DOUBLE) AS "dep_delay",
+  "carrier" AS "carrier",
+  "origin" AS "origin",
+  "dest" AS "dest",
+  CAST("distance" AS DOUBLE) AS "distance",
+  "temp" AS "temp",
+  CAST("wind_dir" AS DOUBLE) AS "wind_dir",
+  "wind_speed" AS "wind_speed",
+  "precip" AS "precip",
+  "pressure" AS "pressure",
+  "visib" AS "visib",
+  "manufacturer" AS "manufacturer",
+  CAST("seats" AS DOUBLE) AS "seats",
+  "lat" AS "lat",
+  "lon" AS "lon"
+FROM rows

@@ -254,7 +254,7 @@ def _keep(run: Run, store, stage: str, key: str) -> dict:
     shutil.rmtree(place / "out", ignore_errors=True)
     return made
 
-# %% ../nbs/06_run.ipynb #66483f78
+# %% ../nbs/06_run.ipynb #17c1258d
 def why_again(
     run: Run,
     stage: str,
@@ -282,7 +282,7 @@ def run_stage(
     if made is None:
         why = "asked for by --from" if forced else why_again(run, stage, parts)
         emit(type="start", stage=stage, why=why)
-        run.update(stage, state="running", key=key, started=_now(), why=why)
+        run.update(stage, state="running", key=key, started=_now(), begun=start, why=why)
         if forced and isinstance(store, FolderStore): shutil.rmtree(store.local(name), ignore_errors=True)
         made, state = _make(run, store, node, parameters, key, emit), "made"
     else: state = "reused"
@@ -346,7 +346,7 @@ def _emitter(on_event):
             with lock: on_event(event)
     return _emit
 
-# %% ../nbs/06_run.ipynb #acec86a2
+# %% ../nbs/06_run.ipynb #11560eb6
 @contextlib.contextmanager
 def _stops_kernels(run: Run):
     "Ctrl-C and SIGTERM end the kernels, with everything they have started."
@@ -392,8 +392,10 @@ def _fail(run, stage, error, emit):
     if isinstance(error, OSError) and error.errno == 28: error = SlmlError("the disk is full", str(error.filename or run.folder), "free some space; the same command goes on from here")
     if not isinstance(error, SlmlError): error = SlmlError(f"{type(error).__name__}: {error}", stage, "the same command goes on from here")
     what = {"message": str(error), "what": error.what, "where": error.where, "fix": error.fix}
-    run.update(stage, state="failed", error=what, notebook=f"{stage}/notebook.ipynb")
-    emit(type="end", stage=stage, state="failed", seconds=round(time.time() - run.started, 3), why=str(error), metrics={}, error=what)
+    begun = run.record["stages"][stage].get("begun", time.time())
+    seconds = round(time.time() - begun, 3)
+    run.update(stage, state="failed", seconds=seconds, offset=round(begun - run.started, 3), error=what, notebook=f"{stage}/notebook.ipynb")
+    emit(type="end", stage=stage, state="failed", seconds=seconds, why=str(error), metrics={}, error=what)
 
 # %% ../nbs/06_run.ipynb #c6c0916a
 def _dry(params, graph, values, wanted, forced, store, emit) -> dict:

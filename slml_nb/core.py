@@ -351,7 +351,7 @@ def _build(node, path: tuple, file: str, lines: dict):
     if isinstance(node, yaml.SequenceNode): return [_build(v, (*path, i), file, lines) for i, v in enumerate(node.value)]
     return yaml.SafeLoader("").construct_object(node)
 
-# %% ../nbs/00_core.ipynb #e52538d1
+# %% ../nbs/00_core.ipynb #a479e5f6
 def _merge(base: dict, over: dict) -> dict:
     "`over` on top of `base`: mappings merge, everything else is replaced."
     both = {k: _merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}
@@ -379,7 +379,8 @@ def load_yaml(
     values = _build(node, (), name, lines) if node else {}
     if not isinstance(values, dict): raise SlmlError("a parameter set is a mapping", f"{name}:1", "start with project: NAME")
     if not (parent := values.pop("extends", None)): return values, lines
-    base, base_lines = load_yaml(path.parent / parent, (*seen, path.resolve()))
+    base, base_lines = load_yaml(os.path.normpath(path.parent / parent), (*seen, path.resolve()))
+    for stage in values.get("stages") or {}: base.pop(stage, None)  # another notebook has other parameters
     return _merge(base, values), {**base_lines, **lines}
 
 # %% ../nbs/00_core.ipynb #aea753bf

@@ -400,13 +400,13 @@ def make_verdict(
     v["missing"] = {c["name"]: missing(gated, c["name"]) for c in candidates}
     return v | dict(sentence=sentence(v, candidates, samples, level))
 
-# %% ../nbs/38_evaluate.ipynb #0b4c2e69
+# %% ../nbs/38_evaluate.ipynb #7db38a2e
 def _bins(values, names=4):
     "Equally full bins of a numeric column as readable labels."
     import pandas as pd
     cut = pd.qcut(values, names, duplicates="drop")
     if not len(cut.cat.categories): return values.map(plain)
-    return cut.map(lambda b: f"{plain(max(b.left, values.min()))} to {plain(b.right)}")
+    return cut.map(lambda b: f"{plain(max(b.left, values.min()))} to {plain(b.right)}", na_action="ignore")
 
 def _calendar(frame):
     "Month and hour of the moment of prediction, where the test split has more than one."

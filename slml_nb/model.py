@@ -318,19 +318,20 @@ def load_model(
     if spec.get("kind") not in KINDS: raise SlmlError(f"there is no kind of model '{spec.get('kind')}'", str(path), suggest(str(spec.get("kind")), KINDS))
     return KINDS[spec["kind"]](spec, Path(folder), threads)
 
-# %% ../nbs/30_model.ipynb #975b9b5a
+# %% ../nbs/30_model.ipynb #ce89b17d
 class Rule(Model):
     "One SQL expression over the features, run by DuckDB."
 
     def load(self):
         "Read what `model.json` does not hold."
         self.expression, self.fallback, self.odds = self.spec["expression"], self.spec["fallback"], self.spec.get("odds", {})
+        self.texts = self.spec.get("texts", [])
         self.con = None if self.expression.strip('"') in self.features else answering_connection()
 
     def answers(self, columns: dict) -> list:
         "What the expression says of each row; None where it has no answer."
         if self.con is None: return [v if v is not None and v == v else None for v in columns[self.features[0]]]
-        return evaluate_rule(self.con, self.expression, {c: columns[c] for c in self.features}, length(columns), self.spec["texts"])
+        return evaluate_rule(self.con, self.expression, {c: columns[c] for c in self.features}, length(columns), self.texts)
 
     def many(self, columns: dict) -> np.ndarray:
         "Predict for arrays."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DIGITS', 'SPLITS', 'FEW', 'row_hash', 'hash_cut', 'check_shares', 'check_key', 'hash_split', 'few', 'check_time',
            'check_cuts', 'time_cuts', 'time_split', 'make_splits', 'split_counts', 'ks_distance', 'ks_p',
-           'label_distance', 'chi2_p', 'resemblance', 'split_table', 'findings', 'unseen_classes', 'draw_over_time',
-           'draw_target_by_split']
+           'label_distance', 'chi2_p', 'resemblance', 'beside', 'split_table', 'findings', 'unseen_classes',
+           'draw_over_time', 'draw_target_by_split']
 
 # %% ../nbs/15_sample.ipynb #d699be50
 import datetime, math
@@ -158,7 +158,7 @@ def time_split(
     t, at = ident(time), {k: f"{literal(v)}::{kind}" for k, v in cuts.items()}
     return f"select row_id, case when {t} < {at['valid']} then 'train' when {t} < {at['test']} then 'valid' else 'test' end as split from {ident(table)} where {t} is not null"
 
-# %% ../nbs/15_sample.ipynb #2e61eb0f
+# %% ../nbs/15_sample.ipynb #a386db6a
 def make_splits(
     con,
     table: str,
@@ -180,7 +180,7 @@ def make_splits(
     else:
         if cuts: raise SlmlError("cuts are moments, and the split is by hash", "sample", "set by: time, or leave out cuts")
         query, how = hash_split(con, table, shares, key, salt), dict(by="hash", key=key)
-    if fraction < 1: query = f"select s.* from ({query}) s join {ident(table)} using (row_id) where {row_hash(key, salt + ' fraction')} < {literal(hash_cut(fraction))}"
+    if fraction < 1: query = f"select s.* from ({query}) s where row_id in (select row_id from {ident(table)} where {row_hash(key, salt + ' fraction')} < {literal(hash_cut(fraction))})"
     return f"{query} order by row_id", {**how, "fraction": fraction}
 
 # %% ../nbs/15_sample.ipynb #4ea93b56
@@ -278,7 +278,15 @@ def resemblance(
     for r in out: r["differs"] = bool(r["distance"] > drift_above and r["p"] < 0.01 / len(out))
     return sorted(out, key=lambda r: -r["distance"])
 
-# %% ../nbs/15_sample.ipynb #1e368c46
+# %% ../nbs/15_sample.ipynb #01b212f3
+def beside(
+    table: str,
+    splits: str,
+) -> str:  # SQL behind FROM: the rows, with their split as "slml split" (a column of the data may be called split)
+    "Each row beside its split."
+    return f'{ident(table)} join (select row_id, split as "slml split" from {ident(splits)}) using (row_id)'
+
+
 def split_table(
     con,
     table: str,
@@ -292,7 +300,7 @@ def split_table(
     what = {"target mean": f"round(avg({y}), 4)", "target median": f"median({y})"}
     if problem["task"] != "regression": what = {"most frequent class": "any_value(m)", "its share": f"round(avg(({y}::VARCHAR = m)::INTEGER), 4)"}
     if time: what = {"from": f"min({ident(time)})::VARCHAR", "to": f"max({ident(time)})::VARCHAR", **what}
-    found = {r[0]: r[1:] for r in con.execute(f"""with j as (select t.*, s.split as "slml split" from {ident(table)} t join {ident(splits)} s using (row_id))
+    found = {r[0]: r[1:] for r in con.execute(f"""with j as (from {beside(table, splits)})
         select "slml split", {', '.join(what.values())} from j, (select mode({y}::VARCHAR) as m from j) group by 1""").fetchall()}
     return pd.DataFrame([{"split": k, "rows": counts[k], "share": f"{counts[k] / max(t, 1):.1%}", **dict(zip(what, found.get(k, [None] * len(what))))} for k in SPLITS])
 
@@ -319,7 +327,7 @@ def findings(
     elif min(counts["test"], counts["train"]) >= 30: out.append(("info", f"The test resembles the rest in all {len(compared)} columns compared."))
     return out
 
-# %% ../nbs/15_sample.ipynb #fee69fd9
+# %% ../nbs/15_sample.ipynb #462f44e3
 def unseen_classes(
     con,
     table: str,
@@ -329,18 +337,18 @@ def unseen_classes(
     "Classes that occur in the test and never in training."
     if problem["task"] == "regression": return []
     y = f"{ident(problem['target'])}::VARCHAR"
-    part = lambda s: f"select {y} from {ident(table)} join {ident(splits)} using (row_id) where split = '{s}'"
+    part = lambda s: f"select {y} from {beside(table, splits)} where \"slml split\" = '{s}'"
     return [r[0] for r in con.execute(f"({part('test')}) except ({part('train')}) order by 1").fetchall()]
 
-# %% ../nbs/15_sample.ipynb #93b963a4
+# %% ../nbs/15_sample.ipynb #3009d8f8
 def draw_over_time(ax, con, table: str, splits: str, time: str, colours: list):
     "Rows per split over time, in sixty steps; the first and the last hold what lies further out."
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     t = ident(time)
     low, high = con.execute(f"select epoch(quantile_disc({t}, 0.001)), epoch(quantile_disc({t}, 0.999)) from {ident(table)}").fetchall()[0]
     step = (high - low) / 60 or 1.0
-    found = con.execute(f"""select split, greatest(0, least(59, floor((epoch({t}) - {low}) / {step}))), count(*)
-        from {ident(table)} join {ident(splits)} using (row_id) where {t} is not null group by all""").fetchall()
+    found = con.execute(f"""select "slml split", greatest(0, least(59, floor((epoch({t}) - {low}) / {step}))), count(*)
+        from {beside(table, splits)} where {t} is not null group by all""").fetchall()
     at = lambda b: datetime.datetime.fromtimestamp(low + (b + 0.5) * step, datetime.timezone.utc)
     base = {}
     for k, colour in zip(SPLITS, colours):
@@ -356,7 +364,7 @@ def draw_over_time(ax, con, table: str, splits: str, time: str, colours: list):
 
 def draw_target_by_split(ax, con, table: str, splits: str, problem: dict, colours: list):
     "The target within each split: shares of the classes, or the outline of the distribution between its 1 % and 99 % quantiles."
-    y, j = ident(problem["target"]), f"{ident(table)} join {ident(splits)} using (row_id)"
+    y, j = ident(problem["target"]), beside(table, splits)
     if problem["task"] == "regression":
         low, high = map(float, con.execute(f"select quantile_disc({y}, [0.01, 0.99]) from {j}").fetchall()[0][0])
         step = (high - low) / 30 or 1.0
@@ -365,7 +373,7 @@ def draw_target_by_split(ax, con, table: str, splits: str, problem: dict, colour
     else:
         at = [r[0] for r in con.execute(f"select {y}::VARCHAR from {j} group by 1 order by count(*) desc, 1 limit 10").fetchall()]
         bins, names = f"{y}::VARCHAR", [a[:16] for a in at]
-    found = {(s, b): n for s, b, n in con.execute(f"select split, {bins}, count(*) from {j} group by all").fetchall()}
+    found = {(s, b): n for s, b, n in con.execute(f'select "slml split", {bins}, count(*) from {j} group by all').fetchall()}
     for i, (k, colour) in enumerate(zip(SPLITS, colours)):
         total = sum(n for (s, _), n in found.items() if s == k)
         share = [100 * found.get((k, a), 0) / max(total, 1) for a in at]

@@ -1,0 +1,30 @@
+"""Every stage notebook under the plain `papermill` command, Papermill's own engine, its parameters given by hand."""
+import json, subprocess, sys
+from pathlib import Path
+
+from slml_nb.core import load_params, mask
+from slml_nb.graph import plan
+from slml_nb.stage import made_in, sample_folder, shipped_notebooks
+
+root, bin = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
+MACHINE = {"p50_ms", "p99_ms", "seconds", "usd_per_1000"}  # measured, so never the same twice
+
+
+def test_the_lifecycle_by_hand(tmp_path):
+    "Twelve commands in a row make what `slml run` made: the same artifacts, with the same columns and as many rows."
+    graph, values = plan(load_params(root / "params" / "sample.yaml"))
+    books = shipped_notebooks()
+    assert len(graph.order) >= 12
+    for stage in graph.order:
+        given = json.dumps({**mask(values[stage]), "run": str(tmp_path)})
+        done = subprocess.run([bin / "papermill", books[stage], tmp_path / f"{stage}.ipynb", "-y", given, "--no-progress-bar"], cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, f"{stage}: {done.stderr[-2000:]}"
+    by_hand, sample = made_in(tmp_path), made_in(sample_folder())
+    assert set(by_hand) == set(sample), "slml_nb/sample is stale: make sample"
+    for name, record in by_hand.items():
+        kept = sample[name]
+        assert (record["kind"], record.get("columns")) == (kept["kind"], kept.get("columns")), f"{name}: slml_nb/sample is stale: make sample"
+        if name in ("raw", "clean", "splits", "features"): assert record["rows"] == kept["rows"], name
+    verdicts = [json.loads((Path(m["verdict"]["root"]) / m["verdict"]["file"]).read_text()) for m in (by_hand, sample)]
+    assert verdicts[0]["rows_test"] == verdicts[1]["rows_test"]
+    assert (tmp_path / "report.html").is_file()

@@ -254,7 +254,7 @@ def _keep(run: Run, store, stage: str, key: str) -> dict:
     shutil.rmtree(place / "out", ignore_errors=True)
     return made
 
-# %% ../nbs/06_run.ipynb #17c1258d
+# %% ../nbs/06_run.ipynb #82812dfd
 def why_again(
     run: Run,
     stage: str,
@@ -297,7 +297,7 @@ def run_stage(
 def _make(run: Run, store, node: Node, parameters: dict, key: str, emit) -> dict:
     "Execute a stage's notebook and keep what it made."
     stage, place = node.stage, run.folder / node.stage
-    atomic_write(place / "context.json", json.dumps(node.front))
+    atomic_write(place / "context.json", json.dumps({**node.front, "types": {n: p.type for n, p in node.schema.items()}}))
     limit = node.front.get("timeout")
     def _on_cell(done, total): emit(type="cell", stage=stage, done=done, total=total)
     meter = run_notebook(node.source, place / "notebook.ipynb", {**parameters, **({"run": str(run.folder)} if "run" in node.schema else {})},

@@ -1,5 +1,5 @@
 """Every stage notebook under the plain `papermill` command, Papermill's own engine, its parameters given by hand."""
-import json, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 from slml_nb.core import load_params, mask
@@ -28,3 +28,15 @@ def test_the_lifecycle_by_hand(tmp_path):
     verdicts = [json.loads((Path(m["verdict"]["root"]) / m["verdict"]["file"]).read_text()) for m in (by_hand, sample)]
     assert verdicts[0]["rows_test"] == verdicts[1]["rows_test"]
     assert (tmp_path / "report.html").is_file()
+
+
+def test_parameters_that_arrive_as_text(tmp_path):
+    "As a remote job sends them: `-r` makes each a string. The declared types make numbers of them again, or refuse."
+    books = shipped_notebooks()
+    def sample(**given):
+        words = [w for k, v in given.items() for w in ("-r", k, v)]
+        return subprocess.run([bin / "papermill", books["sample"], tmp_path / "o.ipynb", *words, "--no-progress-bar"], cwd=root, capture_output=True, text=True, env={**os.environ, "IN_TEST": "1"})
+    done = sample(fraction="0.5", shares='{"train": 0.8, "valid": 0.1, "test": 0.1}', key="flight, tailnum")
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = sample(fraction="half")
+    assert done.returncode != 0 and "fraction is 'half', but it is declared float: give a number" in done.stderr

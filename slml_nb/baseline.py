@@ -6,13 +6,12 @@
 __all__ = ['constant_rule', 'one_hot', 'ridge', 'least_absolute', 'linear_scores', 'logistic', 'fit_linear', 'tree_parameters',
            'boost', 'fit_trees', 'fit_baselines', 'compare', 'draw_trees', 'remarks']
 
-# %% ../nbs/31_baseline.ipynb #dfe6136a
+# %% ../nbs/31_baseline.ipynb #47c83440
 import os, time
 from pathlib import Path
 import numpy as np
 from .core import SlmlError
-from .model import (Encoder, better, direction, fit_encoding, load_model, metrics_of, prediction_table, read_split,
-                           save_linear, save_rule, save_trees, softmax)
+from .model import Encoder, better, fit_encoding, load_model, metrics_of, save_linear, save_rule, save_trees, softmax
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when LightGBM loads
 
 # %% ../nbs/31_baseline.ipynb #13cdabca
@@ -222,7 +221,7 @@ def fit_baselines(
     lap("trees")
     return {"rule": load_model(folder / "rule").predict, "linear": linear, "trees": boosted}, learnt, seconds
 
-# %% ../nbs/31_baseline.ipynb #2cc78df1
+# %% ../nbs/31_baseline.ipynb #0bbc568f
 def compare(
     says: dict,  # candidate -> predict
     task: str, metric: str,
@@ -240,7 +239,7 @@ def compare(
         rows.append({"candidate": name, **{k: round(v, 4) for k, v in sorted(m.items(), key=lambda kv: kv[0] != metric)}, "seconds": round(seconds[name], 2), "kB": round(size / 1e3, 1)})
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/31_baseline.ipynb #b5444c97
 def draw_trees(
     axes,  # two matplotlib axes
     learnt: dict,  # from `fit_trees`

@@ -35,14 +35,16 @@ class Outcome:
     value: object = None  # for machines: printed with --json
     code: int = DONE
 
-# %% ../nbs/61_cli.ipynb #4120a459
+# %% ../nbs/61_cli.ipynb #a1eb7be0
 COMMANDS = {}  # {name: (function, sentence, arguments)}
 
 
 def arg(
     *flags,  # as argparse wants them: "params", or "-p", "--param"
     **options,  # of argparse's `add_argument`
-): return flags, options
+):
+    "One argument of a command: its flags and its options."
+    return flags, options
 
 
 def command(
@@ -50,10 +52,10 @@ def command(
     *arguments,  # each from `arg`
 ):
     "Make a function a subcommand of `slml`, under its own name."
-    def keep(function):
+    def _keep(function):
         COMMANDS[function.__name__.removesuffix("_command")] = (function, sentence, arguments)
         return function
-    return keep
+    return _keep
 
 # %% ../nbs/61_cli.ipynb #c4e28404
 def duration(
@@ -112,7 +114,7 @@ def stage_line(
     tail = {"made": counted(line.metrics), "skipped": line.why}.get(line.state, "")
     return f"{head} {line.state:<8}{duration(line.seconds) if line.state in ('made', 'failed') else '':>10}  {tail}".rstrip()
 
-# %% ../nbs/61_cli.ipynb #fc7751e2
+# %% ../nbs/61_cli.ipynb #f613a16c
 class Progress:
     "Draws the runner's events: a block of lines that is redrawn on a terminal, a line per finished stage elsewhere."
 
@@ -134,15 +136,25 @@ class Progress:
             self.draw()
 
     def on_plan(self, event):
+        "A line per stage, and a clock that ticks."
         self.lines = {s["stage"]: Line(s["stage"]) for s in event["stages"] if s.get("state") != "skipped"}
         if self.live is None: self.live = self.out.isatty() and shutil.get_terminal_size().lines > len(self.lines) + 2
         if self.live: threading.Thread(target=self.tick, daemon=True).start()
 
-    def on_start(self, event): self.update(event, state="running", started=time.monotonic())
-    def on_cell(self, event): self.update(event, done=event["done"], total=event["total"])
-    def on_finish(self, event): self.over.set()
+    def on_start(self, event):
+        "The stage runs."
+        self.update(event, state="running", started=time.monotonic())
+
+    def on_cell(self, event):
+        "One cell further."
+        self.update(event, done=event["done"], total=event["total"])
+
+    def on_finish(self, event):
+        "The run is over."
+        self.over.set()
 
     def on_end(self, event):
+        "The stage is over; without a terminal, this is its one line."
         line = self.update(event, state=event["state"], seconds=event.get("seconds") or 0, why=event.get("why") or "", metrics=event.get("metrics") or {})
         if not self.live: print(stage_line(line, self.wide), file=self.out, flush=True)
 
@@ -253,7 +265,7 @@ def _short(path) -> str:
     try: return str(Path(path).resolve().relative_to(Path.cwd()))
     except ValueError: return str(path)
 
-# %% ../nbs/61_cli.ipynb #1ed97f9e
+# %% ../nbs/61_cli.ipynb #e44645b2
 @command("run a parameter set, from raw rows to report",
          arg("params", metavar="PARAMS", help="parameter set, a YAML file"),
          arg("-p", "--param", action="append", metavar="STAGE.NAME=VALUE", help="set one parameter for this run; may be repeated"),
@@ -266,10 +278,10 @@ def run_command(args) -> Outcome:
     overrides = overrides_of(args.param)
     from slml_nb.run import execute
     progress, plan = Progress(), []
-    def on_event(event):
+    def _on_event(event):
         if event["type"] == "plan": plan[:] = event["stages"]
         if not args.json and not args.dry_run: progress(event)
-    try: record = execute(args.params, overrides, args.start, args.stop, args.workers, args.dry_run, on_event)
+    try: record = execute(args.params, overrides, args.start, args.stop, args.workers, args.dry_run, _on_event)
     finally: progress.close()
     if args.dry_run: return Outcome(plan_text(plan), {"plan": plan})
     outcome = finished(record)
@@ -382,7 +394,7 @@ def serve_command(args) -> Outcome:
     serve(package, host=args.host, port=args.port)
     return Outcome()
 
-# %% ../nbs/61_cli.ipynb #83fa2b4b
+# %% ../nbs/61_cli.ipynb #d679c594
 def as_ingested(
     run: Path,  # folder of a run
     file: str,  # as typed
@@ -396,12 +408,12 @@ def as_ingested(
     given, con = load_run(run)["parameters"].get("ingest", {}), connect()
     how = How(**{k: given[k] for k in ("delimiter", "encoding", "header", "skip") if k in given})
     if "nulls" in given: how.nulls = tuple(n.lower() for n in {"", *given["nulls"]})
-    def read(place, **more): return read_table(con, "", [place_of(file)], folder / place, how, **more)
-    found = {c.name: c.reading for c in read("first").columns}
+    def _read(place, **more): return read_table(con, "", [place_of(file)], folder / place, how, **more)
+    found = {c.name: c.reading for c in _read("first").columns}
     settled = {c["name"]: {"text": "VARCHAR"}.get(c["reading"], c["reading"]) for c in _made_json(run, "ingest_report")["columns"]}
     types = {n: r for n, r in settled.items() if found.get(n, "as stored") != "as stored" and (r in READINGS or r == "VARCHAR")}
     types |= {n: t for n, t in given.get("types", {}).items() if n in found}
-    table = read("again", types=types, columns={n: sql for n, sql in given.get("columns", {}).items() if set(columns_of(sql)) <= set(found)})
+    table = _read("again", types=types, columns={n: sql for n, sql in given.get("columns", {}).items() if set(columns_of(sql)) <= set(found)})
     to_parquet(con, f"select * exclude (row_id, source) from ({table.query}) order by row_id", folder / "typed.parquet")
     return folder / "typed.parquet", [r for f in table.files for r in f.rejects]
 
@@ -485,10 +497,11 @@ def doctor_command(args) -> Outcome:
     text.append(f"\n{len(bad)} thing{'s' if len(bad) > 1 else ''} to mend" if bad else "\neverything is here")
     return Outcome("\n".join(text), [vars(c) for c in checks], FAILED if bad else DONE)
 
-# %% ../nbs/61_cli.ipynb #4e914321
+# %% ../nbs/61_cli.ipynb #b13782a2
 class _Parser(argparse.ArgumentParser):
     "An argument parser that suggests."
     def error(self, message):
+        "Say what is wrong, with the closest command."
         if "invalid choice:" in message:
             typed = message.split("'")[1]
             message = f"there is no command '{typed}': {suggest(typed, COMMANDS)}"

@@ -10,15 +10,13 @@ __all__ = ['AVERAGES', 'LOSSES', 'QUALITY', 'LABELS', 'UNITS', 'METRICS', 'avera
            'sentence', 'make_verdict', 'slice_columns', 'slice_table', 'model_folders', 'quality', 'operating', 'speed',
            'days', 'warnings_of', 'draw_candidates', 'draw_errors', 'draw_calibration', 'leaderboard_table']
 
-# %% ../nbs/38_evaluate.ipynb #2a46855d
+# %% ../nbs/38_evaluate.ipynb #c8c7b795
 import json, math, time
 from pathlib import Path
-from typing import Literal
-
 from .core import SlmlError, suggest
 from .model import classification_metrics, direction, load_model, regression_metrics
 
-# %% ../nbs/38_evaluate.ipynb #7caa8e4f
+# %% ../nbs/38_evaluate.ipynb #2e1a6b5e
 def _log_loss(y, p):
     import numpy as np
     eps = np.finfo(float).eps
@@ -37,40 +35,40 @@ def average(
     size=None,  # rows of each unit; None: every unit is one row
 ):              # function of counts (resamples, units) -> metric (resamples,)
     "A metric that is an average over rows (rmse: its root), as a function of counts."
-    def of(w):
+    def _of(w):
         mean = w @ loss / (w.sum(1) if size is None else w @ size)
         return mean ** .5 if metric == "rmse" else mean
-    return of
+    return _of
 
-# %% ../nbs/38_evaluate.ipynb #52081893
+# %% ../nbs/38_evaluate.ipynb #2164d6a6
 def _r2(y, p):
     y, e = y - y.mean(), (y - p)**2
-    def of(w):
+    def _of(w):
         n = w.sum(1)
         return 1 - w @ e / (w @ y**2 - (w @ y)**2 / n)
-    return of
+    return _of
 
 def _f1_macro(y, p):
     import numpy as np
     truth, said = np.eye(p.shape[1])[y], np.eye(p.shape[1])[p.argmax(1)]
-    def of(w):
+    def _of(w):
         both = w @ truth + w @ said          # a class in neither truth nor prediction is left out
         return np.nanmean(np.where(both > 0, 2 * (w @ (truth * said)) / both, np.nan), axis=1)
-    return of
+    return _of
 
-# %% ../nbs/38_evaluate.ipynb #d6d6e77a
+# %% ../nbs/38_evaluate.ipynb #5905e7f1
 def _auc(hit, score):   # hit: is the row of the class; score: its probability
     import numpy as np
     order = np.argsort(score, kind="stable")
     hit = hit[order].astype(float)
     runs = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0])    # where each run of equal scores starts
-    def of(w):
+    def _of(w):
         w = w[:, order]
         yes = np.add.reduceat(w * hit, runs, axis=1)
         no = np.add.reduceat(w, runs, axis=1) - yes
         wins = (yes * (np.cumsum(no, axis=1) - no / 2)).sum(1)
         return wins / (yes.sum(1) * no.sum(1))
-    return of
+    return _of
 
 def _roc_auc(y, p):
     import numpy as np
@@ -78,7 +76,7 @@ def _roc_auc(y, p):
     each = [_auc(y == k, p[:, k]) for k in range(p.shape[1]) if 0 < (y == k).sum() < len(y)]
     return lambda w: np.nanmean([of(w) for of in each], axis=0) if each else np.full(len(w), np.nan)
 
-# %% ../nbs/38_evaluate.ipynb #41911a9c
+# %% ../nbs/38_evaluate.ipynb #e6842f23
 def weighted_metric(
     metric,  # name: mae, mse, rmse, r2 | log_loss, accuracy, brier, f1_macro, roc_auc
     y,       # truth: numbers (rows,), or index of the class (rows,)
@@ -89,9 +87,9 @@ def weighted_metric(
     others = dict(r2=_r2, f1_macro=_f1_macro, roc_auc=_roc_auc)
     if metric not in AVERAGES | others: raise SlmlError(f"no metric is called '{metric}'{suggest(metric, [*AVERAGES, *others])}", "problem", "set metric: in the parameter set")
     plain_of = average(metric, AVERAGES[metric](y, p)) if metric in AVERAGES else others[metric](y, p)
-    def of(w):
+    def _of(w):
         with np.errstate(divide="ignore", invalid="ignore"): return plain_of(w)
-    return of
+    return _of
 
 # %% ../nbs/38_evaluate.ipynb #9b62cdda
 def resample_counts(
@@ -173,7 +171,7 @@ def frozen_test(
     y = frame.target.map({c: i for i, c in enumerate(labels)}).to_numpy(int)
     return frame, y, {name: np.hstack([p.reshape(len(frame), -1), unseen]) for name, p in predictions.items()}
 
-# %% ../nbs/38_evaluate.ipynb #763d873c
+# %% ../nbs/38_evaluate.ipynb #7e5dcd56
 LOSSES = dict(regression=("mae", "rmse", "mse"), classification=("log_loss", "error_rate", "brier"))
 
 def finite(x):
@@ -195,10 +193,10 @@ def improvements(
     candidates,   # dicts with kind, name and metrics
 ) -> dict:        # {candidate: {"over_rule": {loss: share}, "over_weak": {...}}}
     "Improvement of every candidate over the rule and over the weak baseline."
-    def loss(c, name): return None if c is None else (1 - c["accuracy"] if name == "error_rate" and c["accuracy"] is not None else c.get(name))
+    def _loss(c, name): return None if c is None else (1 - c["accuracy"] if name == "error_rate" and c["accuracy"] is not None else c.get(name))
     by = {c["kind"]: c for c in reversed(candidates)}
     against = dict(over_rule=by.get("rule"), over_weak=by.get("linear"))
-    return {c["name"]: {over: {m: improvement(m, loss(c, m), loss(ref, m)) for m in LOSSES[task]} for over, ref in against.items()}
+    return {c["name"]: {over: {m: improvement(m, _loss(c, m), _loss(ref, m)) for m in LOSSES[task]} for over, ref in against.items()}
             for c in candidates}
 
 # %% ../nbs/38_evaluate.ipynb #c82f8f7b
@@ -328,11 +326,11 @@ def is_share(r) -> bool:
     "Is the requirement read as a percentage?"
     return r["name"].startswith("improvement") or r.get("unit") == "share"
 
-# %% ../nbs/38_evaluate.ipynb #851c17ad
+# %% ../nbs/38_evaluate.ipynb #b4fd2932
 def missing(gated, name) -> list[str]:
     "What a candidate lacks: one phrase a requirement it does not meet."
-    def said(r, v): return "not measured" if v is None else percent(v, 1) if is_share(r) else plain(v)
-    return [f"{requirement_words(r)} (is {said(r, r['values'][name]['value'])})" for r in gated if not r["values"][name]["met"]]
+    def _said(r, v): return "not measured" if v is None else percent(v, 1) if is_share(r) else plain(v)
+    return [f"{requirement_words(r)} (is {_said(r, r['values'][name]['value'])})" for r in gated if not r["values"][name]["met"]]
 
 def next_rung(v, candidates, samples, level) -> str:
     "What the best candidate would buy beyond the chosen one."

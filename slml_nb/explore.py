@@ -33,7 +33,7 @@ def table_columns(
     "The columns that hold data."
     return {r[0]: r[1] for r in con.execute(f"describe {ident(table)}").fetchall() if r[0] not in BOOKKEEPING}
 
-# %% ../nbs/12_explore.ipynb #cbd067e9
+# %% ../nbs/12_explore.ipynb #fb593011
 def check_target(
     con,
     table: str,
@@ -43,11 +43,11 @@ def check_target(
     target, types, time = problem["target"], table_columns(con, table), problem.get("time")
     if time and time not in types: raise SlmlError(f"the time '{time}' is not a column of the data", "explore", f"{suggest(time, types)}; correct time:, or leave it empty")
     if target not in types: raise SlmlError(f"the target '{target}' is not a column of the data", "explore", f"{suggest(target, types)}; correct target:")
-    if problem["task"] == "regression" and kind_of(types[target]) != "number":
-        raise SlmlError(f"the target '{target}' is {types[target]}, and a regression needs a number", "explore", "set task: classification, or clean the column at ingest")
     known = known_sql(target, types[target])
     n, distinct, example = con.execute(f"select count({known}), count(distinct {known}), any_value({known})::VARCHAR from {ident(table)}").fetchall()[0]
     if n == 0: raise SlmlError(f"the target '{target}' is empty in every row: nothing to predict", "explore", "name another target: or load rows whose outcome is known")
+    if problem["task"] == "regression" and kind_of(types[target]) != "number":
+        raise SlmlError(f"the target '{target}' is {types[target]}, and a regression needs a number", "explore", "set task: classification, or clean the column at ingest")
     if distinct == 1:
         raise SlmlError(f"the target '{target}' is constant: nothing to predict (always {example})", "explore", "name another target: or load rows with other outcomes")
     return n

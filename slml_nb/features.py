@@ -341,7 +341,7 @@ def _parts(con, query, column, kind) -> dict:
     counts = con.execute(f"select {', '.join(f'count(distinct {p})' for p in parts.values())} from ({query})").fetchall()[0]
     return {name: f"CAST({sql} AS DOUBLE)" for (name, sql), n in zip(parts.items(), counts) if n > 1}
 
-# %% ../nbs/20_features.ipynb #f8c8af3c
+# %% ../nbs/20_features.ipynb #81719f9e
 def choose_features(
     con,  # DuckDB connection with `rows` and `splits`
     problem: dict,
@@ -360,7 +360,9 @@ def choose_features(
     skip = {c.lower() for c in (*refused, *drop, *features)}
     train = "select * from rows where row_id in (select row_id from splits where split = 'train')"
     found, notes = found_features(con, train, {c: t for c, t in types.items() if c.lower() not in skip}, features, max_categories) if automatic else ([], [])
-    if not chosen + found: raise SlmlError("no feature is left", "features", "write one in features:, or set automatic: true and drop less")
+    if not chosen + found:
+        why = [f"'{c}': {w}" for c, w in refused.items() if c in types and c not in ("row_id", "source", problem["target"])] + [text for _, text in notes]
+        raise SlmlError(f"no feature is left ({'; '.join(why[:8]) or 'there is no column beside the target'})", "features", "write one in features:, or set automatic: true and drop or ignore less")
     return chosen + found, notes
 
 

@@ -482,7 +482,7 @@ def _json_rows(con, path: Path, out: Path, array: bool) -> tuple[int, list]:
         return to_parquet(con, "select " + ", ".join(f"{ident(n)}::JSON ->> '$' as c{i}" for i, n in enumerate(names)) + f" from {table}", out), names
     except duckdb.Error: return -1, []
 
-# %% ../nbs/11_ingest.ipynb #d578ca53
+# %% ../nbs/11_ingest.ipynb #2e4e05e2
 def _sift_json(path: Path, out: Path) -> tuple[int, list]:
     "Write the lines that are JSON objects to `out`; their number, and the rejects."
     import json
@@ -496,6 +496,21 @@ def _sift_json(path: Path, out: Path) -> tuple[int, list]:
             else: kept += g.write(line.rstrip(b"\r\n") + b"\n") > 0
     return kept, rejects
 
+# %% ../nbs/11_ingest.ipynb #cbdc7af9
+def _unfold(con, path: Path, names: list[str], deepest: int = 4, most: int = 100) -> list[tuple[str, str]]:
+    "The name and SQL of each column of a Parquet file of text c0, c1, …; objects are unfolded."
+    under = lambda key: '$."' + key + '"'
+    table, todo, out = f"read_parquet({literal(str(path))})", [(n, f"c{i}", 0) for i, n in enumerate(names)], []
+    while todo:
+        name, sql, depth = todo.pop(0)
+        value, keys = f"case when left({sql}, 1) = '{{' and json_valid({sql}) then {sql}::JSON end", []
+        n, objects = con.execute(f"select count({sql}), count({value}) from {table}").fetchall()[0]
+        if n and objects == n and depth < deepest:
+            keys = [r[0] for r in con.execute(f"select k from (select unnest(json_keys({value})) as k from {table}) group by k order by count(*) desc, k").fetchall()]
+        if not 0 < len(keys) <= most or any('"' in k or "\\" in k for k in keys): out.append((name, sql)); continue
+        todo[:0] = [(f"{name}.{k}", f"json_extract_string({value}, {literal(under(k))})", depth + 1) for k in keys]
+    return out
+
 
 def read_jsonl(con, name: str, path: Path, how: How, folder: Path) -> File:  # every column as text
     "Read JSON lines, or one array of objects; set aside what cannot be read."
@@ -508,7 +523,12 @@ def read_jsonl(con, name: str, path: Path, how: How, folder: Path) -> File:  # e
         kept, file.rejects = _sift_json(path, file.path.with_suffix(".jsonl"))
         rows, names = _json_rows(con, file.path.with_suffix(".jsonl"), file.path, False) if kept else (0, [])
         if rows != kept: raise SlmlError(f"{kept:,} objects were counted, {rows:,} were read", name, "please report this file")
-    file.rows_in, file.rows, file.stored = rows + len(file.rejects), rows, [f"c{i}" for i in range(len(names))]
+    file.rows_in, file.rows = rows + len(file.rejects), rows
+    if rows and len(flat := _unfold(con, file.path, names)) != len(names):
+        nested, file.path = file.path, file.path.with_suffix(".flat.parquet")
+        to_parquet(con, f"select {', '.join(f'{sql} as c{i}' for i, (_, sql) in enumerate(flat))} from read_parquet({literal(str(nested))})", file.path)
+        names = [n for n, _ in flat]
+    file.stored = [f"c{i}" for i in range(len(names))]
     names, said = column_names(names)
     file.columns, file.notes = [(n, "VARCHAR") for n in names], [("warn", f"{name}: {s}") for s in said]
     _check_rejects(file, ["JSON lines"], How(encoding="utf-8"), None)
@@ -680,7 +700,7 @@ class Column:
     examples: list = field(default_factory=list)  # the 20 most frequent of them: [text, how often]
     notes: list = field(default_factory=list)  # [(level, sentence)]
 
-# %% ../nbs/11_ingest.ipynb #16209a21
+# %% ../nbs/11_ingest.ipynb #4d2f3629
 def infer(
     con,  # DuckDB connection
     table: str,  # SQL of a table or subquery
@@ -706,7 +726,7 @@ def infer(
     column.examples = [list(r) for r in con.execute(f"select v, n from slml_values where not token and ({column.sql.replace('{v}', 'v')}) is null order by n desc, v limit 20").fetchall()]
     return column
 
-
+# %% ../nbs/11_ingest.ipynb #597fddb8
 def _try_units(con, column: Column, total: int):
     "Read numbers with a unit, or say why not."
     sql, unit, units = _unit_reading(con)

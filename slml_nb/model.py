@@ -578,7 +578,7 @@ class TreeScorer:
             for i, root in enumerate(self.roots): deal(root, looks, total[start:start + block, i % self.outputs])
         return total
 
-# %% ../nbs/30_model.ipynb #bb2e1e46
+# %% ../nbs/30_model.ipynb #c7a219ac
 def one_slots(
     slots: list,  # (feature, slot)
     row: list,  # of raw values
@@ -600,7 +600,7 @@ def category_codes(
     "Codes as integers."
     return np.where(np.isnan(x), -1, x).astype(np.int64)
 
-
+# %% ../nbs/30_model.ipynb #62d48e8b
 def deal(
     root,  # nested tuples
     looks: list,  # (n,) array per slot
@@ -707,7 +707,7 @@ def save_network(
     "Keep a network as ONNX."
     return save_model(folder, {**spec, "kind": "network"}, onnx=onnx)
 
-# %% ../nbs/30_model.ipynb #f55f488b
+# %% ../nbs/30_model.ipynb #b544405b
 def read_columns(
     con,  # DuckDB connection
     query: str,  # a SELECT
@@ -740,7 +740,7 @@ def read_split(
     if not known.any(): raise SlmlError(f"the {split} split has no row whose target is known", "features", "give the sample stage a larger share for it")
     return {k: v[known] for k, v in columns.items()}, y[known]
 
-
+# %% ../nbs/30_model.ipynb #4be377a2
 def prediction_table(
     candidate: str,  # name of the model
     row_id,  # (n,)

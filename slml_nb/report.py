@@ -175,7 +175,7 @@ def when(t) -> str:
     at = _moment(t)
     return f"{at.day} {at:%B %Y, %H:%M}" + (f" {at.tzname()}" if at.tzinfo else "") if at else "no date"
 
-# %% ../nbs/50_report.ipynb #78580e76
+# %% ../nbs/50_report.ipynb #09330dbb
 def _kept(r, value):
     "Value of a requirement as text, with the decimals of its row."
     if is_share(r): return percent(value, 1)
@@ -186,16 +186,16 @@ def requirement_matrix(v) -> str:
     if not v: return ""
     if not v["requirements"]: return "<p>No requirement was set. Add <code>requirements:</code> to the parameter set, and this page checks every candidate against them.</p>"
     names = [c["name"] for c in v["candidates"]]
-    def mark(r, n):
+    def _mark(r, n):
         x = r["values"][n]
         cls, sign, said = ("ok", "✓", "met") if x["met"] else ("no", "✗", "not met")
         return Cell(f'<td class="num {cls}{" chosen" if n == v["candidate"] else ""}">{esc(_kept(r, x["value"]))} <span aria-label="{said}" role="img">{sign}</span></td>')
-    rows = [[Cell(f'<th scope="row">{esc(requirement_words(r))}</th>'), *[mark(r, n) for n in names]] for r in v["requirements"]]
+    rows = [[Cell(f'<th scope="row">{esc(requirement_words(r))}</th>'), *[_mark(r, n) for n in names]] for r in v["requirements"]]
     all_met = [Cell(f'<td class="num {"ok" if ok else "no"}"><strong>{"all" if ok else f"{k} of {len(rows)}"}</strong></td>')
                for n in names for k in [sum(r["values"][n]["met"] for r in v["requirements"])] for ok in [k == len(rows)]]
     return table(["Requirement", *names], rows + [[Cell('<th scope="row"><strong>meets</strong></th>'), *all_met]], cls="matrix")
 
-# %% ../nbs/50_report.ipynb #353e42cc
+# %% ../nbs/50_report.ipynb #c647af67
 def scale(v):
     "(low, high) of the drawing: all intervals and the requirement, with a little air."
     m = v["metric"]
@@ -222,28 +222,28 @@ def leaderboard(v) -> str:
     others = [m for m in ("mae", "rmse", "mse", "r2", "log_loss", "accuracy", "f1_macro", "roc_auc", "brier") if m != v["metric"] and any(c.get(m) is not None for c in v["candidates"])]
     costs = [m for m in ("p99_ms", "package_mb", "usd_per_1000") if any(c.get(m) is not None for c in v["candidates"])]
     axis = Cell(f'<span class="axis"><span>{plain(lo)}</span><span>{100 * v.get("level", .95):.0f} % interval</span><span>{plain(hi)}</span></span>')
-    def row(c):
+    def _row(c):
         pick = c["name"] == v["candidate"]
         return [Cell(f'<th scope="row"{" class=chosen" if pick else ""}>{esc(c["name"])}{" <small>chosen</small>" if pick else ""}</th>'), Cell(f'<td class="num"><strong>{number(c.get(v["metric"]), places(c.get("interval")))}</strong></td>'),
                 Cell(f'<td class="drawn">{interval_svg(c, v)}</td>'), *[c.get(m) for m in others], *[c.get(m) for m in costs]]
     heads = ["Candidate", short(v["metric"]), axis, *[short(m) for m in others], *[short(m) for m in costs]]
-    return table(heads, [row(c) for c in v["candidates"]], f"{v['rows_test']:,} frozen test rows, simplest candidate first; {'less' if v['direction'] == 'minimise' else 'more'} {METRICS.get(v['metric'], v['metric'])} is better{'; dashed: what is required' if any(r['name'] == v['metric'] for r in v['requirements']) else ''}", "board")
+    return table(heads, [_row(c) for c in v["candidates"]], f"{v['rows_test']:,} frozen test rows, simplest candidate first; {'less' if v['direction'] == 'minimise' else 'more'} {METRICS.get(v['metric'], v['metric'])} is better{'; dashed: what is required' if any(r['name'] == v['metric'] for r in v['requirements']) else ''}", "board")
 
 def short(metric) -> str:
     "A column title: MAE, R², p99 ms."
     return dict(r2="R²", log_loss="log loss", f1_macro="macro F1", roc_auc="ROC AUC", p99_ms="p99 ms", package_mb="MB", usd_per_1000="USD / 1,000", accuracy="accuracy", brier="Brier", error_rate="error rate").get(metric, metric.upper())
 
-# %% ../nbs/50_report.ipynb #cd7c6e40
+# %% ../nbs/50_report.ipynb #f937f71f
 def improvement_table(v) -> str:
     "Improvement over the rule and over the weak baseline: a bar to the right is better, to the left is worse."
     if not v or not v.get("improvement"): return ""
     losses = list(next(iter(v["improvement"].values()))["over_rule"])
-    def bar(x):
+    def _bar(x):
         if x is None: return Cell('<td class="num">–</td>')
         w = min(50, 50 * abs(x))
         drawn = f'<rect x="{50 if x >= 0 else 50 - w:.1f}%" y="1" height="8" width="{w:.1f}%" class="{"up" if x >= 0 else "down"}"/>' if x else ""
         return Cell(f'<td class="num gain"><svg height="10" aria-hidden="true"><line x1="50%" x2="50%" y1="0" y2="10" class="zero"/>{drawn}</svg><span>{percent(x)}</span></td>')
-    rows = [[Cell(f'<th scope="row">{esc(n)}</th>'), *[bar(over[k].get(m)) for k in ("over_rule", "over_weak") for m in losses]] for n, over in v["improvement"].items()]
+    rows = [[Cell(f'<th scope="row">{esc(n)}</th>'), *[_bar(over[k].get(m)) for k in ("over_rule", "over_weak") for m in losses]] for n, over in v["improvement"].items()]
     groups = f'<tr class="groups"><td></td><th colspan="{len(losses)}" scope="colgroup">better than the rule</th><th colspan="{len(losses)}" scope="colgroup">better than the linear model</th></tr>'
     return table(["Candidate", *[short(m) for m in losses * 2]], rows, "What each rung buys: the share of the loss that is gone", "gains", groups)
 
@@ -373,7 +373,7 @@ def finding_list(page) -> str:
     rest = f'<details><summary>{len(quiet)} notes</summary><ul class="findings">{"".join(map(item, quiet))}</ul></details>' if len(quiet) > 6 else ""
     return (f'<ul class="findings">{first}</ul>' if first else "") + rest
 
-# %% ../nbs/50_report.ipynb #6e77df55
+# %% ../nbs/50_report.ipynb #8d621c3f
 def _start(s, begin):
     "Seconds from the start of the run to the start of a stage."
     at = _moment(s.get("started"))
@@ -393,17 +393,17 @@ def timeline(page) -> str:
     found = spans(page)
     if not page["run"].get("stages"): return ""
     whole = max((start + took for _, _, start, took, _ in found), default=0) or 1
-    def bar(state, start, took, outside):
+    def _bar(state, start, took, outside):
         if not took: return Cell(f'<td class="drawn quiet">{esc(state)}</td>')
         at = lambda t: f"{100 * t / whole:.2f}%"
         own = "" if outside is None else f'<rect x="{at(start + min(outside, took))}" width="{at(max(0, took - outside))}" y="3" height="10" rx="2" class="own"/>'
         return Cell(f'<td class="drawn"><svg width="100%" height="16" aria-hidden="true"><rect x="{at(start)}" width="{at(took)}" y="3" height="10" rx="2" class="span {esc(state)}"/>{own}</svg></td>')
-    def row(name, state, start, took, outside):
+    def _row(name, state, start, took, outside):
         book = page["run"]["stages"].get(name, {}).get("notebook")
         link = f'<a href="{esc(relative(book, page["folder"]))}">notebook</a>' if book else ""
         seconds = [Cell(f'<td class="num">{t:.1f} s</td>' if took and t is not None else '<td class="num">–</td>') for t in (took, outside)]
-        return [Cell(f'<th scope="row"><a href="#stage-{esc(name)}">{esc(name)}</a></th>'), bar(state, start, took, outside), *seconds, Cell(f"<td>{link}</td>")]
-    return table(["Stage", Cell(f'<span class="axis"><span>0 s</span><span>{whole:.1f} s</span></span>'), "took", "outside cells", "executed"], [row(*f) for f in found], "Stages of this run: dark is the stage's own cells, light is starting a kernel and saving; a reused stage was there already", "times")
+        return [Cell(f'<th scope="row"><a href="#stage-{esc(name)}">{esc(name)}</a></th>'), _bar(state, start, took, outside), *seconds, Cell(f"<td>{link}</td>")]
+    return table(["Stage", Cell(f'<span class="axis"><span>0 s</span><span>{whole:.1f} s</span></span>'), "took", "outside cells", "executed"], [_row(*f) for f in found], "Stages of this run: dark is the stage's own cells, light is starting a kernel and saving; a reused stage was there already", "times")
 
 def relative(path, folder) -> str:
     "A path as seen from the run folder, for links that survive moving the folder."
@@ -586,7 +586,7 @@ def write_report(run_folder) -> Path:
     "Write `report.html` into the run folder; its path."
     return atomic_write(Path(run_folder) / "report.html", render_report(run_folder))
 
-# %% ../nbs/50_report.ipynb #529f7629
+# %% ../nbs/50_report.ipynb #334e3375
 def summarise(
     verdict,    # from evaluate
     problem,    # from frame
@@ -608,7 +608,8 @@ def draw_headroom(
     for i, r in enumerate(known):
         share = r["value"] / r["limit"] if r["op"] == "<=" else r["limit"] / r["value"] if r["value"] > 0 else 2
         ax.barh(i, min(share, 2), color=good if r["met"] else bad, height=.55)
-        ax.annotate(percent(share), (min(share, 2), i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
+        ax.annotate(percent(share), (min(share, 2), i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5,
+                    bbox=dict(facecolor="white", edgecolor="none", pad=1))
     ax.axvline(1, color="#3b4550", lw=1, ls="--")
     ax.set(yticks=range(len(known)), yticklabels=[r["requirement"] for r in known], xlim=(0, 2.15), xlabel="share of what is allowed")
     ax.grid(axis="y", visible=False); ax.invert_yaxis(); ax.xaxis.set_major_formatter(lambda x, _: percent(x))

@@ -6,7 +6,7 @@
 __all__ = ['python_literal', 'inject', 'fingerprint', 'outside_data', 'load_run', 'list_runs', 'find_run', 'environment', 'Run',
            'StageFailed', 'kernel_manager', 'run_notebook', 'stored', 'why_again', 'run_stage', 'execute', 'export_run']
 
-# %% ../nbs/06_run.ipynb #561e19bd
+# %% ../nbs/06_run.ipynb #df32bf8a
 import contextlib, datetime as dt, getpass, glob, importlib.metadata, json, os, platform, shutil, signal, sys, tempfile, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -14,7 +14,7 @@ from .core import (ParamSet, Secret, SlmlError, atomic_write, canonical_json, lo
                           sha256_text, suggest)
 from .engine import SlmlEngine
 from .graph import Graph, Node, key_of, key_parts, plan, what_changed
-from .stage import made_in, sample_folder
+from .stage import sample_folder
 from .store import FolderStore, open_store, put_folder
 
 # %% ../nbs/06_run.ipynb #a70cb7c4
@@ -254,7 +254,7 @@ def _keep(run: Run, store, stage: str, key: str) -> dict:
     shutil.rmtree(place / "out", ignore_errors=True)
     return made
 
-# %% ../nbs/06_run.ipynb #82812dfd
+# %% ../nbs/06_run.ipynb #175f563b
 def why_again(
     run: Run,
     stage: str,
@@ -267,7 +267,7 @@ def why_again(
             return what_changed(json.loads(file.read_text()), parts) or "its artifacts are no longer in the store"
     return "first time"
 
-
+# %% ../nbs/06_run.ipynb #779f72f3
 def run_stage(
     run: Run, store, node: Node, parameters: dict, inputs: dict,  # inputs: {artifact: hash}
     forced: bool,  # make it although it is there
@@ -293,7 +293,7 @@ def run_stage(
     emit(type="end", stage=stage, state=state, seconds=seconds, why=why, metrics=made["metrics"])
     return {a: r["sha256"] for a, r in made["artifacts"].items()}
 
-
+# %% ../nbs/06_run.ipynb #6420a000
 def _make(run: Run, store, node: Node, parameters: dict, key: str, emit) -> dict:
     "Execute a stage's notebook and keep what it made."
     stage, place = node.stage, run.folder / node.stage
@@ -346,7 +346,7 @@ def _emitter(on_event):
             with lock: on_event(event)
     return _emit
 
-# %% ../nbs/06_run.ipynb #11560eb6
+# %% ../nbs/06_run.ipynb #a6ce9178
 @contextlib.contextmanager
 def _stops_kernels(run: Run):
     "Ctrl-C and SIGTERM end the kernels, with everything they have started."
@@ -380,8 +380,9 @@ def _loop(run, store, graph, values, wanted, forced, workers, emit):
                 try: hashes.update(future.result())
                 except Exception as e: _fail(run, stage, e, emit)
 
-
+# %% ../nbs/06_run.ipynb #ae291707
 def _skip(run, stage, broken, emit):
+    "Leave a stage out, since what it needs was not made."
     why = f"{' and '.join(broken)} did not finish"
     run.update(stage, state="skipped", why=why)
     emit(type="end", stage=stage, state="skipped", seconds=0, why=why, metrics={})

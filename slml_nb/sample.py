@@ -278,7 +278,7 @@ def resemblance(
     for r in out: r["differs"] = bool(r["distance"] > drift_above and r["p"] < 0.01 / len(out))
     return sorted(out, key=lambda r: -r["distance"])
 
-# %% ../nbs/15_sample.ipynb #01b212f3
+# %% ../nbs/15_sample.ipynb #08a82e03
 def beside(
     table: str,
     splits: str,
@@ -304,7 +304,7 @@ def split_table(
         select "slml split", {', '.join(what.values())} from j, (select mode({y}::VARCHAR) as m from j) group by 1""").fetchall()}
     return pd.DataFrame([{"split": k, "rows": counts[k], "share": f"{counts[k] / max(t, 1):.1%}", **dict(zip(what, found.get(k, [None] * len(what))))} for k in SPLITS])
 
-
+# %% ../nbs/15_sample.ipynb #ea8a4b61
 def findings(
     counts: dict[str, int],  # from split_counts
     how: dict,  # from make_splits

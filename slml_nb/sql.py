@@ -42,7 +42,7 @@ def literal(
     if isinstance(value, (int, float)): return f"'{value}'::DOUBLE" if value != value or abs(value) == float("inf") else repr(value)
     return "'" + str(value).replace("'", "''") + "'"
 
-# %% ../nbs/02_sql.ipynb #def7e8a1
+# %% ../nbs/02_sql.ipynb #d17223b6
 def walk_tree(node):
     "Every dictionary in a syntax tree."
     if isinstance(node, dict):
@@ -72,7 +72,7 @@ def _parser(cache=[]):
     if not cache: cache.append(connect(memory="100MB", threads=1))
     return cache[0].cursor()
 
-
+# %% ../nbs/02_sql.ipynb #ff8bf28f
 def _references(node, bound=frozenset()):
     "Every column that a syntax tree reads; the variable of a lambda is none."
     if isinstance(node, list):

@@ -260,17 +260,38 @@ def axes(self: Stage,
 
 Stage.axes, Stage.colours = axes, COLOURS
 
-# %% ../nbs/03_stage.ipynb #0be7c443
+# %% ../nbs/03_stage.ipynb #d1d9af2f
+def _captioned(caption: str, table: str = ""):
+    "Show a caption, and a table under it."
+    from html import escape
+    from IPython.display import HTML, display
+    display(HTML(f"<p><em>{escape(caption)}</em></p>{table}"))
+
+
+def _show_figure(file: Path, caption: str):
+    "A figure with its caption below."
+    from IPython.display import SVG, display
+    display(SVG(str(file)))
+    _captioned(caption)
+
+
+def _show_table(table, caption: str):
+    "A table with its caption above; missing values are left blank."
+    import pandas as pd
+    def _digits(v): return f"{v:,.4g}" if abs(v) < 1e4 else f"{v:,.0f}"
+    with pd.option_context("display.max_colwidth", 300):
+        _captioned(caption, table.to_html(index=False, na_rep="", border=0, float_format=_digits))
+
+# %% ../nbs/03_stage.ipynb #7f2673f8
 def figure(self: Stage,
            fig,  # a matplotlib Figure
            caption: str,  # what the reader should see in it
            ):
     "Keep a figure for the report and show it."
-    from IPython.display import SVG, display
     name = f"figure_{len(self.made['figures']) + 1}.svg"
     fig.savefig(self.out / name, format="svg", metadata={"Date": None, "Creator": None})
     self.made["figures"].append({"caption": caption, "file": name})
-    if not os.environ.get("IN_TEST"): display(SVG(str(self.out / name)))
+    if not os.environ.get("IN_TEST"): _show_figure(self.out / name, caption)
 
 
 def table_out(self: Stage,
@@ -284,9 +305,7 @@ def table_out(self: Stage,
     rows = [[None if v != v else v for v in row] for row in table.astype(object).itertuples(index=False, name=None)]
     atomic_write(self.out / name, json.dumps({"columns": [str(c) for c in table.columns], "data": rows}, default=_plain, ensure_ascii=False))
     self.made["tables"].append({"caption": caption, "file": name})
-    if not os.environ.get("IN_TEST"):
-        from IPython.display import display
-        display(table)
+    if not os.environ.get("IN_TEST"): _show_table(table, caption)
 
 Stage.figure, Stage.table_out = figure, table_out
 

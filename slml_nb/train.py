@@ -7,12 +7,12 @@ __all__ = ['choose_device', 'quantile_edges', 'build_network', 'target_scale', '
            'one_epoch', 'apply_network', 'save_checkpoint', 'load_checkpoint', 'fingerprint', 'best_epoch', 'enough',
            'fit_network', 'to_onnx', 'plain_graph', 'tensors', 'train_network', 'draw_learning', 'epoch_table']
 
-# %% ../nbs/32_train.ipynb #9e9a1787
+# %% ../nbs/32_train.ipynb #38d8e783
 import hashlib, io, math, os, time
 from pathlib import Path
 import numpy as np
 from .core import SlmlError, atomic_write, canonical_json
-from .model import Encoder, fit_encoding, load_model, metrics_of, prediction_table, read_split, save_network
+from .model import Encoder, fit_encoding, save_network
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep instead of spinning (see `31_baseline`); read when torch loads
 
 # %% ../nbs/32_train.ipynb #c48ea9dd
@@ -37,7 +37,7 @@ def quantile_edges(
         low[j, :len(edges) - 1], per_width[j, :len(edges) - 1] = edges[:-1], 1 / np.maximum(np.diff(edges), 1e-3)
     return low, per_width
 
-# %% ../nbs/32_train.ipynb #d1d80ba8
+# %% ../nbs/32_train.ipynb #ee8a75f2
 def build_network(
     dense: int,  # standardised inputs
     sizes: list[int],  # codes per categorical feature
@@ -61,7 +61,7 @@ def build_network(
             widths = [dense + self.low.numel() + sum(v.embedding_dim for v in self.vectors), *hidden]
             layers = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.SiLU(), nn.Dropout(dropout))]
             self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
-            self.straight = nn.Linear(dense, outputs, bias=False)
+            self.straight = nn.Linear(dense, outputs, bias=False) if dense else None
             self.centre, self.scale, self.regression = centre, scale, outputs == 1
 
         def forward(self, numeric, categorical):
@@ -69,7 +69,8 @@ def build_network(
             parts = [numeric]
             if self.low.numel(): parts.append(((numeric[:, :self.low.shape[0]].unsqueeze(-1) - self.low) * self.per_width).clamp(0, 1).flatten(1))
             parts += [v(categorical[:, i]) for i, v in enumerate(self.vectors)]
-            return self.layers(torch.cat(parts, 1)) + self.straight(numeric)
+            out = self.layers(torch.cat(parts, 1))
+            return out if self.straight is None else out + self.straight(numeric)
 
         def finished(self, numeric, categorical):
             "In the unit of the target, or as probabilities."
@@ -294,7 +295,7 @@ def plain_graph(
     del graph.value_info[:]
     return model.SerializeToString(deterministic=True)
 
-# %% ../nbs/32_train.ipynb #fb4c898e
+# %% ../nbs/32_train.ipynb #6719a64b
 def tensors(
     encoder: Encoder,
     split: tuple,  # columns and y
@@ -309,7 +310,7 @@ def tensors(
     inputs = (torch.tensor(encoder.dense(columns)[known], dtype=torch.float32), torch.tensor(encoder.codes(columns)[known]))
     return tuple(t.to(device) for t in (*inputs, y))
 
-
+# %% ../nbs/32_train.ipynb #ed86588a
 def train_network(
     folder: Path,  # where the model goes
     recipe: dict,  # features, task, target, classes

@@ -206,7 +206,7 @@ def overrides_of(
         out[key.strip()] = value
     return out
 
-# %% ../nbs/61_cli.ipynb #8bc050c3
+# %% ../nbs/61_cli.ipynb #5cb2ed50
 def verdict_of(
     run,  # folder of a run
 ) -> dict | None:  # the `verdict` artifact; None when nothing was evaluated
@@ -216,9 +216,9 @@ def verdict_of(
 
 def _made_json(run, name: str):
     "A JSON artifact of a run; None when it has none of that name."
-    from slml_nb.stage import _local, made_in
+    from slml_nb.stage import artifact_path, made_in
     record = made_in(run).get(name)
-    return json.loads(_local(record).read_text(encoding="utf-8")) if record else None
+    return json.loads(artifact_path(record).read_text(encoding="utf-8")) if record else None
 
 
 def plan_text(
@@ -369,17 +369,17 @@ def report_command(args) -> Outcome:
         webbrowser.open(path.resolve().as_uri())
     return Outcome(_short(path), {"report": str(path.resolve())})
 
-# %% ../nbs/61_cli.ipynb #e9225b54
+# %% ../nbs/61_cli.ipynb #eecb2dec
 def package_of(
     run: str,  # latest, a run id, a project or a path
 ) -> Path:  # folder of its package
     "The package of a run."
     from slml_nb.run import find_run
-    from slml_nb.stage import _local, made_in
+    from slml_nb.stage import artifact_path, made_in
     folder = find_run(run)
     made = made_in(folder)
     if "package" not in made: raise SlmlError("this run has no package", _short(folder), "run it to the end: slml run PARAMS")
-    return _local(made["package"])
+    return artifact_path(made["package"])
 
 
 @command("serve the model of a run over HTTP",

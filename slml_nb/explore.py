@@ -354,7 +354,7 @@ def make_profile(
     return dict(rows=rows, sampled=sampled, task=problem["task"], target=target, columns=columns, misnamed=misnamed(problem, columns),
         leakage=suspects(con, problem, columns, suspect_above))
 
-# %% ../nbs/12_explore.ipynb #1b6ff833
+# %% ../nbs/12_explore.ipynb #eb3a368b
 def _listed(names, most=8):
     "a, b and 3 more"
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
@@ -371,7 +371,7 @@ def target_findings(
     if profile["task"] == "classification":
         (top, _, share), (rare, n, least) = t["classes"][0], t["classes"][-1]
         say("warn" if share > 0.9 else "info", f"{t['n_classes']} classes; always answering '{top}' is right in {share:.1%} of the rows. That is the score to beat.")
-        if n < 20 or least < 0.01: say("warn", f"Rare class: '{rare}' has {n:,} rows ({least:.1%}); its figures will be uncertain.")
+        if least < 0.01 or n < 20 and least * t["n_classes"] < 0.5: say("warn", f"Rare class: '{rare}' has {n:,} rows ({least:.1%}); its figures will be uncertain.")
         if t["n_classes"] > max(50, t["known"] / 10): say("alarm", f"{t['n_classes']:,} classes for {t['known']:,} rows: is {t['name']} a number or an identifier?")
         return out
     values = profile["columns"][t["name"]]["distinct"]
@@ -381,7 +381,7 @@ def target_findings(
         say("info", f"{t['name']} has a long {side} tail (skewness {t['skew']:.1f}): MAE and RMSE will tell different stories.")
     return out
 
-# %% ../nbs/12_explore.ipynb #2c1788a3
+# %% ../nbs/12_explore.ipynb #99571d47
 def findings(
     profile: dict,  # from make_profile
 ) -> list[tuple[str, str]]:  # level ("info", "warn" or "alarm"), sentence
@@ -410,7 +410,7 @@ def strongest(
     most: int,
 ) -> list[tuple[str, float]]:  # column, power; only columns that may be used and explain something
     "The columns that say most about the target."
-    usable = [(n, c["power"]) for n, c in profile["columns"].items() if c["role"] in ("input", "moment") and (c.get("power") or 0) > 0.001]
+    usable = [(n, c["power"]) for n, c in profile["columns"].items() if c["role"] in ("input", "moment") and (c.get("power") or 0) >= 0.005]
     return sorted(usable, key=lambda r: -r[1])[:most]
 
 # %% ../nbs/12_explore.ipynb #c2f4d594

@@ -794,7 +794,7 @@ def unite(con, view: str, files: list[File]) -> list[tuple[str, str]]:  # [(colu
     con.execute(f"create or replace temp view {ident(view)} as " + " union all ".join(parts))
     return list(columns.values())
 
-# %% ../nbs/11_ingest.ipynb #2ae0554f
+# %% ../nbs/11_ingest.ipynb #19085511
 @dataclass
 class Table:
     "A table that was read; `query` gives its typed rows."
@@ -811,7 +811,7 @@ def typed(con, view: str, described, how: How, types: dict, delimiter: str) -> t
     for n in types:
         if n not in names: raise SlmlError(f"column '{n}' is not in the data", "ingest: types", suggest(n, names))
     inner, outer, columns = [], [], []
-    tokens = ", ".join(map(literal, how.nulls))
+    tokens = " ".join(f"when {literal(n)} then NULL" for n in how.nulls)  # IN (…) would become a join for each column: gigabytes for a wide table
     for name, kind in described:
         c, text = ident(name), f"trim({ident(name)}, ' \t\r\n\u00a0')"
         if kind == "VARCHAR":
@@ -820,7 +820,7 @@ def typed(con, view: str, described, how: How, types: dict, delimiter: str) -> t
             if not column.values and re.fullmatch(r"column_\d+", name):
                 column.type = ""  # neither a name nor a value
                 continue
-            inner.append(f"case when lower({text}) in ({tokens}) then NULL else {text} end as {c}")
+            inner.append(f"case lower({text}) {tokens} else {text} end as {c}")
             outer.append(f"cast({column.sql.replace('{v}', c)} as {column.type}) as {c}")
         else:
             column, into = Column(name, kind, "as stored", "{v}"), types.get(name, kind)

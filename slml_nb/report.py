@@ -11,24 +11,30 @@ __all__ = ['FLOW', 'CSS_COLOURS', 'CSS_PAGE', 'CSS_PARTS', 'CSS_MEDIA', 'CSS', '
            'stage_detail', 'usage', 'lineage', 'size', 'origins', 'sections', 'render_report', 'write_report',
            'summarise', 'draw_headroom']
 
-# %% ../nbs/50_report.ipynb #647ac7c2
+# %% ../nbs/50_report.ipynb #f2983199
 import base64, contextlib, html, json, math, re
 from datetime import datetime, timezone
 from pathlib import Path
 
 from .core import SlmlError, atomic_write
 from .evaluate import METRICS, is_share, percent, places, plain, requirement_words
-from .stage import made_in, shipped_notebooks
+from .stage import artifact_path, made_in, shipped_notebooks
 
-# %% ../nbs/50_report.ipynb #a2db087d
+# %% ../nbs/50_report.ipynb #74736994
 def _read(path, default=None):
     "A JSON file, or the default if it is missing or broken."
     with contextlib.suppress(OSError, ValueError): return json.loads(Path(path).read_text())
     return default
 
 def _json_of(record):
-    "The value of a JSON artifact that lies on this machine."
-    return _read(Path(record["root"]) / record["file"]) if record and "://" not in record["root"] else None
+    "The value of a JSON artifact, wherever it lies; None if it cannot be read."
+    path = _path_of(record)
+    return _read(path) if path else None
+
+def _path_of(record):
+    "The file of an artifact on this machine; None if there is none: a report never fails because its run is not whole."
+    if record:
+        with contextlib.suppress(OSError, SlmlError): return artifact_path(record)
 
 def gather(
     run_folder,  # runs/<project>/<run id>
@@ -48,12 +54,11 @@ def gather(
 def row_counts(artifacts) -> dict:
     "Rows of every table, and rows by split: {'raw': 100, ..., 'split': {'train': 60, ...}}."
     counts = {n: r["rows"] for n, r in artifacts.items() if r["kind"] == "table" and "rows" in r}
-    record = artifacts.get("splits")
-    if record and "://" not in record["root"]:
+    if path := _path_of(artifacts.get("splits")):
         import duckdb
         with contextlib.suppress(duckdb.Error):
             query = "select split, count(*) from read_parquet(?) group by split"
-            counts["split"] = dict(duckdb.connect().execute(query, [str(Path(record["root"]) / record["file"])]).fetchall())
+            counts["split"] = dict(duckdb.connect().execute(query, [str(path)]).fetchall())
     return counts
 
 # %% ../nbs/50_report.ipynb #0011fe9a
@@ -247,14 +252,14 @@ def improvement_table(v) -> str:
     groups = f'<tr class="groups"><td></td><th colspan="{len(losses)}" scope="colgroup">better than the rule</th><th colspan="{len(losses)}" scope="colgroup">better than the linear model</th></tr>'
     return table(["Candidate", *[short(m) for m in losses * 2]], rows, "What each rung buys: the share of the loss that is gone", "gains", groups)
 
-# %% ../nbs/50_report.ipynb #3aff1ff8
+# %% ../nbs/50_report.ipynb #88fd81fa
 def slices_of(page, most=15):
     "(columns, rows) of the slices table, worst first; None if there is none."
-    record = page["artifacts"].get("slices")
-    if not record or "://" in record["root"]: return None
+    path = _path_of(page["artifacts"].get("slices"))
+    if not path: return None
     import duckdb
     with contextlib.suppress(duckdb.Error):
-        got = duckdb.connect().execute("select * from read_parquet(?) limit ?", [str(Path(record["root"]) / record["file"]), most])
+        got = duckdb.connect().execute("select * from read_parquet(?) limit ?", [str(path), most])
         return [c[0] for c in got.description], got.fetchall()
 
 def slice_section(page) -> str:

@@ -6,13 +6,13 @@
 __all__ = ['constant_rule', 'one_hot', 'ridge', 'solve', 'least_absolute', 'linear_scores', 'logistic', 'fit_linear',
            'tree_parameters', 'boost', 'fit_trees', 'fit_baselines', 'compare', 'draw_trees', 'remarks']
 
-# %% ../nbs/31_baseline.ipynb #47c83440
+# %% ../nbs/31_baseline.ipynb #f77a006c
 import os, time
 from pathlib import Path
 import numpy as np
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when LightGBM loads
 from .core import SlmlError
 from .model import Encoder, better, fit_encoding, load_model, metrics_of, save_linear, save_rule, save_trees, softmax
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when LightGBM loads
 
 # %% ../nbs/31_baseline.ipynb #13cdabca
 def constant_rule(

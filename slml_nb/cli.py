@@ -320,7 +320,7 @@ class _RunHelp(argparse.Action):
         print(parameter_help(params))
         parser.exit(DONE)
 
-# %% ../nbs/61_cli.ipynb #84367e3d
+# %% ../nbs/61_cli.ipynb #f8fa3c9b
 @command("look at data and write a parameter set that runs as it is",
          arg("name", metavar="NAME", help="of the project; the file is params/NAME.yaml"),
          arg("--data", action="append", required=True, metavar="URI", help="file, folder, pattern, https:// or s3://; may be repeated"),
@@ -328,12 +328,13 @@ class _RunHelp(argparse.Action):
          arg("--time", metavar="COLUMN", help="the moment of prediction; '' for none (default: guessed)"),
          arg("--task", choices=["regression", "classification"], default="", help="default: guessed"),
          arg("--metric", default="", help="the one number that decides (default: mae or log_loss)"),
+         arg("--encoding", default="", help="of text that is not UTF-8, e.g. cp1252"),
          arg("--force", action="store_true", help="replace a parameter set that is there"))
 def new_command(args) -> Outcome:
     "`slml new NAME --data URI --target COLUMN`."
     from slml_nb.new import check_name, draft_params, write_params
     check_name(args.name, args.force)
-    path = _short(write_params(args.name, draft_params(args.name, args.data, args.target, args.time, args.task, args.metric), args.force))
+    path = _short(write_params(args.name, draft_params(args.name, args.data, args.target, args.time, args.task, args.metric, encoding=args.encoding), args.force))
     return Outcome(f"wrote {path}\nread it, correct what is wrong, then: slml run {path}", {"params": path})
 
 # %% ../nbs/61_cli.ipynb #3a56aa00

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['AVERAGES', 'LOSSES', 'QUALITY', 'LABELS', 'UNITS', 'METRICS', 'FEW', 'TOO_FEW', 'average', 'weighted_metric',
-           'resample_counts', 'bootstrap', 'interval', 'worse', 'frozen_test', 'finite', 'improvement', 'improvements',
-           'latencies', 'folder_mb', 'lambda_usd_per_1000', 'meets', 'gate', 'best_of', 'choose', 'plain', 'percent',
-           'places', 'label', 'quality_words', 'requirement_words', 'is_share', 'missing', 'next_rung', 'over_rule',
-           'closest', 'sentence', 'doubts', 'make_verdict', 'slice_columns', 'slice_table', 'model_folders', 'quality',
-           'operating', 'speed', 'days', 'warnings_of', 'draw_candidates', 'draw_errors', 'draw_calibration',
-           'leaderboard_table']
+           'resample_counts', 'bootstrap', 'interval', 'worse', 'frozen_test', 'finite', 'improvement',
+           'worse_than_best', 'improvements', 'latencies', 'folder_mb', 'lambda_usd_per_1000', 'meets', 'gate',
+           'best_of', 'choose', 'plain', 'percent', 'places', 'label', 'quality_words', 'requirement_words', 'is_share',
+           'missing', 'next_rung', 'over_rule', 'closest', 'sentence', 'doubts', 'make_verdict', 'slice_columns',
+           'slice_table', 'model_folders', 'quality', 'operating', 'speed', 'days', 'warnings_of', 'draw_candidates',
+           'draw_errors', 'draw_calibration', 'leaderboard_table']
 
 # %% ../nbs/38_evaluate.ipynb #c8c7b795
 import json, math, time
@@ -172,7 +172,7 @@ def frozen_test(
     y = frame.target.map({c: i for i, c in enumerate(labels)}).to_numpy(int)
     return frame, y, {name: np.hstack([p.reshape(len(frame), -1), unseen]) for name, p in predictions.items()}
 
-# %% ../nbs/38_evaluate.ipynb #7e5dcd56
+# %% ../nbs/38_evaluate.ipynb #7276fec3
 LOSSES = dict(regression=("mae", "rmse", "mse"), classification=("log_loss", "error_rate", "brier"))
 
 def finite(x):
@@ -188,6 +188,16 @@ def improvement(
     if value is None or reference is None: return None
     if metric != "error_rate" and direction(metric) == "maximise": value, reference = 1 - value, 1 - reference
     return finite(1 - value / reference) if reference else None
+
+def worse_than_best(
+    metric,       # name
+    values,       # of all candidates
+) -> list:        # for each the share by which its loss is larger than the smallest; None if unknown
+    "What simplicity costs: 0 for the best, 0.1 for one that errs a tenth more."
+    known = [v for v in values if v is not None]
+    best = (min if direction(metric) == "minimise" else max)(known, default=None)
+    gap = [improvement(metric, v, best) for v in values]
+    return [0.0 if v is not None and v == best else None if g is None else -g for v, g in zip(values, gap)]
 
 def improvements(
     task,         # regression or classification
@@ -247,8 +257,8 @@ def gate(
     return [{**r, "values": {c["name"]: dict(value=c.get(r["name"]), met=meets(c.get(r["name"]), r["op"], r["limit"])) for c in candidates}}
             for r in requirements]
 
-# %% ../nbs/38_evaluate.ipynb #abe9195a
-QUALITY = {"mae", "rmse", "mse", "r2", "log_loss", "accuracy", "f1_macro", "roc_auc", "brier", "improvement_over_rule", "improvement_over_weak"}
+# %% ../nbs/38_evaluate.ipynb #038be398
+QUALITY = {"mae", "rmse", "mse", "r2", "log_loss", "accuracy", "f1_macro", "roc_auc", "brier", "improvement_over_rule", "improvement_over_weak", "worse_than_best"}
 
 def best_of(candidates, metric):
     "The candidate with the best metric; the simpler one if equal; None without candidates."
@@ -289,12 +299,12 @@ def places(interval) -> int:
     width = interval[1] - interval[0] if interval else 0
     return min(6, max(1 if width < 5 else 0, math.ceil(.3 - math.log10(width)))) if width > 0 else 2
 
-# %% ../nbs/38_evaluate.ipynb #4cd1458d
+# %% ../nbs/38_evaluate.ipynb #fa3829fd
 LABELS = dict(rule="the rule", linear="the linear model", trees="the trees", network="the network")
 UNITS = dict(p99_ms="ms", package_mb="MB", usd_per_1000="USD")
 METRICS = dict(mae="mean absolute error", rmse="root mean squared error", mse="mean squared error", r2="R²", log_loss="log loss",
     accuracy="accuracy", f1_macro="macro F1", roc_auc="ROC AUC", brier="Brier score", error_rate="error rate", improvement_over_rule="improvement over the rule",
-    improvement_over_weak="improvement over the weak baseline", p99_ms="p99 latency", package_mb="package size", usd_per_1000="cost per 1,000 predictions")
+    improvement_over_weak="improvement over the weak baseline", worse_than_best="error above that of the best candidate", p99_ms="p99 latency", package_mb="package size", usd_per_1000="cost per 1,000 predictions")
 
 def label(c) -> str:
     "What a candidate is called in a sentence."
@@ -389,7 +399,7 @@ def doubts(
     if 0 < len(truth) < FEW: return f"With only {len(truth)} test row{'s' * (len(truth) > 1)} this is a guess."
     return f"But every test row is '{classes[min(seen)]}': nothing shows that it can tell the classes apart." if len(seen) == 1 and len(classes) > 1 else ""
 
-# %% ../nbs/38_evaluate.ipynb #acd23825
+# %% ../nbs/38_evaluate.ipynb #f288b63b
 def make_verdict(
     problem,       # from the frame stage
     candidates,    # dicts: name, kind, complexity, metrics, interval, p99_ms, package_mb, usd_per_1000
@@ -404,6 +414,7 @@ def make_verdict(
     by = {c["kind"]: c.get(metric) for c in reversed(candidates)}
     for c in candidates:
         c.update({f"improvement_over_{k}": improvement(metric, c.get(metric), by.get(kind)) for k, kind in (("rule", "rule"), ("weak", "linear"))})
+    for c, gap in zip(candidates, worse_than_best(metric, [c.get(metric) for c in candidates])): c["worse_than_best"] = gap
     gated = gate(problem["requirements"], candidates)
     v = dict(candidate=choose(candidates, gated, samples, metric, level) if rows_test else None, best=best_of(candidates, metric),
              metric=metric, direction=direction(metric), unit=problem.get("unit", ""), task=problem["task"], rows_test=rows_test, level=level,
@@ -526,7 +537,7 @@ def warnings_of(v, resampled) -> list:
     if resampled == "days": out.append(("info", "Intervals draw whole days, because rows of one day share their luck."))
     return out
 
-# %% ../nbs/38_evaluate.ipynb #bbf35b08
+# %% ../nbs/38_evaluate.ipynb #028d16d4
 def draw_candidates(
     ax,          # matplotlib axes
     v,           # the verdict
@@ -545,7 +556,9 @@ def draw_candidates(
         if r["name"] != v["metric"]: continue
         ax.axvline(r["limit"], color="#555", ls="--", lw=1)
         ax.annotate(f"required {'≤' if r['op'] == '<=' else '≥'} {r['limit']:,.9g}", (r["limit"], 1), xycoords=("data", "axes fraction"), xytext=(4, -10), textcoords="offset points", fontsize=8, color="#555")
-    ax.set(yticks=range(len(rungs)), yticklabels=[c["name"] for c in rungs], ylim=(len(rungs) - .4, -.7), xlabel=f"{METRICS.get(v['metric'], v['metric'])}{', ' + v['unit'] if v['unit'] else ''} ({'less' if v['direction'] == 'minimise' else 'more'} is better)")
+    said = METRICS.get(v["metric"], v["metric"]) + (f", {v['unit']}" if v["unit"] else "")
+    ax.set(yticks=range(len(rungs)), yticklabels=[c["name"] for c in rungs], ylim=(len(rungs) - .4, -.7),
+           xlabel=f"{said} ({'less' if v['direction'] == 'minimise' else 'more'} is better)")
 
 # %% ../nbs/38_evaluate.ipynb #9d3c92e5
 def draw_errors(

@@ -309,7 +309,7 @@ def says_nothing(
     if kind == "BIGINT" and s["filled"] >= 50 and s["distinct"] == s["filled"] and s["max"] - s["min"] < 4 * s["filled"]: return "numbers the rows: each value stands once"
     return ""
 
-# %% ../nbs/20_features.ipynb #a98cbe03
+# %% ../nbs/20_features.ipynb #38773ea6
 def found_features(
     con,  # DuckDB connection
     query: str,  # SELECT of the training rows
@@ -321,14 +321,22 @@ def found_features(
     features, notes, names = [], [], {n.lower() for n in (*taken, *RESERVED_NAMES)}
     stats = column_statistics(con, query, types) if types else {}
     for c, kind in types.items():
-        if reason := says_nothing(kind, stats[c], max_categories):
-            notes.append(("info", f"column '{c}' {reason}; left out"))
-            continue
-        for name, sql in _parts(con, query, c, kind).items():
+        reason = says_nothing(kind, stats[c], max_categories)
+        text = _text_parts(con, query, c) if reason and kind == "VARCHAR" else {}
+        if reason: notes.append(("info", f"column '{c}' {reason}; " + ("only how long it is was used: write features from what it says" if text else "left out")))
+        if reason and not text: continue
+        for name, sql in (text or _parts(con, query, c, kind)).items():
             while name.lower() in names: name += "_2"
             names.add(name.lower())
-            features.append(Feature(name, sql, "categorical" if kind == "VARCHAR" else "numeric", [c]))
+            features.append(Feature(name, sql, "categorical" if kind == "VARCHAR" and not text else "numeric", [c]))
     return features, notes
+
+
+def _text_parts(con, query, column) -> dict:
+    "SQL of the features of a free text, of which most values have four words or more; {} for names and keys."
+    words = f"len(string_split_regex(trim({ident(column)}), '\\s+'))"
+    most = con.execute(f"select median({words}) from ({query}) where {ident(column)} is not null").fetchall()[0][0] or 0
+    return {f"{column}_length": f"CAST(length({ident(column)}) AS DOUBLE)", f"{column}_words": f"CAST({words} AS DOUBLE)"} if most >= 4 else {}
 
 
 def _parts(con, query, column, kind) -> dict:

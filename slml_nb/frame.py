@@ -8,7 +8,7 @@ __all__ = ['QUALITY', 'LIMITS', 'SHARES', 'check_metric', 'requirements', 'advic
 # %% ../nbs/10_frame.ipynb #59f34bb6
 from .core import SlmlError, suggest
 
-# %% ../nbs/10_frame.ipynb #9e435397
+# %% ../nbs/10_frame.ipynb #9f747ed4
 QUALITY = {  # metric: (direction, task, what it says)
     "mae": ("minimise", "regression", "mean absolute error: how far off a prediction is on average"),
     "rmse": ("minimise", "regression", "root mean squared error: like mae, but large misses weigh more"),
@@ -22,11 +22,12 @@ QUALITY = {  # metric: (direction, task, what it says)
 LIMITS = {  # further requirements: (direction, unit, what it says)
     "improvement_over_rule": ("maximise", "share", "error less than the rule's, as a share of the rule's"),
     "improvement_over_weak": ("maximise", "share", "error less than the weak (linear) model's, as a share of it"),
+    "worse_than_best": ("minimise", "share", "error more than the best candidate's, as a share of it: how much accuracy simplicity may cost"),
     "p99_ms": ("minimise", "ms", "99 of 100 requests are answered within this time"),
     "package_mb": ("minimise", "MB", "size of all files that are deployed"),
     "usd_per_1000": ("minimise", "USD", "cost of a thousand predictions"),
 }
-SHARES = ("accuracy", "f1_macro", "roc_auc", "improvement_over_rule", "improvement_over_weak")
+SHARES = ("accuracy", "f1_macro", "roc_auc", "improvement_over_rule", "improvement_over_weak", "worse_than_best")
 
 # %% ../nbs/10_frame.ipynb #e9062668
 def check_metric(
@@ -69,7 +70,7 @@ def requirements(
     order = [*QUALITY, *LIMITS]
     return sorted((_limit(n, v, op, task, unit) for n, v, op in both), key=lambda r: order.index(r["name"]))
 
-# %% ../nbs/10_frame.ipynb #2dac1e05
+# %% ../nbs/10_frame.ipynb #1e8c81e6
 def advice(
     problem: dict,  # decision, target, unit, time, known_later, requirements
     rule_today: str = "",  # SQL expression that people use today
@@ -90,7 +91,7 @@ def advice(
     elif not cost_of_error: said.append(f"What {step} costs is not known, so nobody can say when a better model stops paying.")
     if not problem["time"]: said.append("No column holds the moment of prediction: rows will be split at random, which flatters a model when rows of one day or one customer resemble each other.")
     if not problem["known_later"]: said.append("No column is marked as known only later. Look again: a total, a status or an end time is often filled in after the fact.")
-    if not names & {*QUALITY, "improvement_over_rule"}: said.append("No requirement limits the quality, so the simplest candidate will win whatever its error.")
+    if not names & {*QUALITY, "improvement_over_rule", "worse_than_best"}: said.append("No requirement limits the quality, so the simplest candidate will win whatever its error.")
     return said
 
 # %% ../nbs/10_frame.ipynb #c530a4da

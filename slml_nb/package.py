@@ -88,7 +88,7 @@ def signature(
                      {"name": "probabilities", "type": "object", "values": recipe["classes"], "meaning": "chance of each, from 0 to 1"}]
     return {"inputs": inputs, "outputs": outputs}
 
-# %% ../nbs/40_package.ipynb #53bbe611
+# %% ../nbs/40_package.ipynb #8ef691f6
 def _number(x) -> str: return "not measured" if x is None else f"{x:,.4g}"
 
 
@@ -109,7 +109,7 @@ def card(
     lines += ["", f"| candidate | {metric} {f'({unit})' if unit else ''} | interval |", "| --- | --- | --- |"]
     for c in verdict["candidates"]:
         low, high = c.get("interval") or (None, None)
-        lines.append(f"| {'**' + c['name'] + '**' if c['name'] == name else c['name']} | {_number(c.get(metric))} | {_number(low)} to {_number(high)} |")
+        lines.append(f"| {'**' + c['name'] + '**' if c['name'] == name else c['name']} | {_number(c.get(metric))} | {f'{_number(low)} to {_number(high)}' if low is not None else 'not measured'} |")
     lines += ["", f"Measured on {verdict['rows_test']:,} test rows that no model was trained on.", "", "## A request", ""]
     lines += [f"- `{f['name']}` ({f['type']}); when missing: {f['missing']}" for f in fields]
     later = problem.get("known_later", [])

@@ -7,13 +7,13 @@ __all__ = ['choose_device', 'quantile_edges', 'build_network', 'target_scale', '
            'one_epoch', 'apply_network', 'save_checkpoint', 'load_checkpoint', 'fingerprint', 'best_epoch', 'enough',
            'fit_network', 'to_onnx', 'plain_graph', 'tensors', 'train_network', 'draw_learning', 'epoch_table']
 
-# %% ../nbs/32_train.ipynb #38d8e783
+# %% ../nbs/32_train.ipynb #30c0f4da
 import hashlib, io, math, os, time
 from pathlib import Path
 import numpy as np
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep instead of spinning (see `31_baseline`); read when torch loads
 from .core import SlmlError, atomic_write, canonical_json
 from .model import Encoder, fit_encoding, save_network
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep instead of spinning (see `31_baseline`); read when torch loads
 
 # %% ../nbs/32_train.ipynb #c48ea9dd
 def choose_device(

@@ -211,7 +211,7 @@ def draft_text(
         "sample:", entry("by", "time" if g.moment else "hash", "train on the past, test on what came after" if g.moment else "rows are divided by their content"), "",
         "baseline:", entry("rule", "", f"SQL over the columns: how people decide today. Empty: {rule}"), ""])
 
-# %% ../nbs/60_new.ipynb #c16f2315
+# %% ../nbs/60_new.ipynb #b91ef771
 def place_of(
     source: str,  # as typed, relative to the working directory
 ) -> str:  # as a parameter set has it, relative to the project's folder
@@ -238,7 +238,7 @@ def read_somehow(
             reading |= {k: (v, f"a guess: {e.what}") for k, v in e.settings.items()}
     raise SlmlError("the files need settings that contradict each other", ", ".join(sources), "read them one by one, or bring them to one form")
 
-
+# %% ../nbs/60_new.ipynb #66898e0b
 def draft_params(
     name: str,  # of the project
     data: list[str] | str,  # files, folders, patterns, https:// or s3:// addresses

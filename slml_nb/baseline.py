@@ -6,12 +6,12 @@
 __all__ = ['constant_rule', 'one_hot', 'ridge', 'solve', 'least_absolute', 'linear_scores', 'logistic', 'fit_linear',
            'tree_parameters', 'boost', 'fit_trees', 'fit_baselines', 'compare', 'draw_trees', 'remarks']
 
-# %% ../nbs/31_baseline.ipynb #f77a006c
+# %% ../nbs/31_baseline.ipynb #534b5ece
 import os, time
 from pathlib import Path
 import numpy as np
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when LightGBM loads
-from .core import SlmlError
+from .core import SlmlError, size_of
 from .model import Encoder, better, fit_encoding, load_model, metrics_of, save_linear, save_rule, save_trees, softmax
 
 # %% ../nbs/31_baseline.ipynb #13cdabca
@@ -229,7 +229,7 @@ def fit_baselines(
     lap("trees")
     return {"rule": load_model(folder / "rule").predict, "linear": linear, "trees": boosted}, learnt, seconds
 
-# %% ../nbs/31_baseline.ipynb #0bbc568f
+# %% ../nbs/31_baseline.ipynb #224f5ba9
 def compare(
     says: dict,  # candidate -> predict
     task: str, metric: str,
@@ -243,8 +243,7 @@ def compare(
     rows = []
     for name, say in says.items():
         m = metrics_of(task, y, say(columns))
-        size = sum(f.stat().st_size for f in (folder / name).iterdir())
-        rows.append({"candidate": name, **{k: round(v, 4) for k, v in sorted(m.items(), key=lambda kv: kv[0] != metric)}, "seconds": round(seconds[name], 2), "kB": round(size / 1e3, 1)})
+        rows.append({"candidate": name, **{k: round(v, 4) for k, v in sorted(m.items(), key=lambda kv: kv[0] != metric)}, "seconds": round(seconds[name], 2), "kB": round(size_of(folder / name) / 1e3, 1)})
     return pd.DataFrame(rows)
 
 # %% ../nbs/31_baseline.ipynb #b5444c97

@@ -337,11 +337,12 @@ def new_command(args) -> Outcome:
     path = _short(write_params(args.name, draft_params(args.name, args.data, args.target, args.time, args.task, args.metric, encoding=args.encoding), args.force))
     return Outcome(f"wrote {path}\nread it, correct what is wrong, then: slml run {path}", {"params": path})
 
-# %% ../nbs/61_cli.ipynb #3a56aa00
+# %% ../nbs/61_cli.ipynb #7a5697e5
 @command("list the runs, the newest last")
 def runs_command(args) -> Outcome:
     "`slml runs`."
-    from slml_nb.run import list_runs, load_run
+    from slml_nb.run import load_run
+    from slml_nb.stage import list_runs
     rows = []
     for r in map(load_run, list_runs()[::-1]):
         verdict = verdict_of(r["folder"]) or {}

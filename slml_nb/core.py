@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCALARS', 'PLAIN', 'HEAD', 'RESERVED', 'SlmlError', 'nearest', 'suggest', 'canonical_json', 'sha256_text',
-           'sha256_file', 'atomic_write', 'project_root', 'read_notebook', 'parse_python', 'cells_tagged', 'directives',
-           'read_front_matter', 'Param', 'read_parameters', 'Refused', 'coerce', 'Secret', 'mask', 'load_yaml',
-           'ParamSet', 'load_params', 'resolve']
+           'sha256_file', 'size_of', 'atomic_write', 'project_root', 'read_notebook', 'parse_python', 'cells_tagged',
+           'directives', 'read_front_matter', 'Param', 'read_parameters', 'Refused', 'coerce', 'Secret', 'mask',
+           'load_yaml', 'ParamSet', 'load_params', 'resolve']
 
 # %% ../nbs/00_core.ipynb #4a696485
 import ast, contextlib, datetime as dt, difflib, hashlib, json, os, re, tempfile, threading
@@ -76,6 +76,14 @@ def sha256_file(
         files = sorted(p for p in path.rglob("*") if p.is_file())
         return sha256_text(canonical_json([[p.relative_to(path).as_posix(), sha256_file(p)] for p in files]))
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+# %% ../nbs/00_core.ipynb #15502431
+def size_of(
+    *paths,  # files or folders
+) -> int:  # bytes
+    "Size of files, and of all files in folders."
+    files = (f for p in map(Path, paths) for f in ([p] if p.is_file() else p.rglob("*")))
+    return sum(f.stat().st_size for f in files if f.is_file())
 
 # %% ../nbs/00_core.ipynb #c18e21c3
 def atomic_write(

@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 pip = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench sample readme lab clean
+.PHONY: help demo test slow check bench sample readme lab clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,9 +14,12 @@ help: ## this list
 demo: $(VENV)/.installed ## from raw flights to a gated, packaged, served model and its report
 	@$(BIN)/slml run params/flights.yaml || { s=$$?; test $$s -eq 3 && echo "(the run itself went well: the verdict is that no model is good enough)"; }
 
-test: $(VENV)/.tested check ## the export is fresh, the notebooks are clean, every notebook and every test passes
+test: $(VENV)/.tested check ## the export is fresh, the notebooks are clean, every notebook and every quick test passes
 	$(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/python -m pytest tests -q
+	$(BIN)/python -m pytest tests -q -m "not slow"
+
+slow: $(VENV)/.tested ## the long suites: faults of the store, Papermill's own tests, strangers' notebooks, MLflow, many random kills
+	$(BIN)/python -m pytest tests -q -m slow
 
 check: $(VENV)/.installed ## slml_nb/ is what nbs/ exports, and the notebooks are clean
 	@set -e; copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \

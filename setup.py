@@ -23,6 +23,7 @@ class BuildWithNotebooks(build_py):
         folder = Path(self.build_lib)/cfg["lib_path"]/"notebooks"
         folder.mkdir(parents=True, exist_ok=True)
         for p in notebooks: copyfile(here/p, folder/p.name)
+        copyfile(here/"params"/"prices.yaml", Path(self.build_lib)/cfg["lib_path"]/"prices.yaml")
 
 
 class SdistWithNotebooks(sdist):
@@ -30,7 +31,7 @@ class SdistWithNotebooks(sdist):
 
     def add_defaults(self):
         super().add_defaults()
-        self.filelist.extend([str(p) for p in notebooks] + ["settings.ini", "constraints.txt", "CHANGELOG.md"])
+        self.filelist.extend([str(p) for p in notebooks] + ["settings.ini", "constraints.txt", "CHANGELOG.md", "params/prices.yaml"])
 
 
 readme = here/"README.md"

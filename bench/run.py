@@ -1,14 +1,16 @@
-"""Measures what the project promises, side by side with plain Papermill, and writes bench/results.md.
+"""Measures what the project promises, side by side with plain Papermill and Ploomber, and writes bench/results.md.
 
-    make bench                      everything: about 25 minutes on two cores; run nothing beside it
+    make bench                      everything: about 45 minutes on two cores; run nothing beside it
     python bench/run.py --only start,demo --rounds 3
 """
 import argparse, json, os, platform, shutil, statistics as st, subprocess, sys, tempfile, time
+from datetime import datetime
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 bin = Path(sys.executable).parent
-sys.path.insert(0, str(root))
+sys.path[:0] = [str(root), str(root / "bench")]
+import notebooks
 
 
 def clock(command, cwd=root, ok=(0, 3), **kw):
@@ -16,16 +18,34 @@ def clock(command, cwd=root, ok=(0, 3), **kw):
     start = time.perf_counter()
     done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, **kw)
     seconds = time.perf_counter() - start
+    settle(cwd)
     if done.returncode not in ok: sys.exit(f"{' '.join(map(str, command))[:300]} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return seconds
 
 
-def row(name, values, goal="", unit="s", digits=2):
-    "One line of the table: median, min, max, and whether the goal is met."
+def settle(place, most=30):
+    "Wait until nothing runs in a folder any more, such as the tracking that goes on behind a run: it must not slow down what is measured next."
+    end = time.time() + most
+    while time.time() < end and any(_cwd(p).startswith(f"{place}") for p in os.listdir("/proc") if p.isdigit() and int(p) != os.getpid() and str(place) != str(root)): time.sleep(0.1)
+
+
+def _cwd(pid):
+    try: return os.readlink(f"/proc/{pid}/cwd")
+    except OSError: return ""
+
+
+def row(name, values, goal="", unit="s", digits=2, least=False):
+    "One line of the table: median, min, max, and whether the goal is met; `least`: the goal is a minimum."
     values = sorted(values)
     median = st.median(values)
-    met = "" if goal == "" else ("yes" if median <= goal else "**no**")
-    return f"| {name} | {median:.{digits}f} | {values[0]:.{digits}f} | {values[-1]:.{digits}f} | {unit} | {len(values)} | {goal} | {met} |"
+    met = "" if goal == "" else ("yes" if (median >= goal if least else median <= goal) else "**no**")
+    bound = "" if goal == "" else f"{'≥' if least else '≤'} {goal}"
+    return f"| {name} | {median:.{digits}f} | {values[0]:.{digits}f} | {values[-1]:.{digits}f} | {unit} | {len(values)} | {bound} | {met} |"
+
+
+def pairs(name, peer, house, goal=""):
+    "How many times faster, pair by pair."
+    return row(f"{name}, pair by pair", [p / h for p, h in zip(peer, house)], goal, "×", least=True)
 
 
 HEAD = "| what | median | min | max | unit | runs | goal | met |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -48,27 +68,41 @@ def start(rounds):
 
 
 def demo(rounds, params="flights"):
-    "The demo, again, and the same notebooks by the plain papermill command, in turn."
-    first, again, plain, outside, overhead, shares = [], [], [], [], [], {}
+    "The demo, and the same notebooks by the plain papermill command, in turn."
+    first, plain, outside, idle, shares = [], [], [], [], {}
     for _ in range(rounds):
         place = project()
         first.append(clock([bin / "slml", "run", f"params/{params}.yaml"], place))
-        again += [clock([bin / "slml", "run", f"params/{params}.yaml"], place) for _ in range(1)]
-        folders = sorted(place.glob("runs/*/*/run.json"))
-        record = json.loads(folders[0].read_text())
+        file = next(place.glob("runs/*/*/run.json"))
+        record = json.loads(file.read_text())
         outside += [s["outside"] for s in record["stages"].values() if "outside" in s]
+        idle.append(1 - busy(file.parent) / first[-1])
         plain.append(papermill(record, place))
         service = json.loads(next(place.glob("runs/.store/**/service.json")).read_text())
         for k, v in service.items():
             if isinstance(v, (int, float)): shares.setdefault(k, []).append(v)
         for k, v in (service.get("share") or {}).items(): shares.setdefault(f"share of {k}", []).append(v)
-        shutil.rmtree(place)
-    ratio = [p / f for p, f in zip(plain, first)]
-    rows = [row(f"`slml run params/{params}.yaml`, nothing there yet", first, 90), row("the same again, nothing changed", again, 3),
-            row("a stage outside its own cells (kernel, sockets, saving)", outside, 1.5),
-            row("peer: the same twelve notebooks, `papermill` one after the other", plain), row("papermill / slml, pair by pair", ratio, unit="×")]
+        shutil.rmtree(place, ignore_errors=True)
+    rows = [row(f"`slml run params/{params}.yaml`, nothing there yet", first, 45),
+            row("share of it in which no cell of any stage was running", idle, 0.1, "fraction"),
+            row("a stage outside its own cells (kernel, saving, store)", outside),
+            row("peer: the same twelve notebooks, `papermill` one after the other", plain), pairs("papermill / slml", plain, first)]
     rows += [row("one `/predict` over loopback, p50", shares["p50_ms"], 3, "ms"), row("one `/predict` over loopback, p99", shares["p99_ms"], unit="ms")]
     return rows + [row(k, v, unit="fraction") for k, v in shares.items() if k.startswith("share of")]
+
+
+def busy(run):
+    "Seconds of a run in which at least one cell was running, by the times that its notebooks keep."
+    spans, total, end = [], 0, 0
+    for book in run.glob("*/notebook.ipynb"):
+        for c in json.loads(book.read_text())["cells"]:
+            times = c["metadata"].get("papermill", {})
+            if c["cell_type"] == "code" and times.get("start_time") and times.get("end_time"):
+                spans.append([datetime.fromisoformat(times[k]).timestamp() for k in ("start_time", "end_time")])
+    for a, b in sorted(spans):
+        total += max(0, b - max(a, end))
+        end = max(end, b)
+    return total
 
 
 def papermill(record, place):
@@ -83,6 +117,177 @@ def papermill(record, place):
     return total
 
 
+def twelve(extra=""):
+    "An empty project with the twelve short notebooks."
+    from slml_nb.stage import shipped_notebooks
+    place = Path(tempfile.mkdtemp(prefix="slml_bench_"))
+    return place, notebooks.ours(place, shipped_notebooks(), extra)
+
+
+def lifecycle(rounds):
+    "Twelve short notebooks in a graph, each way, in turn."
+    lean, times = notebooks.peer("lean"), {}
+    notebooks.peer("ploomber")
+    for _ in range(rounds):
+        place, params = twelve()
+        for way in ("slml", "pool", "ploomber", "papermill, lean", "papermill beside jupyterlab"): times.setdefault(way, []).append(_lifecycle(way, place, params, lean))
+        answers = {json.loads(f.read_text())["mean"] for f in (place / "pool/n12.json", place / "ploomber/out/n12.json", *place.glob("runs/.store/**/from_n12.json"))}
+        if len(answers) != 1: sys.exit(f"the ways do not agree: {answers}")
+        shutil.rmtree(place, ignore_errors=True)
+    t = times.__getitem__
+    return [row("`slml run`, two workers, nothing there yet", t("slml")), row("peer: `papermill`, one after the other, lean environment", t("papermill, lean")),
+            row("peer: `papermill`, one after the other, beside jupyterlab", t("papermill beside jupyterlab")), row("peer: `ploomber build`, parallel executor, two workers", t("ploomber")),
+            row("peer: `papermill.execute_notebook` in a pool of two processes", t("pool")), pairs("papermill (lean) / slml", t("papermill, lean"), t("slml"), 15),
+            pairs("papermill (beside jupyterlab) / slml", t("papermill beside jupyterlab"), t("slml")), pairs("ploomber / slml", t("ploomber"), t("slml"), 8), pairs("pool / slml", t("pool"), t("slml"))]
+
+
+def _lifecycle(way, place, params, lean):
+    "Seconds of one way."
+    if way == "slml": return clock([bin / "slml", "run", params, "--workers", "2"], place, ok=(0,))
+    folder = place / way.split(",")[0].replace(" ", "_")
+    if way == "ploomber":
+        notebooks.ploomber(folder)
+        own = notebooks.peer("ploomber")
+        return clock([own / "ploomber", "build", "--force"], folder, ok=(0,), env={**os.environ, "PLOOMBER_STATS_ENABLED": "false", "PATH": f"{own}:{os.environ['PATH']}"})
+    notebooks.plain(folder)
+    if way == "pool":
+        (folder / "pool.py").write_text(notebooks.POOL)
+        return clock([lean / "python", "pool.py", json.dumps(notebooks.TWELVE)], folder, ok=(0,))
+    command = (lean if "lean" in way else bin) / "papermill"
+    return sum(clock([command, f"{n}.ipynb", f"{n}.out.ipynb", "--no-progress-bar"], folder, ok=(0,)) for n in notebooks.TWELVE)
+
+
+def cells_of(n):
+    "A notebook of n trivial cells."
+    return notebooks.notebook(*[f"x = {i}\nprint(x)\nx * 2" for i in range(n)])
+
+
+def one(rounds, n=20):
+    "One notebook: from a cold shell, and in a process that has run one before."
+    lean, place = notebooks.peer("lean"), Path(tempfile.mkdtemp(prefix="slml_bench_"))
+    (place / "in.ipynb").write_text(cells_of(n))
+    cold, thin, thick = [], [], []
+    for _ in range(rounds):
+        cold.append(clock([bin / "slml", "exec", "in.ipynb", "out.ipynb"], place, ok=(0,)))
+        thin.append(clock([lean / "papermill", "in.ipynb", "p.ipynb", "--no-progress-bar"], place, ok=(0,)))
+        thick.append(clock([bin / "papermill", "in.ipynb", "p.ipynb", "--no-progress-bar"], place, ok=(0,)))
+    warm, peer = in_turn(rounds, place, place / "o.ipynb")
+    shutil.rmtree(place, ignore_errors=True)
+    return [row(f"`slml exec`, {n} cells, from a cold shell", cold), row("peer: `papermill`, lean environment", thin), row("peer: `papermill`, beside jupyterlab", thick),
+            pairs("papermill (lean) / slml", thin, cold, 6), pairs("papermill (beside jupyterlab) / slml", thick, cold),
+            row("`run_notebook`, warm, in one process", warm, digits=3), row("peer: `papermill.execute_notebook`, in one process", peer, digits=3), pairs("papermill / slml, warm", peer, warm, 20)]
+
+
+def in_turn(rounds, place, output):
+    "Seconds of in.ipynb in this process, here and by Papermill, after one of each that does not count."
+    import papermill as pm
+    from slml_nb.run import Kernels, run_notebook
+    source, mine, theirs = json.loads((place / "in.ipynb").read_text()), [], []
+    with Kernels() as kernels:
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            meter = run_notebook(source, output, {}, kernels, cwd=place)
+            mine.append(time.perf_counter() - start)
+            if "failed" in meter or meter["kernel"] != "warm": sys.exit(f"not as it should be: {meter}")
+            start = time.perf_counter()
+            pm.execute_notebook(place / "in.ipynb", output, progress_bar=False)
+            theirs.append(time.perf_counter() - start)
+            time.sleep(3 if len(mine) == 1 else 0)  # the template goes on importing while the first kernel runs
+    return mine[1:], theirs[1:]
+
+
+HEAVY = "import torch, pandas, sklearn.linear_model"
+
+
+def warm(rounds):
+    "From asking for a kernel to the end of its first cell, which needs heavy libraries."
+    from jupyter_client.manager import start_new_kernel
+    from slml_nb.kernel import WarmKernels
+    mine, theirs = [], []
+    with WarmKernels() as kernels:
+        for i in range(rounds + 1):
+            start = time.perf_counter()
+            kernel, said = kernels.start(), []
+            done = kernel.execute(HEAVY, said.append)
+            mine.append(time.perf_counter() - start)
+            if done["status"] != "ok": sys.exit(f"not as it should be: {said}")
+            kernel.stop()
+            if not i: continue
+            start = time.perf_counter()
+            manager, client = start_new_kernel(kernel_name="python3")
+            client.execute_interactive(HEAVY)
+            theirs.append(time.perf_counter() - start)
+            client.stop_channels(), manager.shutdown_kernel(now=True)
+    return [row("a warm kernel, to the end of its first cell", mine[1:], 0.2, digits=3), row("(the first of all: the template is still importing)", mine[:1]),
+            row("peer: ipykernel, the same", theirs), pairs("ipykernel / warm", theirs, mine[1:])]
+
+
+def cells(rounds, n=200):
+    "What saving costs: many trivial cells, saved and not."
+    place = Path(tempfile.mkdtemp(prefix="slml_bench_"))
+    (place / "in.ipynb").write_text(cells_of(n))
+    (bare, peer_bare), (saved, peer) = zip(*[[v[0] for v in in_turn(1, place, None)] for _ in range(rounds)]), zip(*[[v[0] for v in in_turn(1, place, place / "o.ipynb")] for _ in range(rounds)])
+    shutil.rmtree(place, ignore_errors=True)
+    return [row(f"{n} trivial cells, saved", saved, digits=3), row("the same, not saved", bare, digits=3), row("saved / not saved, pair by pair", [a / b for a, b in zip(saved, bare)], 1.3, "×"),
+            row("peer: papermill, saved", peer), row("peer: papermill, not saved", peer_bare), row("papermill: saved / not saved, pair by pair", [a / b for a, b in zip(peer, peer_bare)], unit="×")]
+
+
+def again(rounds, params="flights"):
+    "The same command when nothing has changed."
+    place = project()
+    clock([bin / "slml", "run", f"params/{params}.yaml"], place)
+    times = [clock([bin / "slml", "run", f"params/{params}.yaml"], place) for _ in range(max(5, rounds))]
+    states = {s["state"] for s in json.loads(max(place.glob("runs/*/*/run.json"), key=os.path.getmtime).read_text())["stages"].values()}
+    shutil.rmtree(place, ignore_errors=True)
+    if states != {"reused"}: sys.exit(f"not everything was reused: {states}")
+    return [row(f"`slml run params/{params}.yaml`, nothing changed", times, 1)]
+
+
+def sweep(rounds, points=100, sample=5):
+    "Many points that share all but the last stage, against as many plain runs."
+    swept, single = [], []
+    for _ in range(rounds):
+        place, params = twelve(f"matrix:\n  n12.factor: {list(range(2, points + 2))}\n")
+        swept.append(clock([bin / "slml", "run", params], place))
+        runs = [json.loads(f.read_text()) for f in place.glob("runs/twelve/*/run.json")]
+        made = [p for r in runs for p in r.get("points", []) if p.get("state") in ("done", "made", "reused")]
+        shutil.rmtree(place, ignore_errors=True)
+        if len(made) != points: sys.exit(f"{len(made)} of {points} points")
+        for i in range(sample):
+            place, params = twelve()
+            single.append(clock([bin / "slml", "run", params, "-p", f"n12.factor={i + 2}"], place))
+            shutil.rmtree(place, ignore_errors=True)
+    plain = [points * st.mean(single[i * sample:(i + 1) * sample]) for i in range(rounds)]
+    return [row(f"a sweep of {points} points over the last of twelve stages", swept), row("one plain run, nothing there yet", single),
+            row(f"{points} plain runs (the mean of {sample}, times {points})", plain), pairs("plain runs / sweep", plain, swept, 5)]
+
+
+def memory(rounds):
+    "The most memory that the runner itself ever had (VmHWM), while it runs the twelve notebooks."
+    peaks = []
+    for _ in range(rounds):
+        place, params = twelve()
+        p, peak = subprocess.Popen([bin / "slml", "run", params], cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
+        while p.poll() is None:
+            found = [int(l.split()[1]) / 1024 for l in _lines(f"/proc/{p.pid}/status") if l.startswith("VmHWM")]
+            peak = max([peak, *found])
+            time.sleep(0.01)
+        if p.returncode: sys.exit(f"slml run ended with {p.returncode}")
+        peaks.append(peak)
+        shutil.rmtree(place, ignore_errors=True)
+    return [row("`slml run` of the twelve notebooks, the runner's own process", peaks, 150, "MB", 0)]
+
+
+def _lines(file):
+    try: return Path(file).read_text().splitlines()
+    except OSError: return []
+
+
+SECTIONS = {"start": (start, "Before anything happens"), "lifecycle": (lifecycle, "Twelve short notebooks that import pandas"), "one": (one, "One notebook of 20 cells"),
+            "warm": (warm, "A warm kernel: torch, pandas, scikit-learn"), "cells": (cells, "200 trivial cells"), "again": (again, "Nothing changed"),
+            "sweep": (sweep, "A sweep"), "memory": (memory, "Memory of the runner"), "demo": (demo, "The demo: 336,776 flights, twelve notebooks")}
+
+
 def machine():
     memory = next((int(l.split()[1]) // 2**20 for l in open("/proc/meminfo") if l.startswith("MemTotal")), 0)
     model = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.machine())
@@ -92,13 +297,12 @@ def machine():
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--only", default="start,demo")
+    p.add_argument("--only", default=",".join(SECTIONS))
     p.add_argument("--out", default=str(root / "bench" / "results.md"))
     a = p.parse_args()
-    titles = {"start": (start, "Before anything happens"), "demo": (demo, "The demo: 336,776 flights, twelve notebooks")}
     text = [f"# Figures\n\nMeasured by `make bench` on {machine()}.\nMedians with minimum and maximum; the machine is shared and noisy, so the ratios say more than the seconds."]
     for name in a.only.split(","):
-        measure, title = titles[name]
+        measure, title = SECTIONS[name]
         text.append(f"## {title}\n\n{HEAD}\n" + "\n".join(measure(a.rounds)))
         print(text[-1], flush=True)
     notes = root / "bench" / "notes.md"

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'DELIMITERS', 'LONGEST', 'TAKEN', 'ENOUGH', 'READINGS', 'GROUPS', 'SAMPLE', 'NotThere', 'Unsettled',
-           'local_files', 'package_file', 'sample_file', 'download', 's3_files', 'unpack', 'find_files', 'How',
-           'find_delimiter', 'Lines', 'sieve', 'File', 'as_utf8', 'column_names', 'count_lines', 'read_text',
+           'local_files', 'package_file', 'sample_file', 'download', 's3_files', 'unpack', 'raw_record', 'find_files',
+           'How', 'find_delimiter', 'Lines', 'sieve', 'File', 'as_utf8', 'column_names', 'count_lines', 'read_text',
            'read_jsonl', 'plain_type', 'read_parquet_file', 'read_file', 'Column', 'infer', 'widest', 'differences',
            'unite', 'Table', 'typed', 'add_columns', 'read_table', 'account', 'report', 'missing_shares',
            'rejects_table', 'draw_files']
 
-# %% ../nbs/11_ingest.ipynb #c766b40a
-import csv, fnmatch, glob, gzip, importlib.util, io, re, shutil, zipfile
+# %% ../nbs/11_ingest.ipynb #a4db29e4
+import csv, fnmatch, glob, gzip, importlib.util, io, os, re, shutil, zipfile
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from .core import SlmlError, project_root, suggest
+from .core import SlmlError, project_root, sha256_file, suggest
 from .sql import check_expression, ident, literal, to_parquet
 
 # %% ../nbs/11_ingest.ipynb #e5a1c590
@@ -140,11 +140,26 @@ def unpack(
     except (OSError, EOFError, zipfile.BadZipFile) as e: raise SlmlError(f"the archive is damaged ({e})", path.name, "fetch it again") from None
     return [(path.name, path)]
 
-# %% ../nbs/11_ingest.ipynb #456aac53
+# %% ../nbs/11_ingest.ipynb #4b9abb3b
+def raw_record(
+    source: str,  # as it was given
+    path: Path,  # one of the files it means, on this machine
+    here: Path,  # the folder that what was fetched lies in
+) -> dict:  # source, address (of this file alone), file, sha256, bytes
+    "What identifies a raw file: where it came from and the hash of its bytes."
+    scheme, colon, rest = source.partition("://")
+    if scheme in ("http", "https"): source = f"{scheme}://{rest.split('?')[0].split('#')[0].rpartition('@')[2]}"
+    address = source
+    if scheme == "s3" and colon: address = f"s3://{rest.partition('/')[0]}/{path.relative_to(here).as_posix()}"
+    elif not colon and project_root() / Path(source).expanduser() != path: address = Path(os.path.relpath(path, project_root())).as_posix()
+    return {"source": source, "address": address, "file": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}
+
+# %% ../nbs/11_ingest.ipynb #0797b939
 def find_files(
     sources: list[str],  # see above
     folder: Path,  # for what has to be fetched or unpacked
     endpoint_url: str = "",  # of the S3 to ask
+    raw: list | None = None,  # gets the `raw_record` of each file, before it is unpacked
 ) -> list[tuple[str, Path]]:  # (name to show, file)
     "Every file that the sources mean, fetched and unpacked, each once, in order."
     if not sources: raise SlmlError("no source is given", "ingest: sources", "name a file, a folder, a pattern or an address")
@@ -158,7 +173,9 @@ def find_files(
         paths = fetch[scheme](rest, here, endpoint_url, *([scheme] if scheme.startswith("http") else [])) if colon else local_files(source)
         for n, p in enumerate(paths):
             (here / f"{n}").mkdir(exist_ok=True)
+            if raw is not None: raw.append(raw_record(source, p, here))
             found += unpack(p, here / f"{n}")
+    if raw is not None: raw[:] = {r["address"]: r for r in raw}.values()
     twice = {n for n, c in Counter(n for n, _ in found).items() if c > 1}
     return list(dict.fromkeys((f"{p.parent.name}/{n}" if n in twice else n, p) for n, p in found))
 
@@ -794,7 +811,7 @@ def unite(con, view: str, files: list[File]) -> list[tuple[str, str]]:  # [(colu
     con.execute(f"create or replace temp view {ident(view)} as " + " union all ".join(parts))
     return list(columns.values())
 
-# %% ../nbs/11_ingest.ipynb #19085511
+# %% ../nbs/11_ingest.ipynb #061d0160
 @dataclass
 class Table:
     "A table that was read; `query` gives its typed rows."
@@ -803,6 +820,7 @@ class Table:
     columns: list  # of Column, also those with a type of their own
     notes: list  # [(level, sentence)]
     rows: int  # after `limit`
+    raw: list = field(default_factory=list)  # a `raw_record` of each file that it came from
 
 
 def typed(con, view: str, described, how: How, types: dict, delimiter: str) -> tuple[str, list[Column]]:
@@ -842,7 +860,7 @@ def add_columns(con, view: str, derived: dict[str, str]) -> str:  # SELECT
     replacing = f" replace ({', '.join(replaced)})" if replaced else ""
     return f"select *{replacing}{''.join(', ' + n for n in new)} from {ident(view)}"
 
-# %% ../nbs/11_ingest.ipynb #69f43017
+# %% ../nbs/11_ingest.ipynb #4d06e736
 def read_table(
     con,  # DuckDB connection
     name: str,  # of the table
@@ -857,7 +875,8 @@ def read_table(
     "Everything the sources mean, as one typed table."
     parquet = folder / "parquet"
     parquet.mkdir(parents=True)
-    files = [read_file(con, n, p, how, parquet) for n, p in find_files(sources, folder, endpoint_url)]
+    raw = []
+    files = [read_file(con, n, p, how, parquet) for n, p in find_files(sources, folder, endpoint_url, raw)]
     total = sum(f.rows for f in files)
     if not total: raise SlmlError("there is a header but no row", files[0].name, "check where the file was made")
     notes = [n for f in files for n in f.notes] + [("warn", f"{f.name} has no rows") for f in files if not f.rows]
@@ -875,9 +894,9 @@ def read_table(
     con.execute(f"create or replace temp view {ident('slml_typed_' + name)} as {query}")
     query, kept = add_columns(con, f"slml_typed_{name}", columns or {}), [c for c in found if c.type and c.name not in (columns or {})]
     computed = [Column(r[0], r[1], "computed", columns[r[0]]) for r in con.execute(f"describe {query}").fetchall() if r[0] in (columns or {})]
-    return Table(query, files, kept + computed, notes, -(-total // step))
+    return Table(query, files, kept + computed, notes, -(-total // step), raw)
 
-# %% ../nbs/11_ingest.ipynb #e035697a
+# %% ../nbs/11_ingest.ipynb #6ffd0ae9
 def account(
     tables: dict[str, Table],  # "" is the main one
     limit: int = 0,  # as it was asked for
@@ -897,6 +916,7 @@ def report(
     rows_in, rows, rejects = (sum(l[k] for l in lines if l["table"] == "raw") for k in ("rows_in", "rows", "rejects"))
     if rows_in != rows + rejects: raise SlmlError(f"{rows_in:,} rows in, {rows:,} out and {rejects:,} rejects do not add up", "ingest", "please report these files")
     return {"rows_in": rows_in, "rows": main.rows, "rejects": rejects, "left_out": rows - main.rows, "files": lines, "missing": missing,
+            "read": [{"table": n or "raw", **r} for n, t in tables.items() for r in t.raw],
             "differences": differences(main.files) if len(main.files) > 1 else [],
             "columns": [{"name": c.name, "type": c.type, "reading": c.reading, "unit": c.unit, "null_tokens": c.tokens,
                          "unparsed": c.unparsed, "unparsed_values": c.examples} for c in main.columns],

@@ -7,10 +7,10 @@ __all__ = ['COLOURS', 'STYLE', 'notebooks_folder', 'shipped_notebooks', 'sample_
            'artifact_path', 'Stage', 'typed_parameters', 'path', 'read_json', 'df', 'sql', 'con', 'save', 'folder',
            'metric', 'finding', 'axes', 'figure', 'table_out', 'done']
 
-# %% ../nbs/03_stage.ipynb #803c6eec
+# %% ../nbs/03_stage.ipynb #e5f7172e
 import contextlib, json, os, shutil, sys, tempfile, time
 from pathlib import Path
-from .core import Refused, SlmlError, atomic_write, coerce, project_root, read_front_matter, read_notebook, read_parameters, sha256_file, size_of, suggest
+from .core import Refused, SlmlError, atomic_write, coerce, project_root, read_front_matter, read_notebook, read_parameters, seal, sha256_file, size_of, spellings, strike_out, suggest
 
 # %% ../nbs/03_stage.ipynb #b49887d9
 def notebooks_folder() -> Path:
@@ -33,16 +33,17 @@ def sample_folder() -> Path:
     package = Path(__file__).parent if "__file__" in globals() else project_root() / "slml_nb"
     return Path(os.environ.get("SLML_SAMPLE") or package / "sample")
 
-# %% ../nbs/03_stage.ipynb #80527058
+# %% ../nbs/03_stage.ipynb #a1ae3c44
 def made_in(
     run,  # folder of a run
 ) -> dict[str, dict]:  # {artifact: its record, with "stage" and "root", the folder or URI its file is relative to}
     "Every artifact that the stages of a run have made."
     found = {}
     for path in sorted(Path(run).glob("*/made.json")):
-        made = json.loads(path.read_text())
-        root = made["root"] if "://" in made["root"] else str((path.parent / made["root"]).resolve())
-        for name, record in made["artifacts"].items(): found[name] = {**record, "stage": made["stage"], "root": root}
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a damaged record: as good as none
+            made = json.loads(path.read_text())
+            root = made["root"] if "://" in made["root"] else str((path.parent / made["root"]).resolve())
+            found |= {name: {**record, "stage": made["stage"], "root": root} for name, record in made["artifacts"].items()}
     return found
 
 
@@ -69,7 +70,7 @@ def artifact_path(
     from slml_nb.store import open_store
     return open_store(record["root"]).local(record["file"], record["sha256"])
 
-# %% ../nbs/03_stage.ipynb #56966dd2
+# %% ../nbs/03_stage.ipynb #a11fd853
 class Stage:
     "One execution of a stage notebook: its inputs, its outputs, what it has to say."
 
@@ -82,7 +83,7 @@ class Stage:
     ):
         self.front = _front_matter(name, run)
         typed_parameters(self.front.get("types", {}), name)
-        self.name, self.memory, self.threads, self.started = name, memory, int(threads), time.time()
+        self.name, self.memory, self.threads, self.started = name, memory, int(threads), time.monotonic()
         self.run = Path(run) if run else _by_hand(self.front["needs"])
         if not self.run.is_dir(): raise SlmlError(f"there is no run folder {str(self.run)!r}", f"stage {name}", "leave run empty, or name a folder below runs/")
         self.place = Path(run) / name if run else Path(tempfile.mkdtemp(prefix=f"slml_{name}_"))
@@ -284,7 +285,7 @@ def _show_table(table, caption: str):
     with pd.option_context("display.max_colwidth", 300):
         _captioned(caption, table.to_html(index=False, na_rep="", border=0, float_format=_digits))
 
-# %% ../nbs/03_stage.ipynb #7f2673f8
+# %% ../nbs/03_stage.ipynb #529e350f
 def figure(self: Stage,
            fig,  # a matplotlib Figure
            caption: str,  # what the reader should see in it
@@ -292,6 +293,7 @@ def figure(self: Stage,
     "Keep a figure for the report and show it."
     name = f"figure_{len(self.made['figures']) + 1}.svg"
     fig.savefig(self.out / name, format="svg", metadata={"Date": None, "Creator": None})
+    if os.environ.get("SLML_SECRETS"): atomic_write(self.out / name, _without_secrets((self.out / name).read_text(encoding="utf-8")))  # an SVG names its texts in comments
     self.made["figures"].append({"caption": caption, "file": name})
     if not os.environ.get("IN_TEST"): _show_figure(self.out / name, caption)
 
@@ -305,20 +307,27 @@ def table_out(self: Stage,
     if len(table) > 60: raise SlmlError(f"a table of {len(table)} rows is not for reading", f"stage {self.name}", "show the first or the worst 60 rows")
     name = f"table_{len(self.made['tables']) + 1}.json"
     rows = [[None if v != v else v for v in row] for row in table.astype(object).itertuples(index=False, name=None)]
-    atomic_write(self.out / name, json.dumps({"columns": [str(c) for c in table.columns], "data": rows}, default=_plain, ensure_ascii=False))
+    atomic_write(self.out / name, _without_secrets(json.dumps({"columns": [str(c) for c in table.columns], "data": rows}, default=_plain, ensure_ascii=False)))
     self.made["tables"].append({"caption": caption, "file": name})
     if not os.environ.get("IN_TEST"): _show_table(table, caption)
 
 Stage.figure, Stage.table_out = figure, table_out
 
-# %% ../nbs/03_stage.ipynb #1c570e4f
+# %% ../nbs/03_stage.ipynb #6abddcb0
 def done(self: Stage) -> dict:  # the record that was written
     "Check that everything promised was made, and say so on disk."
     if missing := [n for n in self.front["makes"] if n not in self.made["artifacts"]]:
         raise SlmlError(f"{', '.join(missing)} promised but not saved", f"stage {self.name}", f'stage.save("{missing[0]}", …), or take it out of `- makes:`')
     if self._con is not None: self._con.close()
-    self.made["seconds"] = round(time.time() - self.started, 3)
-    atomic_write(self.place / "made.json", json.dumps(self.made, indent=1, ensure_ascii=False, default=_plain))
+    self.made["seconds"] = round(time.monotonic() - self.started, 3)
+    self.made["files"] = {r["file"]: sha256_file(self.out / r["file"]) for r in self.made["figures"] + self.made["tables"]}
+    self.made.update(json.loads(_without_secrets(json.dumps(self.made, ensure_ascii=False, default=_plain))))
+    atomic_write(self.place / "made.json", json.dumps(seal(self.made), indent=1, ensure_ascii=False))
     return {n: f"{r['kind']}, {r.get('rows', '')} rows" if r["kind"] == "table" else r["kind"] for n, r in self.made["artifacts"].items()}
 
 Stage.done = done
+
+
+def _without_secrets(text: str) -> str:
+    "JSON or SVG without the values of the variables that SLML_SECRETS names."
+    return strike_out(text, spellings(os.environ.get(name, "") for name in os.environ.get("SLML_SECRETS", "").split(",")))

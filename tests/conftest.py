@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).resolve().parent.parent
+os.environ.setdefault("SLML_TRACKING", "off")  # the tests of tracking switch it on
 
 
 class Project:
@@ -46,3 +47,6 @@ def project(tmp_path): return Project(tmp_path)
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory): return Project(tmp_path_factory.mktemp("shop"))
+
+
+def pytest_configure(config): config.addinivalue_line("markers", "slow: takes minutes; `make slow` runs these, `make test` does not")

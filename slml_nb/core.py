@@ -197,18 +197,18 @@ def directives(
         found[m[1]] = m[2].strip()
     return found
 
-# %% ../nbs/00_core.ipynb #d43b7f10
+# %% ../nbs/00_core.ipynb #85dac5e7
 def read_front_matter(
     nb: dict,  # from `read_notebook`
-) -> dict:  # title, sentence, and one entry per `- key: value`; needs and makes are always lists of names
+) -> dict:  # title, sentence, and one entry per `- key: value`; needs, makes and uses are always lists of names
     "What a notebook says of itself in its first Markdown cell."
     first = next((c["source"] for c in nb["cells"] if c["cell_type"] == "markdown"), "")
     title = re.search(r"^#\s+(.+)", first, re.M)
     sentence = re.search(r"^>\s*(.+(?:\n>.*)*)", first, re.M)
-    found = {"title": title[1].strip() if title else "", "needs": [], "makes": [],
+    found = {"title": title[1].strip() if title else "", "needs": [], "makes": [], "uses": [],
              "sentence": re.sub(r"\n>\s*", " ", sentence[1]).strip() if sentence else ""}
     for key, value in re.findall(r"^- ([\w-]+):[ \t]*(.*)", first, re.M):
-        found[key] = [n.strip() for n in value.split(",") if n.strip()] if key in ("needs", "makes") else value.strip()
+        found[key] = [n.strip() for n in value.split(",") if n.strip()] if key in ("needs", "makes", "uses") else value.strip()
     return found
 
 # %% ../nbs/00_core.ipynb #b61d6fee

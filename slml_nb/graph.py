@@ -57,24 +57,25 @@ def read_stage(
         raise SlmlError(f"the notebook says `- stage: {front.get('stage', '')}`", str(notebook), f"its first cell must say  - stage: {stage}")
     return Node(stage, Path(notebook), front, read_parameters(nb, str(notebook)), nb)
 
-# %% ../nbs/07_graph.ipynb #d00ababe
+# %% ../nbs/07_graph.ipynb #466b01f9
 def stages_of(
     params: ParamSet,
 ) -> dict[str, Path]:  # {stage: notebook}, the shipped ones in order, then the user's own
     "The notebooks of a use case."
-    found = {s: p for s, p in shipped_notebooks().items() if read_front_matter(read_notebook(p)).get("default") != "no" or s in params.values}
+    shipped = shipped_notebooks()
+    found = {s: p for s, p in shipped.items() if read_front_matter(read_notebook(p)).get("default") != "no" or s in params.values}
     for stage, own in params.stages.items():
         where = params.lines.get(("stages", stage), params.file)
         if own is False:
-            if stage not in found: raise SlmlError(f"there is no stage '{stage}' to leave out", where, suggest(stage, found))
-            del found[stage]
+            if stage not in {**shipped, **found}: raise SlmlError(f"there is no stage '{stage}' to leave out", where, suggest(stage, found))
+            found.pop(stage, None)
             continue
         path = Path(params.file).parent / str(own)
         if not path.is_file(): raise SlmlError(f"there is no notebook {str(path)!r}", where, suggest(path.name, [p.name for p in Path(params.file).parent.rglob("*.ipynb")]))
         found[stage] = path
     return found
 
-# %% ../nbs/07_graph.ipynb #4997d892
+# %% ../nbs/07_graph.ipynb #a75673b1
 class Graph:
     "Stages in an order in which each runs after those that make its inputs."
 
@@ -85,6 +86,7 @@ class Graph:
             for a in n.makes:
                 if a in self.maker: raise SlmlError(f"artifact '{a}' is made twice, by {self.maker[a]} and by {n.stage}", str(n.notebook), "rename one of them")
                 self.maker[a] = n.stage
+        for n in nodes: n.front["needs"] = [*n.front["needs"], *(a for a in n.front.get("uses", []) if a in self.maker and a not in n.front["needs"])]
         for n in nodes:
             for a in n.needs:
                 if a not in self.maker: raise SlmlError(f"stage {n.stage} needs '{a}', which no stage makes", str(n.notebook), suggest(a, self.maker))

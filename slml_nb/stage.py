@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'notebooks_folder', 'shipped_notebooks', 'sample_folder', 'made_in', 'list_runs', 'latest_run',
-           'artifact_path', 'Stage', 'typed_parameters', 'path', 'read_json', 'df', 'sql', 'con', 'save', 'folder',
-           'metric', 'finding', 'axes', 'figure', 'table_out', 'done']
+           'artifact_path', 'Stage', 'typed_parameters', 'path', 'read_json', 'has', 'df', 'sql', 'con', 'save',
+           'folder', 'metric', 'finding', 'axes', 'figure', 'table_out', 'done']
 
 # %% ../nbs/03_stage.ipynb #e5f7172e
 import contextlib, json, os, shutil, sys, tempfile, time
@@ -130,7 +130,7 @@ def typed_parameters(
         try: values[name] = coerce(values[name], kind)
         except Refused as e: raise SlmlError(f"{name} is {values[name]!r}, but it is declared {kind}", f"stage {stage}", f"give {e}") from None
 
-# %% ../nbs/03_stage.ipynb #d4f17ecd
+# %% ../nbs/03_stage.ipynb #21cce181
 def _input(self: Stage, name: str) -> dict:
     if self._inputs is None: self._inputs = made_in(self.run)
     if name in self._inputs: return self._inputs[name]
@@ -150,6 +150,12 @@ def read_json(self: Stage, name: str):
     return json.loads(self.path(name).read_text())
 
 
+def has(self: Stage, name: str) -> bool:
+    "Whether an input that is only used when it is there (`- uses:`) is there."
+    if self._inputs is None: self._inputs = made_in(self.run)
+    return name in self._inputs
+
+
 def df(self: Stage, name: str):
     "An input table as a pandas DataFrame."
     _input(self, name)
@@ -163,24 +169,28 @@ def sql(self: Stage,
     "A query over the inputs."
     return self.con.sql(query)
 
-Stage.path, Stage.json, Stage.df, Stage.sql = path, read_json, df, sql
+Stage.path, Stage.json, Stage.has, Stage.df, Stage.sql = path, read_json, has, df, sql
 
-# %% ../nbs/03_stage.ipynb #f9c0e11a
+# %% ../nbs/03_stage.ipynb #36dbc990
 @property
 def con(self: Stage):
     "A DuckDB connection on which every input table is a view of its name."
     if self._con is None:
         from slml_nb.sql import connect, register
         self._con = connect(self.memory, self.threads)
-        for name in self.front["needs"] or made_in(self.run):
+        for name in [*self.front["needs"], *(a for a in self.front.get("uses", []) if self.has(a) and a not in self.front["needs"])] or made_in(self.run):
             if _input(self, name)["kind"] == "table": register(self._con, name, self.path(name))
     return self._con
 
 Stage.con = con
 
-# %% ../nbs/03_stage.ipynb #eead5a9e
+# %% ../nbs/03_stage.ipynb #1c8d37a8
 def _write(value, out: Path, name: str, con) -> tuple[str, Path]:
     "Write a value under its name; its kind and its path."
+    if isinstance(value, Path) and value.is_file():  # a Parquet file that a stage has streamed to its place
+        if value.suffix != ".parquet": raise SlmlError(f"'{value.name}' is neither a folder nor a Parquet file", f"artifact {name}", "put it into stage.folder(…) and save that")
+        if value.resolve() != (out / f"{name}.parquet").resolve(): shutil.copyfile(value, out / f"{name}.parquet")
+        return "table", out / f"{name}.parquet"
     if isinstance(value, Path):
         if value.resolve() != (out / name).resolve(): shutil.copytree(value, out / name)
         return "folder", out / name
@@ -196,10 +206,10 @@ def _plain(value):
     "NumPy scalars, dates and paths in JSON."
     return value.item() if hasattr(value, "item") else value.tolist() if hasattr(value, "tolist") else str(value)
 
-# %% ../nbs/03_stage.ipynb #ba32ac00
+# %% ../nbs/03_stage.ipynb #b1784763
 def save(self: Stage,
          name: str,  # of the artifact: one of those the front matter promises
-         value,  # relation or DataFrame (table), dict or list (json), str (text), Path (folder)
+         value,  # relation, DataFrame or Path of a Parquet file (table), dict or list (json), str (text), Path of a folder
          ) -> Path:  # where it is
     "Save an artifact under its name."
     if self.front["makes"] and name not in self.front["makes"]:

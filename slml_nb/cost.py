@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['SERVICES', 'TABLES', 'INSTANCE', 'ABOUT', 'FARGATE', 'MONTH', 'HEADROOM', 'STALE', 'GROUPS', 'LOOKUPS', 'LINUX',
-           'check_prices', 'prices_file', 'load_prices', 'lambda_usd', 'fargate_usd', 'instance_usd', 's3_usd',
-           'athena_usd', 'dollars', 'needs_of', 'holds', 'smallest', 'lambda_offer', 'fargate_offer', 'sagemaker_offer',
-           'serverless', 'read_meter', 'cost_stage', 'demand', 'always_on', 'price_warnings', 'cost', 'cost_rows',
-           'table_text', 'cost_sentences', 'cost_text', 'bill', 'bill_text', 'price_of', 'prices_text',
-           'refresh_prices', 'refreshed_text']
+           'check_prices', 'load_prices', 'lambda_usd', 'fargate_usd', 'instance_usd', 's3_usd', 'dollars', 'needs_of',
+           'holds', 'smallest', 'lambda_offer', 'fargate_offer', 'sagemaker_offer', 'serverless', 'read_meter',
+           'cost_stage', 'demand', 'always_on', 'price_warnings', 'cost', 'cost_rows', 'table_text', 'cost_sentences',
+           'cost_text', 'bill', 'bill_text', 'price_of', 'prices_text', 'refresh_prices', 'refreshed_text']
 
-# %% ../nbs/54_cost.ipynb #38789b7d
+# %% ../nbs/54_cost.ipynb #46db083a
 import contextlib, datetime as dt, json, math, re
 from pathlib import Path
 from .core import SlmlError, atomic_write, load_yaml, project_root, suggest
+from .query import athena_usd, prices_file
 from .run import load_run
 from .stage import list_runs
 
@@ -63,15 +63,7 @@ def check_prices(
                 if kind != "source": _fields(entry, INSTANCE, ("gpu_gb", "checked"), (name, kind), at)
     return prices
 
-# %% ../nbs/54_cost.ipynb #051bac17
-def prices_file() -> Path:
-    "The price list in use: the project's own, else the one that ships."
-    package = Path(__file__).parent if "__file__" in globals() else project_root() / "slml_nb"
-    places = [project_root() / "params" / "prices.yaml", package / "prices.yaml", package.parent / "params" / "prices.yaml"]
-    if found := next((p for p in places if p.is_file()), None): return found
-    raise SlmlError("there is no price list", str(places[0]), "install slml_nb again: one ships with it")
-
-
+# %% ../nbs/54_cost.ipynb #b207dd3c
 def load_prices(
     path="",  # YAML; empty: `prices_file()`
 ) -> dict:  # checked, with "file"
@@ -117,21 +109,13 @@ def instance_usd(
     "Some seconds of an instance that is billed by the second."
     return math.ceil(seconds) / 3600 * usd_per_hour
 
-# %% ../nbs/54_cost.ipynb #4308384f
+# %% ../nbs/54_cost.ipynb #d04f097b
 def s3_usd(
     size: int,  # bytes
     prices: dict,
 ) -> float:  # US dollars a month
     "A month of keeping bytes in S3 Standard, in GB of 2^30 bytes."
     return size / 2**30 * prices["s3"]["usd_per_gb_month"]
-
-
-def athena_usd(
-    size: int,  # bytes scanned
-    prices: dict,
-) -> float:  # US dollars
-    "One query of Athena: started megabytes of 2^20 bytes, ten at least, in TB of 2^40."
-    return max(prices["athena"]["min_mb"], math.ceil(size / 2**20)) / 2**20 * prices["athena"]["usd_per_tb"]
 
 # %% ../nbs/54_cost.ipynb #2b3690a4
 def dollars(

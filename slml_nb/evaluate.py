@@ -479,7 +479,7 @@ def slice_table(
     table = pd.concat([p for p in parts if len(p)], ignore_index=True) if any(len(p) for p in parts) else empty
     return table.sort_values(first or list(of)[-1], ascending=direction(metric) == "maximise", ignore_index=True)
 
-# %% ../nbs/38_evaluate.ipynb #9104fb6a
+# %% ../nbs/38_evaluate.ipynb #0b265a1c
 def model_folders(*roots) -> dict:
     "{candidate: folder with its model.json}, simplest first."
     found = [(json.loads((f / "model.json").read_text()), f) for root in roots for f in sorted(Path(root).iterdir()) if (f / "model.json").exists()]
@@ -501,7 +501,7 @@ def operating(
     **prices,        # see `lambda_usd_per_1000`
 ) -> dict:           # {candidate: {p50_ms, p99_ms, package_mb, usd_per_1000}}
     "Speed, size and price of each candidate as it would be shipped."
-    from slml_nb.features import FeatureFunction
+    from slml_nb.recipe import FeatureFunction
     features = FeatureFunction(recipe)
     models = {name: load_model(f) for name, f in folders.items()}
     took = latencies({name: (lambda r, m=m: m.predict(features.rows([r]))) for name, m in models.items()}, requests, n)

@@ -194,13 +194,13 @@ class PackagedModel:
 
 def _load_pyfunc(path): return PackagedModel(path)  # the name that MLflow looks for
 
-# %% ../nbs/55_track.ipynb #1cf7f726
+# %% ../nbs/55_track.ipynb #a9d6cc30
 def table_requests(
     table,  # DataFrame
     inputs: list[dict],  # fields of the package
 ) -> list[dict]:  # one request a row
     "Rows as requests; a missing cell is a field left out."
-    from slml_nb.features import plain
+    from slml_nb.recipe import plain
     for field in inputs:
         if field["required"] and field["name"] not in table.columns: raise SlmlError(f"there is no column '{field['name']}'", "the table", suggest(field["name"], table.columns))
     fields = [i["name"] for i in inputs if i["name"] in table.columns]

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['JSON_TYPES', 'TOLERANCE', 'MISSING', 'chosen_model', 'slim', 'write_slim', 'signature', 'card', 'seal', 'check_seal',
-           'Predictor', 'load_package', 'write_package', 'differences', 'check_parity', 'parity_rows', 'answer_all',
-           'answer_columns', 'predict_table']
+           'write_rule', 'compiled_rule', 'open_model', 'store_for', 'Predictor', 'load_package', 'write_package',
+           'differences', 'check_parity', 'parity_rows', 'answer_all', 'answer_columns', 'predict_table']
 
-# %% ../nbs/40_package.ipynb #9fbbe122
-import json, math, time
+# %% ../nbs/40_package.ipynb #377ad471
+import json, math, re, time
 from pathlib import Path
 from .core import SlmlError, atomic_write, canonical_json, sha256_file, sha256_text, suggest
-from .features import FeatureFunction, InputError, features_sql, plain
+from .recipe import FeatureFunction, InputError, compile_features, plain, read_lookup, write_features, write_lookup
+from .online import OnlineStore
+from .rowwise import RowError, RowFunction
 from .sql import ident, literal
 
 # %% ../nbs/40_package.ipynb #fa620ef9
@@ -25,14 +27,14 @@ def chosen_model(
     if name not in there: raise SlmlError(f"the verdict means '{name}', which no stage has made", "package", suggest(str(name), there))
     return there[name], verdict["candidate"] is not None
 
-# %% ../nbs/40_package.ipynb #db11d881
+# %% ../nbs/40_package.ipynb #7ce242c7
 def slim(
     recipe: dict,  # recipe.json
     used: list[str],  # features that the model reads
 ) -> dict:  # a recipe of these features alone
     "The part of a recipe that one model needs."
     features = [f for f in recipe["features"] if f["name"] in used]
-    need, lookups = list(dict.fromkeys(c for f in features for c in f["reads"])), []
+    need, lookups = list(dict.fromkeys(c for f in features for c in (*f["reads"], *f.get("asks", ())))), []
     for look in reversed(recipe["lookups"]):
         columns = {n: c for n, c in look["columns"].items() if n in need}
         if not columns: continue
@@ -48,19 +50,18 @@ def write_slim(
     used: list[str],  # features that the model reads
     folder: Path,  # the package
 ) -> dict:  # the recipe
-    "Write recipe.json, features.sql and lookups/ of one model."
-    import duckdb
+    "Write recipe.json, the features as SQL and compiled, and lookups/ of one model."
     recipe = slim(json.loads((Path(recipe_folder) / "recipe.json").read_text(encoding="utf-8")), used)
     for look in recipe["lookups"]:
+        keys, types, columns = read_lookup(Path(recipe_folder) / "lookups" / look["file"])
+        kept = [i for i, n in enumerate(types) if i < keys or n in look["columns"]]
+        names = list(types)
         (folder / "lookups").mkdir(parents=True, exist_ok=True)
-        columns = ", ".join([f"k{i}" for i in range(len(look["on"]))] + [ident(c) for c in look["columns"]])
-        source, to = (literal(str(f / "lookups" / look["file"])) for f in (Path(recipe_folder), folder))
-        duckdb.connect(config={"threads": 1}).execute(f"copy (select {columns} from read_parquet({source})) to {to} (format parquet, compression zstd)")
-    atomic_write(folder / "features.sql", features_sql({f["name"]: f["sql"] for f in recipe["features"]} or {"nothing": "1"}))
-    atomic_write(folder / "recipe.json", json.dumps(recipe, indent=1, ensure_ascii=False))
+        write_lookup(folder / "lookups" / look["file"], keys, {names[i]: types[names[i]] for i in kept}, [columns[i] for i in kept])
+    write_features(folder, recipe)
     return recipe
 
-# %% ../nbs/40_package.ipynb #5fedf324
+# %% ../nbs/40_package.ipynb #3ccc6782
 JSON_TYPES = {"BIGINT": ("integer", ""), "DOUBLE": ("number", ""), "BOOLEAN": ("boolean", ""), "VARCHAR": ("string", ""),
               "TIMESTAMP": ("string", "date-time"), "DATE": ("string", "date"), "TIME": ("string", "time")}
 
@@ -69,6 +70,7 @@ def _when_missing(field: dict, keys: dict) -> str:
     "What happens when a field is left out, as a sentence."
     if field["from"]: return f"looked up in table '{field['from']}' by {', '.join(keys.get(field['name'], []))}"
     if field["required"]: return "not allowed: it was never missing in the data"
+    if ask := field.get("online"): return f"asked of the feature store's view '{ask['view']}' by {', '.join(ask['keys'])}, when the service is given the online store; else unknown"
     if field.get("asof"): return f"taken as unknown; it is the latest value of '{field['asof']}' at the moment of prediction"
     return f"taken as unknown, as in {field['missing']:.1%} of the training rows"
 
@@ -147,7 +149,59 @@ def check_seal(
     if manifest.get("hash") != sha256_text(canonical_json(sealed)): raise SlmlError("manifest.json has been changed", str(folder), fix)
     return manifest["hash"]
 
-# %% ../nbs/40_package.ipynb #04834161
+# %% ../nbs/40_package.ipynb #81448bd8
+def write_rule(
+    folder: Path,  # with model.json of a rule
+    spec: dict,  # model.json
+):
+    "Compile a rule: SQL over its features becomes rule.json."
+    inputs = [{"name": n, "type": "VARCHAR" if n in spec.get("texts", []) else "DOUBLE"} for n in spec["features"]]
+    try: program = compile_features(inputs, {"rule": spec["expression"]})
+    except SlmlError as e: raise SlmlError(f"the rule {spec['expression']!r} cannot be served ({e.what})", "rule", e.fix) from None
+    atomic_write(folder / "rule.json", json.dumps(program, ensure_ascii=False))
+
+
+def compiled_rule(
+    model,  # a rule, without its SQL engine
+    folder: Path,  # with rule.json
+):
+    "Let a rule answer in plain Python."
+    rule = RowFunction(json.loads((folder / "rule.json").read_text(encoding="utf-8")), where=str(folder / "rule.json"))
+
+    def answers(columns):
+        "What the rule says of each row; None where it has no answer."
+        n = len(next(iter(columns.values()), ()))
+        known = lambda v: None if v is None or v != v else v if isinstance(v, str) else float(v)
+        try: return [rule({c: known(columns[c][i]) for c in rule.columns})[0] for i in range(n)]
+        except RowError as e: raise InputError("request", None, f"values from which the rule can be computed ({e})") from None
+    model.answers = answers
+    return model
+
+
+def open_model(folder: Path):
+    "The model of a package, without DuckDB."
+    from slml_nb.model import KINDS, load_model
+    spec = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    if spec.get("kind") != "rule": return load_model(folder)
+    light = type("ServedRule", (KINDS["rule"],), {"load": lambda self: self.__dict__.update(expression=spec["expression"], fallback=spec["fallback"], odds=spec.get("odds", {}), texts=spec.get("texts", []), con=None)})
+    return compiled_rule(light(spec, folder, 1), folder)
+
+# %% ../nbs/40_package.ipynb #4f7da97b
+def store_for(
+    folder,  # a package
+    online: str,  # path of a SQLite file, or dynamodb://TABLE
+):  # {field: value} -> {field: value}, or None when the model reads nothing of a feature store
+    "What an online store knows of a request to this package."
+    wanted = {i["name"]: i["online"] for i in json.loads((Path(folder) / "recipe.json").read_text(encoding="utf-8"))["inputs"] if i.get("online")}
+    if not wanted: return None
+    if "://" not in online and not Path(online).is_file(): raise SlmlError("there is no such online store", online, "name the file that the stage feature_store writes (its parameter online)")
+    store, moment, views = OnlineStore(online), next(iter(wanted.values()))["moment"], sorted({w["view"] for w in wanted.values()})
+    for name, ask in wanted.items():
+        there = [f["name"] for f in store.view(ask["view"])["features"]]
+        if name not in there: raise SlmlError(f"view '{ask['view']}' has no feature '{name}', which the model reads", online, suggest(name, there) + "; bring the store up to date with the views the model was trained on")
+    return lambda request: store.fill(request, request.get(moment), views)
+
+# %% ../nbs/40_package.ipynb #55e4a711
 class Predictor:
     "A package, ready to answer. Safe to share between threads."
 
@@ -155,10 +209,10 @@ class Predictor:
         self,
         folder,  # a package whose seal is intact
         sealed: str = "",  # its hash
+        online: str = "",  # feature store that fills in what requests leave out: path of a SQLite file, or dynamodb://TABLE
     ):
-        from slml_nb.model import load_model
         self.folder, self.hash = Path(folder), sealed
-        self.function, self.model = FeatureFunction(folder), load_model(folder)
+        self.function, self.model = FeatureFunction(folder, store_for(folder, online) if online else None), open_model(Path(folder))
         self.classes, self.unit, self.target = self.model.classes, self.function.recipe["unit"], self.function.recipe["target"]
 
     def __repr__(self): return f"Predictor({self.model.name}: {self.target}, {len(self.function.inputs)} fields, {self.hash[:12]})"
@@ -192,14 +246,15 @@ class Predictor:
         "Answer some requests."
         return self.timed(requests)[0]
 
-# %% ../nbs/40_package.ipynb #a71c6aa3
+# %% ../nbs/40_package.ipynb #27c26374
 def load_package(
     folder,  # a package
+    online: str = "",  # feature store that fills in what requests leave out: path of a SQLite file, or dynamodb://TABLE
 ) -> Predictor:
     "Open a package, after comparing every file with its seal."
-    return Predictor(folder, check_seal(folder))
+    return Predictor(folder, check_seal(folder), online)
 
-# %% ../nbs/40_package.ipynb #70579822
+# %% ../nbs/40_package.ipynb #2a1e5324
 def write_package(
     folder: Path,  # to fill
     model: Path,  # folder of the chosen model
@@ -211,6 +266,7 @@ def write_package(
     spec = json.loads((model / "model.json").read_text(encoding="utf-8"))
     for f in sorted(p for p in model.rglob("*") if p.is_file()): atomic_write(folder / f.relative_to(model), f.read_bytes())
     recipe = write_slim(recipe_folder, spec["features"], folder)
+    if spec["kind"] == "rule": write_rule(folder, spec)
     contract = signature(recipe)
     atomic_write(folder / "signature.json", json.dumps(contract, indent=1, ensure_ascii=False))
     atomic_write(folder / "card.md", card(problem, verdict, model.name, contract["inputs"]))
@@ -266,13 +322,12 @@ def parity_rows(
     columns = {n: [math.nan if v is None and number else v for v in c] for n, number, c in zip(names, predictor.function.numeric, list(zip(*(r[cut + 1:] for r in got))) or [[]] * len(names))}
     return [r[0] for r in got], requests, columns, [r[1] if predictor.classes else r[2] for r in got]
 
-# %% ../nbs/40_package.ipynb #ad5ff7ec
+# %% ../nbs/40_package.ipynb #9b909e49
 MISSING = ["", "NA", "N/A", "NULL", "null", "None", "nan", "NaN"]  # what a CSV may write for nothing
 
 
 def _reader(path: Path) -> str:
     "SQL that reads a file; CSV as text, since the package knows the types better than a guess."
-    if not path.is_file(): raise SlmlError("there is no such file", str(path), "check the path")
     if path.suffix == ".parquet": return f"read_parquet({literal(str(path))})"
     if ".json" in path.name: return f"read_json_auto({literal(str(path))})"
     return f"read_csv({literal(str(path))}, all_varchar = true, header = true, nullstr = [{', '.join(map(literal, MISSING))}])"
@@ -295,7 +350,52 @@ def answer_columns(predictor: Predictor) -> dict[str, str]:  # {column: SQL type
     chances = {f"probability of {c}": "DOUBLE" for c in predictor.classes}
     return {"prediction": "VARCHAR" if predictor.classes else "DOUBLE", **chances, "error": "VARCHAR"}
 
-# %% ../nbs/40_package.ipynb #06902aca
+# %% ../nbs/40_package.ipynb #c2b5620e
+def _csv_rows(path: Path):  # yields the header, then rows: each a list of texts
+    "Read a CSV, perhaps compressed; the separator is the one that its header has most of."
+    import csv, gzip
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", newline="", encoding="utf-8-sig") as f:
+        head = f.readline()
+        f.seek(0)
+        rows = csv.reader(f, delimiter=max(",;\t|", key=re.sub('"[^"]*"', "", head).count), strict=True)
+        try:
+            yield (names := next(rows, []))
+            for row in rows:
+                if not row and len(names) > 1: continue  # an empty line
+                row = row or [""]
+                if len(row) != len(names): raise SlmlError(f"line {rows.line_num} has {len(row)} values, the header {len(names)}", str(path), "mend the line, or quote the value with the separator in it")
+                yield row
+        except (csv.Error, UnicodeDecodeError, EOFError, OSError) as e: raise SlmlError(f"cannot be read ({e}, after line {rows.line_num})", str(path), "give a CSV in UTF-8 with a header line, or Parquet") from None
+
+
+def _predict_csv(predictor: Predictor, path: Path, out: Path, chunk: int) -> tuple[int, int]:
+    "A CSV with answers beside its columns; rows, and rows without an answer."
+    import csv, itertools
+    rows, count, bad = _csv_rows(path), 0, 0
+    names = next(rows)
+    there = _fields_in(predictor, names, path)
+    added = answer_columns(predictor)
+    with open(out, "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(names + [n if n not in names else f"slml {n}" for n in added])
+        while block := list(itertools.islice(rows, chunk)):
+            answers = answer_all(predictor, [{n: r[i] for n, i in there.items() if r[i] not in MISSING} for r in block])
+            writer.writerows(r + _answer_row(predictor, a) for r, a in zip(block, answers))
+            count, bad = count + len(block), bad + sum("error" in a for a in answers)
+    return count, bad
+
+
+def _answer_row(predictor, a) -> list: return [a["prediction"], *((a.get("probabilities") or {}).get(c) for c in predictor.classes), a.get("error")]
+
+
+def _fields_in(predictor, names, path) -> dict[str, int]:  # {field: place}
+    "Which columns of a file are fields; the required ones must be there."
+    for field in predictor.function.inputs:
+        if field["required"] and field["name"] not in names: raise SlmlError(f"there is no column '{field['name']}'", str(path), suggest(field["name"], names))
+    return {i["name"]: names.index(i["name"]) for i in predictor.function.inputs if i["name"] in names}
+
+# %% ../nbs/40_package.ipynb #a4477495
 def _write_answers(predictor, source, fields, path, chunk) -> tuple[int, int]:
     "Stream a file through the package into a CSV of answers; rows and rows without an answer."
     import csv, duckdb
@@ -305,8 +405,23 @@ def _write_answers(predictor, source, fields, path, chunk) -> tuple[int, int]:
         out = csv.writer(f)
         while block := cursor.fetchmany(chunk):
             answers = answer_all(predictor, [{n: plain(v) for n, v in zip(fields, r) if v is not None} for r in block])
-            for a in answers: out.writerow([a["prediction"], *((a.get("probabilities") or {}).get(c) for c in predictor.classes), a.get("error")])
+            out.writerows(_answer_row(predictor, a) for a in answers)
             rows, bad = rows + len(block), bad + sum("error" in a for a in answers)
+    return rows, bad
+
+
+def _predict_by_duckdb(predictor: Predictor, path: Path, out: Path, chunk: int) -> tuple[int, int]:
+    "Any file that DuckDB reads, with answers beside its columns."
+    import duckdb
+    source, con, answered = _reader(path), duckdb.connect(), out.parent / "answers of slml.csv"
+    try: there = [r[0] for r in con.execute(f"describe from {source}").fetchall()]
+    except duckdb.Error as e: raise SlmlError(f"cannot be read ({str(e).splitlines()[0]})", str(path), "give a CSV with a header line, or Parquet") from None
+    rows, bad = _write_answers(predictor, source, list(_fields_in(predictor, there, path)), answered, chunk)
+    types = answer_columns(predictor)
+    columns = ", ".join(f"a.{ident(n)} AS {ident(n if n not in there else 'slml ' + n)}" for n in types)
+    read = f"read_csv({literal(str(answered))}, header = false, columns = {{{', '.join(f'{literal(n)}: {literal(t)}' for n, t in types.items())}}})"
+    form = "(format parquet, compression zstd)" if out.suffix == ".parquet" else "(format csv, header)"
+    con.execute(f"copy (select t.*, {columns} from {source} t positional join {read} a) to {literal(str(out))} {form}")
     return rows, bad
 
 
@@ -317,21 +432,13 @@ def predict_table(
     chunk: int = 10_000,  # rows at once
 ) -> dict:  # rows, errors (rows without an answer), out
     "Answer every row of a file; the answers stand beside its columns."
-    import duckdb, tempfile
+    import tempfile
     path, out = Path(path), Path(out)
-    source, con = _reader(path), duckdb.connect()
-    try: there = [r[0] for r in con.execute(f"describe from {source}").fetchall()]
-    except duckdb.Error as e: raise SlmlError(f"cannot be read ({str(e).splitlines()[0]})", str(path), "give a CSV with a header line, or Parquet") from None
-    for field in predictor.function.inputs:
-        if field["required"] and field["name"] not in there: raise SlmlError(f"there is no column '{field['name']}'", str(path), suggest(field["name"], there))
-    fields = [i["name"] for i in predictor.function.inputs if i["name"] in there]
+    if not path.is_file(): raise SlmlError("there is no such file", str(path), "check the path")
     out.parent.mkdir(parents=True, exist_ok=True)
+    plain_text = out.suffix == ".csv" and path.name.endswith((".csv", ".csv.gz", ".tsv", ".txt"))
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        rows, bad = _write_answers(predictor, source, fields, f"{folder}/answers.csv", chunk)
-        types, beside = answer_columns(predictor), Path(folder) / out.name
-        columns = ", ".join(f"a.{ident(n)} AS {ident(n if n not in there else 'slml ' + n)}" for n in types)
-        read = f"read_csv('{folder}/answers.csv', header = false, columns = {{{', '.join(f'{literal(n)}: {literal(t)}' for n, t in types.items())}}})"
-        form = "(format parquet, compression zstd)" if out.suffix == ".parquet" else "(format csv, header)"
-        con.execute(f"copy (select t.*, {columns} from {source} t positional join {read} a) to {literal(str(beside))} {form}")
+        beside = Path(folder) / out.name
+        rows, bad = (_predict_csv if plain_text else _predict_by_duckdb)(predictor, path, beside, chunk)
         beside.replace(out)
     return {"rows": rows, "errors": bad, "out": str(out)}

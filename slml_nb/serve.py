@@ -6,14 +6,14 @@
 __all__ = ['LIMIT_MB', 'refusal', 'answer', 'field_schema', 'openapi_of', 'build_app', 'health', 'listen', 'serve', 'running',
            'percentile', 'measure', 'service_report', 'lambda_handler']
 
-# %% ../nbs/41_serve.ipynb #23970d3f
+# %% ../nbs/41_serve.ipynb #a5dbaba7
 import contextlib, json, os, sys, time
 from pathlib import Path
 from .core import SlmlError
-from .features import InputError, plain
+from .recipe import InputError, plain
 from .package import Predictor, load_package
 
-# %% ../nbs/41_serve.ipynb #8e0a2600
+# %% ../nbs/41_serve.ipynb #e7d90f36
 LIMIT_MB = 6.0  # of a request or an answer: what Lambda allows, and so the same everywhere
 
 
@@ -49,9 +49,10 @@ def _answer(predictor, body, limit_mb):
     if not isinstance(data, (dict, list)): return 400, refusal("the body is neither an object nor a list", "an object, or a list of objects"), ""
     try: answers, features, model = predictor.timed(data if isinstance(data, list) else [data])
     except InputError as e: return 422, refusal(f"{e.what}", e.allowed, e.field, e.value, e.row if isinstance(data, list) else None), ""
+    except SlmlError as e: return 503, refusal(f"{e.what} ({e.where})", f"the same request, later; or with the fields of the feature store in it ({e.fix})"), ""
     return 200, answers if isinstance(data, list) else answers[0], f"features;dur={1000 * features:.3f}, model;dur={1000 * model:.3f}"
 
-# %% ../nbs/41_serve.ipynb #21d3bda2
+# %% ../nbs/41_serve.ipynb #c462930b
 def field_schema(
     f: dict,  # one input of the signature
 ) -> dict:  # JSON Schema
@@ -74,18 +75,19 @@ def openapi_of(
     many = lambda schema: {"oneOf": [schema, {"type": "array", "items": schema}]}
     body = lambda schema, **more: {"content": {"application/json": {"schema": schema, **more}}}
     answers = {"200": {"description": "An answer a request", **body(many(out), example=sample["response"])}}
-    for status, why in ((400, "Not JSON"), (413, "Too large"), (422, "A field cannot be used")): answers[str(status)] = {"description": why, **body(error)}
+    for status, why in ((400, "Not JSON"), (413, "Too large"), (422, "A field cannot be used"), (503, "The feature store does not answer")): answers[str(status)] = {"description": why, **body(error)}
     return {"requestBody": {"required": True, **body(many(one), example=sample["request"])}, "responses": answers}
 
-# %% ../nbs/41_serve.ipynb #5b206ef9
+# %% ../nbs/41_serve.ipynb #c403e651
 def build_app(
     package_folder,  # a package
+    online: str = "",  # feature store that fills in what requests leave out: path of a SQLite file, or dynamodb://TABLE
 ):  # a FastAPI application
     "The HTTP service of one package."
     from fastapi import FastAPI, Request
     from fastapi.responses import RedirectResponse, Response
     from starlette.concurrency import run_in_threadpool
-    predictor = load_package(package_folder)
+    predictor = load_package(package_folder, online)
     app = FastAPI(title=f"{predictor.target} by {predictor.model.name}", version=predictor.hash[:12],
                   description=(predictor.folder / "card.md").read_text(encoding="utf-8").split("\n", 1)[1])
     reply = lambda status, text, timing="": Response(text, status, {"Server-Timing": timing} if timing else None, "application/json")
@@ -124,7 +126,7 @@ def _one_error_shape(app, reply):
     app.add_exception_handler(Exception, failed)
     return app
 
-# %% ../nbs/41_serve.ipynb #3e53ca0d
+# %% ../nbs/41_serve.ipynb #3fdd655e
 def listen(
     host: str = "127.0.0.1",
     port: int = 8000,  # 0: any that is free
@@ -145,10 +147,11 @@ def serve(
     host: str = "127.0.0.1",  # 0.0.0.0: reachable from outside, as in a container
     port: int = 8000,
     sock=None,  # a socket that is bound already, instead of host and port
+    online: str = "",  # feature store that fills in what requests leave out: path of a SQLite file, or dynamodb://TABLE
 ):
     "Serve a package until it is stopped."
     import uvicorn
-    app, sock = build_app(package_folder), sock or listen(host, port)
+    app, sock = build_app(package_folder, online), sock or listen(host, port)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[sock])
 
 # %% ../nbs/41_serve.ipynb #b79a4085
@@ -239,12 +242,13 @@ def service_report(
             "share": {k: round(v / whole, 4) for k, v in parts.items()}, "parts_ms": {k: round(v / len(total), 4) for k, v in parts.items()},
             "p99_limit_ms": limit and limit["limit"], "p99_met": None if limit is None else p99 <= limit["limit"]}
 
-# %% ../nbs/41_serve.ipynb #3588f295
+# %% ../nbs/41_serve.ipynb #9659eb29
 def lambda_handler(
     package_folder="",  # a package; "": the folder that the variable SLML_PACKAGE names
+    online: str = "",  # feature store, as for `serve`; "": the one that the variable SLML_ONLINE names, if any
 ):  # handler(event, context)
     "A handler for AWS Lambda; it needs neither FastAPI nor uvicorn."
-    predictor = load_package(package_folder or os.environ.get("SLML_PACKAGE", "package"))
+    predictor = load_package(package_folder or os.environ.get("SLML_PACKAGE", "package"), online or os.environ.get("SLML_ONLINE", ""))
 
     def handler(event, context=None):
         "Answer an event of API Gateway, or a request that is invoked directly."

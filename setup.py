@@ -11,6 +11,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here/"settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
+extras = {k.removeprefix("extra_requirements_"): v.split() for k, v in cfg.items() if k.startswith("extra_requirements_")}
 notebooks = [p.relative_to(here) for p in sorted((here/cfg["nbs_path"]).glob("[0-9]*.ipynb"))]
 
 
@@ -52,7 +53,7 @@ setup(
     package_data={cfg["lib_path"]: ["sample/**/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={**extras, "dev": cfg["dev_requirements"].split() + [r for own in extras.values() for r in own]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "papermill.engine": ["slml=slml_nb.engine:SlmlEngine"],

@@ -10,7 +10,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 bin = Path(sys.executable).parent
 sys.path[:0] = [str(root), str(root / "bench")]
-import notebooks
+import notebooks, trips
 
 
 def clock(command, cwd=root, ok=(0, 3), **kw):
@@ -283,9 +283,32 @@ def _lines(file):
     except OSError: return []
 
 
+def prepare(rounds, rows=20_000_000):
+    "CSV to Parquet with rules, features and a sample, here and by the peers, in turn; then four times the rows."
+    place = Path(tempfile.mkdtemp(prefix="slml_bench_"))
+    trips.make(place / "trips.csv", rows)
+    trips.make(place / "more.csv", 4 * rows)
+    got = {job: [] for job in (*trips.JOBS, "more")}
+    for _ in range(rounds):
+        for job in trips.JOBS: got[job].append(trips.measure(job, place / "trips.csv", place / f"{job}.parquet"))
+        got["more"].append(trips.measure("slml", place / "more.csv", place / "more.parquet"))
+    left = {job: {g[2] for g in all} for job, all in got.items()}
+    if left["slml"] != left["duckdb"] or left["slml"] != left["pyspark"] or len(left["slml"]) != 1: sys.exit(f"the ways do not agree: {left}")
+    size = (place / "trips.csv").stat().st_size / 2**30
+    shutil.rmtree(place, ignore_errors=True)
+    s, mb = ({job: [g[i] for g in all] for job, all in got.items()} for i in (0, 1))
+    ratio = lambda name, a, b, goal, least, which=s: row(name, [x / y for x, y in zip(which[a], which[b])], goal, "×", least=least)
+    names = {"slml": f"`prepare`, {rows:,} rows, {size:.1f} GB of CSV", "typed_scan": "peer: DuckDB only reads every column, typed", "duckdb": "peer: DuckDB by hand", "polars": "peer: Polars, streaming (its own hash)",
+             "pandas_arrow": "peer: pandas, Arrow reader (its own hash)", "pandas_c": "peer: pandas, C reader (its own hash)", "pyspark": "peer: PySpark, local[2]", "more": f"`prepare`, {4 * rows:,} rows"}
+    return ([row(names[j], s[j]) for j in names] + [row(f"peak memory, {names[j]}", mb[j], 400 if j in ("slml", "more") else "", "MB", 0) for j in names]
+            + [row("`prepare`, million rows a second", [rows / 1e6 / t for t in s["slml"]], unit="M rows/s"), ratio("prepare / typed scan, pair by pair", "slml", "typed_scan", 2, False), ratio("prepare / DuckDB by hand, pair by pair", "slml", "duckdb", "", False),
+               ratio("prepare / Polars, pair by pair", "slml", "polars", 1.3, False), ratio("pandas (Arrow) / prepare, pair by pair", "pandas_arrow", "slml", 3, True), ratio("pandas (C) / prepare, pair by pair", "pandas_c", "slml", 5, True),
+               ratio("PySpark / prepare, pair by pair", "pyspark", "slml", 5, True), ratio("four times the rows: time", "more", "slml", 4.4, False), ratio("four times the rows: peak memory", "more", "slml", 1.1, False, mb)])
+
+
 SECTIONS = {"start": (start, "Before anything happens"), "lifecycle": (lifecycle, "Twelve short notebooks that import pandas"), "one": (one, "One notebook of 20 cells"),
             "warm": (warm, "A warm kernel: torch, pandas, scikit-learn"), "cells": (cells, "200 trivial cells"), "again": (again, "Nothing changed"),
-            "sweep": (sweep, "A sweep"), "memory": (memory, "Memory of the runner"), "demo": (demo, "The demo: 336,776 flights, twelve notebooks")}
+            "sweep": (sweep, "A sweep"), "memory": (memory, "Memory of the runner"), "prepare": (prepare, "From CSV to features in one pass"), "demo": (demo, "The demo: 336,776 flights, twelve notebooks")}
 
 
 def machine():

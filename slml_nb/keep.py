@@ -292,12 +292,12 @@ def _shorts(home: Path) -> list[Path]:
     "The folders project/ab of a store."
     return [short for project in _plain(home) if not project.name.startswith(".") for short in _plain(project)]
 
-# %% ../nbs/53_keep.ipynb #cd54f85f
+# %% ../nbs/53_keep.ipynb #a5dfb6c0
 def _check_layout(root: Path, store: Path):
     "Refuse what is no folder of runs, and what is no store."
     if not root.is_dir(): raise SlmlError(f"there is no folder {str(root)!r}", "slml gc", "run it where params/ and runs/ are")
     def emptied(p): return p.is_dir() and all(q.name.startswith(".") or q.is_dir() and re.fullmatch("[0-9a-f]{2}", q.name) for q in p.iterdir())
-    if store.is_dir() and not keys_in(store) and (other := [p.name for p in store.iterdir() if not p.name.startswith(".") and not emptied(p)]):
+    if store.is_dir() and not keys_in(store) and (other := [p.name for p in store.iterdir() if not p.name.startswith(".") and p.name != "catalog" and not emptied(p)]):
         raise SlmlError(f"{str(store)!r} is no store (it holds {', '.join(sorted(other)[:3])})", "slml gc", "name the folder that `store:` names; nothing was freed")
 
 # %% ../nbs/53_keep.ipynb #0daa09aa
@@ -395,7 +395,7 @@ def _free_keys(
         if k in references: _put_back(aside, k.path)
     return [k for k, aside in hidden if k not in references and _doom(aside)]
 
-# %% ../nbs/53_keep.ipynb #9a237144
+# %% ../nbs/53_keep.ipynb #847cf41d
 _files_of_a_run = r"\.(run|made|key|meter|context|reproduced)\.json\.\w{8}|\.notebook\.ipynb\.\w{8}|\.report\.html\.\w{8}|\.doomed\.[0-9a-f]{12}"
 
 
@@ -424,12 +424,13 @@ def _trash(store: Path) -> list[tuple[Path, Path]]:
 
 
 def old_copies(
-    cache: Path,  # of what was fetched from buckets
+    cache: Path,  # of what was fetched from buckets, and of files that ingest has read
     keep: float,
     now: float,
 ) -> list[Path]:
-    "Fetched copies that were not used for long, and halves of some."
-    return [p for p in _plain(cache) if now - newest(p, used=True) > (keep if re.fullmatch("[0-9a-f]{64}", p.name) else DAY) and re.fullmatch(r"[0-9a-f]{64}|tmp\w{8}|\.part-\w{8}", p.name)]
+    "Fetched copies and files as they were read, not used for long, and halves of some."
+    read = [p for p in _plain(cache / "ingest") if now - newest(p, used=True) > keep]
+    return read + [p for p in _plain(cache) if now - newest(p, used=True) > (keep if re.fullmatch("[0-9a-f]{64}", p.name) else DAY) and re.fullmatch(r"[0-9a-f]{64}|tmp\w{8}|\.part-\w{8}", p.name)]
 
 # %% ../nbs/53_keep.ipynb #62c6faaf
 def lost_uploads(

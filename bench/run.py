@@ -10,7 +10,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 bin = Path(sys.executable).parent
 sys.path[:0] = [str(root), str(root / "bench")]
-import notebooks, trips
+import notebooks, onerow, trips
 
 
 def clock(command, cwd=root, ok=(0, 3), **kw):
@@ -306,9 +306,19 @@ def prepare(rounds, rows=20_000_000):
                ratio("PySpark / prepare, pair by pair", "pyspark", "slml", 5, True), ratio("four times the rows: time", "more", "slml", 4.4, False), ratio("four times the rows: peak memory", "more", "slml", 1.1, False, mb)])
 
 
+def one_row(rounds):
+    "The features of one flight, compiled to Python, beside the same SQL in DuckDB; each number is the median of thousands of calls."
+    got = [onerow.measure() for _ in range(rounds)]
+    us = {way: [g[way]["median_us"] for g in got] for way in ("compiled, request read", "compiled", "DuckDB, request read", "DuckDB")}
+    what = f"{got[0]['features']} features of {got[0]['fields']} fields"
+    return [row(f"{what}, from the request as JSON gives it", us["compiled, request read"], 30, "µs", 1), row("the same, its values read already", us["compiled"], 30, "µs", 1),
+            row("peer: DuckDB, planned once, from the request", us["DuckDB, request read"], unit="µs", digits=0), row("peer: DuckDB, its values read already", us["DuckDB"], unit="µs", digits=0),
+            pairs("DuckDB / compiled, from the request", us["DuckDB, request read"], us["compiled, request read"])]
+
+
 SECTIONS = {"start": (start, "Before anything happens"), "lifecycle": (lifecycle, "Twelve short notebooks that import pandas"), "one": (one, "One notebook of 20 cells"),
             "warm": (warm, "A warm kernel: torch, pandas, scikit-learn"), "cells": (cells, "200 trivial cells"), "again": (again, "Nothing changed"),
-            "sweep": (sweep, "A sweep"), "memory": (memory, "Memory of the runner"), "prepare": (prepare, "From CSV to features in one pass"), "demo": (demo, "The demo: 336,776 flights, twelve notebooks")}
+            "sweep": (sweep, "A sweep"), "memory": (memory, "Memory of the runner"), "prepare": (prepare, "From CSV to features in one pass"), "onerow": (one_row, "One row of features"), "demo": (demo, "The demo: 336,776 flights, twelve notebooks")}
 
 
 def machine():

@@ -644,7 +644,7 @@ def find_mojibake(look: Look):
         look.facts[c]["mojibake"] = bool(mask.any()) and mask.mean() <= 0.5
         if look.facts[c]["mojibake"]: note(look, "encoding", [c], mask, "UTF-8 read as another encoding")
 
-# %% ../nbs/13_quality.ipynb #42ce7d06
+# %% ../nbs/13_quality.ipynb #125e0bca
 def find_truncated(look: Look):
     "Many different texts end at the same greatest length: a field was too short."
     import numpy as np
@@ -671,7 +671,10 @@ def find_spellings(look: Look):
         usual = counts.groupby(tidy.to_numpy()).idxmax()
         odd = {v for v, t in tidy.items() if usual[t] != v}
         mask = look.frame[c].isin(odd).to_numpy(bool) & ~look.excused[c]
-        if 0 < mask.mean() <= 0.05: note(look, "inconsistent spelling", [c], mask, "the same but for capitals and spaces: " + ", ".join(map(repr, sorted(odd)[:5])))
+        words = all(re.fullmatch(r"[^\W\d_]{3,}([ '.-]+[^\W\d_]+)*", tidy[v]) for v in odd)  # codes such as aB and ab may both be right, unless one of them is rare
+        if not mask.any() or not (words or mask.mean() <= 0.05): continue
+        look.facts[c]["usual"] = {v: usual[tidy[v]] for v in sorted(odd)}
+        note(look, "inconsistent spelling", [c], mask, "the same but for capitals and spaces: " + ", ".join(map(repr, sorted(odd)[:5])))
 
 # %% ../nbs/13_quality.ipynb #bc8381d1
 def tidied(s):
@@ -971,7 +974,7 @@ def is_key(look: Look, c: str) -> bool:
     sure = re.search(r"id$|key$", c.lower())
     return bool(could) and len(values) >= 100 and (values.is_unique or (bool(sure) and values.nunique() >= 0.98 * len(values))) and not (text and values.str.len().mean() > 40)
 
-# %% ../nbs/13_quality.ipynb #192d31bb
+# %% ../nbs/13_quality.ipynb #e2edb1c8
 def ends_of(
     known,  # ordinary values
     low: float | None,  # bounds, from outlier_bounds
@@ -982,9 +985,10 @@ def ends_of(
     import numpy as np
     least, most, n = float(known.min()), float(known.max()), len(np.unique(known))
     if (known == np.floor(known)).all() and 8 <= n <= 1000 and n >= 0.9 * (most - least + 1): return int(least), int(most), "nearly every whole number between these ends occurs"
-    slack = (most - least) / 2 if low is not None else 0
+    slack, bounds = (most - least) / 2 if low is not None else 0, (low, high)
     low, high = max(least - slack, -np.inf if low is None else min(low, least)), min(most + slack, np.inf if high is None else max(high, most))
-    return outward(max(low, 0) if least >= 0 else low, False), outward(high, True), how + ("" if slack else "; the ends of what was seen")
+    cut = "; at most half of the span beyond what was seen" if least - slack > (-np.inf if bounds[0] is None else bounds[0]) or most + slack < (np.inf if bounds[1] is None else bounds[1]) else ""
+    return outward(max(low, 0) if least >= 0 else low, False), outward(high, True), how + (cut if slack else "; the ends of what was seen")
 
 
 def number_rules(look: Look, c: str):
@@ -1000,12 +1004,15 @@ def number_rules(look: Look, c: str):
     yield {"name": f"{c} is in range", "column": c, "range": [low, high], "action": "warn"}, how + more
     if "run" in fact: yield {"name": f"{c} does not hang", "column": c, "stuck": fact["run"], **({"by": look.time} if look.time else {}), "action": "warn"}, "so many equal values are no accident"
 
-# %% ../nbs/13_quality.ipynb #0541d1fa
+# %% ../nbs/13_quality.ipynb #c0673001
 def text_rules(look: Look, c: str):
     "A type, a shape, or a list of values."
     fact, s = look.facts[c], ordinary(look, c)
     if fact.get("named"): yield {"name": f"{c} has no word for nothing", "check": f"lower(trim({ident(c)})) not in ({', '.join(map(literal, PLACEHOLDERS))})", "repair": {c: "NULL"}}, "becomes missing"
     if fact.get("mojibake"): yield {"name": f"{c} is not garbled", "check": f"not regexp_matches({ident(c)}, {literal(MOJIBAKE)})", "action": "warn"}, "UTF-8 read as another encoding"
+    if 0 < len(usual := fact.get("usual", {})) <= 20:
+        usually = "case " + " ".join(f"when {ident(c)} = {literal(v)} then {literal(w)}" for v, w in usual.items()) + f" else {ident(c)} end"
+        yield {"name": f"{c} has one spelling of a label", "check": f"{ident(c)} not in ({', '.join(map(literal, usual))})", "repair": {c: usually}}, "the most frequent spelling takes the place of the others"
     if "cut" in fact: yield {"name": f"{c} is not cut off", "check": f"length({ident(c)}) < {fact['cut']}", "action": "warn"}, "texts end at exactly this length"
     if len(s) < 100: return
     if fact.get("type"): yield {"name": f"{c} is a {'date' if fact['type'] == 'DATE' else 'number'}", "column": c, "type": fact["type"]}, "read as this type"

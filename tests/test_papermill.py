@@ -2,6 +2,8 @@
 import json, os, subprocess, sys
 from pathlib import Path
 
+import pytest
+
 from slml_nb.core import load_params, mask
 from slml_nb.graph import plan
 from slml_nb.stage import made_in, sample_folder, shipped_notebooks
@@ -10,6 +12,7 @@ root, bin = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 MACHINE = {"p50_ms", "p99_ms", "seconds", "usd_per_1000"}  # measured, so never the same twice
 
 
+@pytest.mark.slow
 def test_the_lifecycle_by_hand(tmp_path):
     "Twelve commands in a row make what `slml run` made: the same artifacts, with the same columns and as many rows."
     graph, values = plan(load_params(root / "params" / "sample.yaml"))

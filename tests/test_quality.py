@@ -92,6 +92,7 @@ PLANTED = {  # name: (defect, columns, what is done)
     "exact duplicates": ("duplicate", None, copies(23)),
     "near duplicates": ("near duplicate", None, copies(14, shouted)),
     "spelling": ("inconsistent spelling", ["payment"], put("payment", 19, lambda v: v.upper() + " ")),
+    "spelling, often": ("inconsistent spelling", ["payment"], put("payment", 600, lambda v: v.capitalize())),
     "out of range, above": ("out of range", ["load"], put("load", 6, lambda v: v + 3000)),
     "out of range, far above in a tail": ("out of range", ["price"], put("price", 4, lambda v: 4e5 + v * 7000)),
     "out of range, a negative amount": ("out of range", ["price"], put("price", 5, lambda v: -v)),

@@ -8,9 +8,9 @@ __all__ = ['DONE', 'FAILED', 'WRONG', 'NOT_MET', 'INTERRUPTED', 'EXIT_CODES', 'C
            'Progress', 'update', 'draw', 'tick', 'close', 'overrides_of', 'verdict_of', 'plan_text', 'failure_of',
            'finished', 'run_command', 'exec_command', 'parameter_help', 'new_command', 'runs_command', 'report_command',
            'cost_command', 'lineage_command', 'diff_command', 'verify_command', 'gc_command', 'track_command',
-           'sql_command', 'tables_command', 'described_text', 'package_of', 'serve_command', 'as_ingested',
-           'predict_command', 'Check', 'check_packages', 'check_machine', 'check_reach', 'doctor_command',
-           'make_parser', 'guarded', 'main']
+           'tune_command', 'registry_command', 'sql_command', 'tables_command', 'described_text', 'package_of',
+           'serve_command', 'as_ingested', 'predict_command', 'Check', 'check_packages', 'check_machine', 'check_reach',
+           'doctor_command', 'make_parser', 'guarded', 'main']
 
 # %% ../nbs/61_cli.ipynb #73506e08
 import argparse, json, os, shutil, socket, sys, tempfile, threading, time
@@ -592,6 +592,82 @@ def track_command(args) -> Outcome:
     from slml_nb.track import sync, track, track_text
     found = track(find_run(args.run), args.uri) if args.run else sync(uri=args.uri, wait=True)
     return Outcome(track_text(found), found, FAILED if found.get("failed") else DONE)
+
+# %% ../nbs/61_cli.ipynb #c775285e
+@command("search for the best values of any parameters, within a number of trials, of seconds or of dollars",
+         arg("params", metavar="PARAMS", help="parameter set, a YAML file with tune: {space: …, metric: …}"),
+         arg("-p", "--param", action="append", metavar="STAGE.NAME=VALUE", help="set one parameter for all trials; may be repeated"),
+         arg("--trials", type=int, metavar="N", help="at most, of the study as a whole (default: as the set says, or 50)"),
+         arg("--seconds", type=float, metavar="S", help="hard budget of the study as a whole; it ends with the best so far"),
+         arg("--usd", type=float, metavar="D", help="hard budget in money, by the meter and the price list"),
+         arg("--workers", type=int, metavar="N", help="trials at the same time (default: two)"),
+         arg("--memory", default="", metavar="SIZE", help="what all stages together may take, e.g. 8GB (default: 80 %% of what is free)"),
+         arg("--cold", action="store_true", help="a fresh Jupyter kernel for each stage"),
+         arg("--dry-run", action="store_true", help="check everything, show what would be searched, run nothing"))
+def tune_command(args) -> Outcome:
+    "`slml tune PARAMS`; the same command goes on where it ended."
+    from slml_nb.tune import tune, tune_text
+    given = {k: v for k in ("trials", "seconds", "usd", "workers") if (v := getattr(args, k)) is not None}
+    progress = Progress(live=False)
+    def _on_event(event):
+        if event["type"] == "point" and not args.json: progress(event)
+    record = tune(args.params, given, overrides_of(args.param), _on_event, args.dry_run, args.cold, args.memory)
+    if args.dry_run: return Outcome("\n".join([f"{record['study']}: {record['trials']} trials of {' → '.join(record['stages'])}", *(f"  {a['name']}" for a in record["space"]), *record["notes"]]), record)
+    report = _report(record["folder"])
+    _track_later(record["folder"])
+    value = {**{k: record.get(k) for k in ("run", "project", "folder", "state", "points", "tune")}, "report": report}
+    return Outcome(f"\n{tune_text(record)}\n\nreport: {_short(report)}", value, DONE if record["tune"]["best"] else FAILED)
+
+# %% ../nbs/61_cli.ipynb #f1ceb0c5
+def _mirrored(name: str, run: str, uri: str) -> str:
+    "Copy a name of the registry into MLflow; a sentence when that did not work."
+    from slml_nb.core import project_root
+    from slml_nb.registry import mirror
+    from slml_nb.track import TrackingFailed, mlflow_client, track, tracking_uri
+    if not (where := tracking_uri({}, uri)): return ""
+    try:
+        if run: track(run, where)  # its model is there then, and the version points to it
+        with mlflow_client(where, project_root() / "runs") as client: mirror(name, client)
+    except TrackingFailed as e: return f"\nMLflow has no copy yet: {e}"
+    return ""
+
+
+def _packaged(name: str) -> str:
+    "The run or package that is meant by RUN."
+    from slml_nb.run import find_run
+    return name if (Path(name) / "manifest.json").is_file() else str(find_run(name))
+
+
+@command("which model answers: register, approve, roll back",
+         arg("name", metavar="NAME", nargs="?", default="", help="what the model is registered as (default: list all names)"),
+         arg("--register", default="", metavar="RUN", help="take in the package of a run (latest, a run id, a project, a path), or the folder of a package"),
+         arg("--approval", choices=["automatic", "person"], default="", help="with --register: who lets versions of this name into production (default: as it was; automatic at first)"),
+         arg("--sign", type=int, default=0, metavar="VERSION", help="approve a version, which puts it into production (needs --who)"),
+         arg("--refuse", type=int, default=0, metavar="VERSION", help="turn a version down (needs --who)"),
+         arg("--move", type=int, default=0, metavar="VERSION", help="put a version on the step that --to names"),
+         arg("--to", choices=["candidate", "staging", "production", "archived"], default="", help="with --move"),
+         arg("--rollback", action="store_true", help="let the version before answer again"),
+         arg("--repair", action="store_true", help="set a damaged record aside and go back to the newest intact one"),
+         arg("--who", default="", help="who decides (default: the user of this machine, except for --sign and --refuse)"),
+         arg("--note", default="", help="why"),
+         arg("--uri", default="", help="address of MLflow (default: sqlite in runs/mlflow.db; off: none)"))
+def registry_command(args) -> Outcome:
+    "`slml registry flights --register latest`."
+    from slml_nb import registry as r
+    if not args.name: return Outcome("\n".join(r.registered_names()) or "no model is registered: slml registry NAME --register latest", r.registered_names())
+    run = _packaged(args.register) if args.register else ""
+    acts = [(args.register, lambda: r.register(run, args.name, args.approval, args.who, args.note)),
+            (args.sign, lambda: r.sign(args.name, args.sign, args.who, args.note)),
+            (args.refuse, lambda: r.sign(args.name, args.refuse, args.who, args.note, approve=False)),
+            (args.move, lambda: r.move(args.name, args.move, args.to, args.who, args.note)),
+            (args.rollback, lambda: r.rollback(args.name, args.who, args.note)),
+            (args.repair, lambda: r.repair(args.name, args.who))]
+    asked = [act for wanted, act in acts if wanted]
+    if len(asked) > 1: raise SlmlError("several changes are asked for at once", "slml registry", "one of --register, --sign, --refuse, --move, --rollback, --repair")
+    for act in asked: act()
+    said = _mirrored(args.name, run if (Path(run) / "run.json").is_file() else "", args.uri) if asked else ""
+    record = r.read_registered(args.name)
+    return Outcome(r.registry_text(record) + said, record)
 
 # %% ../nbs/61_cli.ipynb #727b8d0a
 STORE = arg("--store", default="", metavar="URI", help="only what this store holds: a folder, or s3://bucket/prefix (default: the runs here)")

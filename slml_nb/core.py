@@ -472,7 +472,7 @@ def load_yaml(
     for stage in values.get("stages") or {}: base.pop(stage, None)  # another notebook has other parameters
     return _merge(base, values), {**base_lines, **lines}
 
-# %% ../nbs/00_core.ipynb #8155c3d1
+# %% ../nbs/00_core.ipynb #964872e2
 @dataclass
 class ParamSet:
     "A use case as data: one YAML file, read and merged."
@@ -485,9 +485,10 @@ class ParamSet:
     runs: str = "runs"  # folder of the runs
     stages: dict = field(default_factory=dict)  # {stage: notebook of the user's own}, relative to the file
     matrix: dict = field(default_factory=dict)  # a sweep: {"stage.parameter": [values]}, zip, exclude, include, metric
+    tune: dict = field(default_factory=dict)  # a search: space, metric, trials, seconds, usd, … (see `57_tune`); `slml run` leaves it alone
     tracking: str = ""  # where runs are tracked: an MLflow URI, or "off"; "" = runs/mlflow.db
 
-HEAD = {"project": str, "about": str, "store": str, "runs": str, "stages": dict, "matrix": dict, "tracking": str}
+HEAD = {"project": str, "about": str, "store": str, "runs": str, "stages": dict, "matrix": dict, "tune": dict, "tracking": str}
 
 # %% ../nbs/00_core.ipynb #e5b32f9a
 def load_params(

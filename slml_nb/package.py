@@ -277,8 +277,8 @@ def write_package(
     seal(folder)
     return load_package(folder)
 
-# %% ../nbs/40_package.ipynb #f48487c5
-TOLERANCE = {"network": 1e-4}  # ONNX Runtime and torch add up float32 in different orders; all others 1e-6
+# %% ../nbs/40_package.ipynb #fe696ab9
+TOLERANCE = {"network": 1e-4, "encoder": 1e-4, "ensemble": 1e-4}  # ONNX Runtime and torch add up float32 in different orders; all others 1e-6
 
 
 def differences(
@@ -303,19 +303,20 @@ def check_parity(
     if worst > allowed: raise SlmlError(f"the package differs from the trained model by {worst:.2g} in row {rows[int(gaps.argmax())]}, {way} (allowed: {allowed:g})", "parity", "do not serve it; report the kind of model and this row")
     return worst
 
-# %% ../nbs/40_package.ipynb #813ac5f0
+# %% ../nbs/40_package.ipynb #a8d62710
 def parity_rows(
-    con,  # DuckDB connection with `features`, `baseline_predictions` and `network_predictions`
+    con,  # DuckDB connection with `features` and the tables of predictions
     recipe_folder,  # from the stage features: its requests.parquet holds the rows
     predictor: Predictor,
     limit: int = 1000,  # rows
+    tables: list[str] = ("baseline_predictions", "network_predictions"),  # with what the candidates predict
 ) -> tuple[list, list[dict], dict, list]:  # row ids, requests, feature columns, predictions of the training library
     "Rows that no model was trained on, as the package will see them and as the training library answered them."
     name, names = predictor.model.name, predictor.function.names
     sent = [i["name"] for i in predictor.function.inputs if not i["from"]]
     query = (f"select q.row_id, p.probabilities, p.prediction, {', '.join(['1', *('q.' + ident(n) for n in sent)])}, {', '.join(['1', *('f.' + ident(n) for n in names)])} "
              f"from read_parquet({literal(str(Path(recipe_folder) / 'requests.parquet'))}) q join features f using (row_id) "
-             f"join (from baseline_predictions union all by name from network_predictions) p on p.row_id = q.row_id and p.candidate = {literal(name)} order by q.row_id limit {limit}")
+             f"join ({' union all by name '.join(f'from {t}' for t in tables)}) p on p.row_id = q.row_id and p.candidate = {literal(name)} order by q.row_id limit {limit}")
     got = con.execute(query).fetchall()
     cut = 4 + len(sent)
     requests = [{n: plain(v) for n, v in zip(sent, r[4:cut]) if v is not None} for r in got]

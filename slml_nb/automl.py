@@ -13,14 +13,14 @@ __all__ = ['WIDE', 'LINEAR_INPUTS', 'LINEAR_ROWS', 'NETWORK', 'TRIES', 'SPACE', 
            'number_or_gap', 'label', 'known_rows', 'table_problem', 'split_table', 'last_fifth', 'moments', 'automl',
            'together', 'look_up', 'given_tries', 'split_by_time']
 
-# %% ../nbs/35_automl.ipynb #c5fc78b7
+# %% ../nbs/35_automl.ipynb #74a3f676
 import json, math, os, shutil, time
 from pathlib import Path
 import numpy as np
 from .core import SlmlError, atomic_write, suggest
 from .frame import check_metric
 from .model import KINDS, Encoder, Model, better, direction, fit_encoding, length, load_model, metrics_of, read_columns, save_model, save_trees
-from .baseline import fit_linear, tree_parameters
+from .baseline import boost, fit_linear, tree_parameters
 
 # %% ../nbs/35_automl.ipynb #66bc87c5
 def score_of(
@@ -275,7 +275,7 @@ def try_linear(
     predict = fit_linear(folder, about, (columns, y), spec["metric"], settings.get("alpha", 1.0))
     return predict, lambda to: shutil.copytree(folder, to, dirs_exist_ok=True), len(y)
 
-# %% ../nbs/35_automl.ipynb #72040a93
+# %% ../nbs/35_automl.ipynb #ec7e6567
 def grow(
     x, y,
     check: tuple,  # x and y of the judging rows; none: grow all trees
@@ -287,14 +287,13 @@ def grow(
 ):  # booster, trees to keep
     "Boost until it no longer helps or time is up."
     import lightgbm as lgb
-    data, end, best = lgb.Dataset(x, y, categorical_feature=categorical, params=parameters), time.perf_counter() + seconds, [math.inf, 0]
+    end, best = time.perf_counter() + seconds, [math.inf, 0]
     def watch(env):
         "Called by LightGBM after every tree."
         value = env.evaluation_result_list[0][2] if env.evaluation_result_list else -env.iteration
         if value < best[0]: best[:] = value, env.iteration + 1
         if env.iteration + 1 - best[1] >= patience or time.perf_counter() > end: raise lgb.callback.EarlyStopException(env.iteration, env.evaluation_result_list)
-    sets = [data.create_valid(*check)] if len(check[1]) else []
-    booster = lgb.train({**parameters, "metric": measure}, data, rounds, valid_sets=sets, valid_names=["judge"] * len(sets), callbacks=[watch])
+    booster, _ = boost(x, y, check if len(check[1]) else None, parameters, categorical, measure, rounds, 0, [watch])
     return booster, max(1, best[1])
 
 # %% ../nbs/35_automl.ipynb #b8be6dcd

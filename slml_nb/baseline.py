@@ -131,7 +131,7 @@ def fit_linear(
         return softmax(scores) if classes else scores[:, 0]
     return predict
 
-# %% ../nbs/31_baseline.ipynb #6e3cc9c7
+# %% ../nbs/31_baseline.ipynb #c850b286
 def tree_parameters(
     task: str, classes: list[str],
     loss: str,  # "l1" or "l2"; regression only
@@ -154,14 +154,15 @@ def boost(
     measure: str,  # LightGBM's name of what stops the training
     rounds: int = 300,
     patience: int = 20,  # rounds without improvement; 0: never stop early
+    callbacks: list = (),  # of LightGBM, called after each tree
 ):  # booster, list of the measure on the validation split
     "Train boosted trees."
     import lightgbm as lgb
     data = lgb.Dataset(x, y, categorical_feature=categorical, params=parameters)
-    curve, calls, sets = {}, [], []
+    curve, calls, sets = {}, [*callbacks], []
     if valid is not None:
         sets = [data.create_valid(*valid)]
-        calls = [lgb.record_evaluation(curve)] + ([lgb.early_stopping(patience, verbose=False)] if patience else [])
+        calls += [lgb.record_evaluation(curve)] + ([lgb.early_stopping(patience, verbose=False)] if patience else [])
     booster = lgb.train({**parameters, "metric": measure}, data, rounds, valid_sets=sets, valid_names=["valid"] * len(sets), callbacks=calls)
     return booster, curve.get("valid", {}).get(measure, [])
 

@@ -9,8 +9,8 @@ __all__ = ['DIRECTIONS', 'COMPLEXITY', 'KINDS', 'ROOMS', 'CANDIDATES', 'SPLIT_LI
            'one_raw', 'one_dense', 'save_model', 'Model', 'predict', 'contestants', 'load_model', 'Rule', 'rule_label',
            'answering_connection', 'evaluate_rule', 'save_rule', 'odds', 'rule_odds', 'softmax', 'Linear',
            'save_linear', 'read_lightgbm', 'read_tree', 'split_slot', 'nest', 'TreeScorer', 'one_slots',
-           'category_codes', 'deal', 'member', 'Trees', 'linked', 'save_trees', 'Network', 'save_network',
-           'read_columns', 'read_split', 'prediction_table']
+           'category_codes', 'deal', 'member', 'Trees', 'linked', 'save_trees', 'open_session', 'Network',
+           'save_network', 'read_columns', 'read_split', 'prediction_table']
 
 # %% ../nbs/30_model.ipynb #e084aae5
 import importlib, json, math
@@ -681,16 +681,24 @@ def save_trees(
     "Keep boosted trees as flat arrays."
     return save_model(folder, {**spec, "kind": "trees"}, read_lightgbm(booster_text))
 
-# %% ../nbs/30_model.ipynb #018121d2
+# %% ../nbs/30_model.ipynb #b75c6e53
+def open_session(
+    folder,  # with a model.onnx
+    threads: int = 1,
+):  # an ONNX Runtime session
+    "A graph, ready to run on the CPU."
+    import onnxruntime as ort
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    return ort.InferenceSession(str(Path(folder) / "model.onnx"), options, providers=["CPUExecutionProvider"])
+
+
 class Network(Model):
     "A neural network, run by ONNX Runtime."
 
     def load(self):
         "Read what `model.json` does not hold."
-        import onnxruntime as ort
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = self.threads, 1, 3
-        self.session = ort.InferenceSession(str(self.folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        self.session = open_session(self.folder, self.threads)
         self.wanted = {i.name for i in self.session.get_inputs()}
 
     def run(self, numeric, categorical) -> np.ndarray:

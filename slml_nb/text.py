@@ -8,18 +8,18 @@ __all__ = ['remembered', 'CUTS', 'ALPHAS', 'PUNCTUATION', 'IDEOGRAPHS', 'WEIGHTS
            'fit_head', 'choose_alpha', 'fit_tfidf', 'strongest', 'unknown_texts', 'as_read', 'apart', 'basic_words',
            'WordPiece', 'padded', 'by_length', 'TextEncoder', 'save_encoder', 'weights_folder', 'read_tokenizer',
            'load_body', 'text_network', 'apply_text', 'rectangle', 'fit_text_head', 'shuffled_batches', 'fit_text',
-           'text_step', 'kept_epoch', 'text_onnx', 'fit_encoder', 'eight_bits', 'text_column', 'passed_through',
-           'read_texts', 'known_rows', 'draw_strongest', 'drawable', 'looked_at', 'telling_rows', 'judgement',
-           'draw_attention', 'median_ms', 'constant_metric', 'remarks']
+           'text_step', 'text_onnx', 'fit_encoder', 'eight_bits', 'text_column', 'passed_through', 'read_texts',
+           'known_rows', 'draw_strongest', 'drawable', 'looked_at', 'telling_rows', 'judgement', 'draw_attention',
+           'median_ms', 'constant_metric', 'remarks']
 
-# %% ../nbs/36_text.ipynb #23126026
+# %% ../nbs/36_text.ipynb #21a5bb87
 import json, math, re, time, unicodedata
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from .core import SlmlError, atomic_write, project_root, suggest
-from .model import COMPLEXITY, KINDS, Model, better, metrics_of, numbers, read_columns, save_model, softmax
+from .model import KINDS, Model, better, metrics_of, numbers, open_session, read_columns, save_model, softmax
 from .sql import ident
 
 # %% ../nbs/36_text.ipynb #de1e18c6
@@ -128,11 +128,7 @@ def table_of(
         parts.append(csr_matrix((values, places, ends), (len(texts), len(block.idf))))
     return hstack(parts).tocsr() if parts else csr_matrix((len(texts), 0))
 
-# %% ../nbs/36_text.ipynb #c620a206
-COMPLEXITY.setdefault("tfidf", 1)
-COMPLEXITY.setdefault("encoder", 4)
-
-
+# %% ../nbs/36_text.ipynb #9b90f455
 def said(
     value,  # of a text column
 ) -> str:  # "" for what is missing
@@ -365,16 +361,13 @@ def by_length(
     order = sorted(range(len(tokens)), key=lambda i: (len(tokens[i]), i))
     for start in range(0, len(order), block): yield order[start:start + block]
 
-# %% ../nbs/36_text.ipynb #a44b661f
+# %% ../nbs/36_text.ipynb #89c589b1
 class TextEncoder(Model):
     "A language model with a head, run by ONNX Runtime."
 
     def load(self):
         "Read what `model.json` does not hold."
-        import onnxruntime as ort
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = self.threads, 1, 3
-        self.session = ort.InferenceSession(str(self.folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        self.session = open_session(self.folder, self.threads)
         pieces = (self.folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
         how = self.spec["tokenizer"]
         self.cut = WordPiece(pieces, how["lowercase"], how["strip_accents"], how["longest"])
@@ -551,7 +544,7 @@ def shuffled_batches(
         out += [pool[i:i + batch] for i in range(0, len(pool), batch)]
     return [out[i] for i in r.permutation(len(out))]
 
-# %% ../nbs/36_text.ipynb #fb2834de
+# %% ../nbs/36_text.ipynb #135cb28d
 def fit_text(
     network,  # its head has been fitted
     train: tuple, valid: tuple,  # tokens and y (standardised in regression)
@@ -559,7 +552,7 @@ def fit_text(
 ) -> list[dict]:  # per pass: epoch (0: the frozen encoder), train and valid (losses), seconds
     "Train everything a few passes, and keep the best weights."
     import torch
-    from slml_nb.train import learning_rate, loss_of
+    from slml_nb.train import best_epoch, learning_rate, loss_of
     s, kind = settings, torch.int64 if settings["classes"] else torch.float32
     y, vy = (torch.tensor(v, dtype=kind) for v in (train[1], valid[1]))
     optimiser = torch.optim.AdamW(network.parameters(), lr=s["lr"], weight_decay=0.01)
@@ -570,7 +563,7 @@ def fit_text(
     steps = math.ceil(len(y) / s["batch"])
     for epoch in range(s["epochs"]):
         if s["max_seconds"] and time.perf_counter() - began >= s["max_seconds"]: break
-        if s["patience"] and epoch - kept_epoch(history) >= s["patience"] and len(vy): break
+        if s["patience"] and epoch - best_epoch(history) >= s["patience"] and len(vy): break
         started, total = time.perf_counter(), 0.0
         torch.manual_seed(s["seed"] + epoch)
         network.train()
@@ -580,11 +573,11 @@ def fit_text(
         network.eval()
         history.append({"epoch": epoch + 1, "train": total / len(y), "valid": check(), "seconds": time.perf_counter() - started})
         if not math.isfinite(total + (history[-1]["valid"] if len(vy) else 0)): raise SlmlError(f"the loss is no number any more in epoch {epoch + 1}", "text", f"lower lr (it is {s['lr']:g})")
-        if kept_epoch(history) == epoch + 1: best = copy()
+        if best_epoch(history) == epoch + 1: best = copy()
     network.load_state_dict(best)
     return history
 
-# %% ../nbs/36_text.ipynb #0f5aa477
+# %% ../nbs/36_text.ipynb #b0c5c42f
 def text_step(network, optimiser, ids, mask, y, loss) -> float:  # the loss before the step
     "Learn from one batch."
     import torch
@@ -595,42 +588,16 @@ def text_step(network, optimiser, ids, mask, y, loss) -> float:  # the loss befo
     optimiser.step()
     return float(value.detach())
 
-
-def kept_epoch(
-    history: list[dict],  # from `fit_text`
-) -> int:  # 0: the frozen encoder
-    "The pass whose weights are kept: the least validation loss, without validation rows the last."
-    seen = [h for h in history if h["valid"] == h["valid"]]
-    return min(seen, key=lambda h: h["valid"])["epoch"] if seen else history[-1]["epoch"]
-
-# %% ../nbs/36_text.ipynb #2eb7295b
+# %% ../nbs/36_text.ipynb #ff7acb94
 def text_onnx(
     network,  # trained
 ) -> bytes:  # inputs `ids` and `mask` int64 (n, length); output `prediction`
     "The finished network as an ONNX graph."
-    import logging, torch, warnings
-    from slml_nb.train import plain_graph
-
-    class Finished(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.network = network
-
-        def forward(self, ids, mask):
-            "What is exported."
-            return self.network.finished(ids, mask)
-
+    import torch
+    from slml_nb.train import export_onnx
     rows, length = torch.export.Dim("rows"), torch.export.Dim("length", max=getattr(network.body.config, "max_position_embeddings", 512))
     example = torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = torch.onnx.export(Finished().eval(), example, input_names=["ids", "mask"], output_names=["prediction"], dynamo=True, dynamic_shapes=({0: rows, 1: length},) * 2, verbose=False)
-    finally: quiet.setLevel(level)
-    return plain_graph(made.model_proto)
+    return export_onnx(network, example, ["ids", "mask"], ({0: rows, 1: length},) * 2)
 
 # %% ../nbs/36_text.ipynb #7061f8a7
 def fit_encoder(

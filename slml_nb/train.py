@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['choose_device', 'quantile_edges', 'build_network', 'target_scale', 'loss_of', 'in_metric', 'learning_rate', 'plan',
            'one_epoch', 'apply_network', 'save_checkpoint', 'load_checkpoint', 'fingerprint', 'best_epoch', 'enough',
-           'fit_network', 'to_onnx', 'plain_graph', 'tensors', 'train_network', 'draw_learning', 'epoch_table']
+           'fit_network', 'export_onnx', 'to_onnx', 'plain_graph', 'tensors', 'train_network', 'draw_learning',
+           'epoch_table']
 
 # %% ../nbs/32_train.ipynb #30c0f4da
 import hashlib, io, math, os, time
@@ -199,13 +200,13 @@ def fingerprint(
     for t in data: h.update(np.ascontiguousarray(t.cpu().numpy()).data)
     return h.hexdigest()
 
-# %% ../nbs/32_train.ipynb #3d692284
+# %% ../nbs/32_train.ipynb #8104406b
 def best_epoch(
     history: list[dict],  # epoch, train, valid
 ) -> int:  # from 1
     "The epoch whose weights are kept."
     seen = [h for h in history if h["valid"] == h["valid"]]
-    return min(seen, key=lambda h: h["valid"])["epoch"] if seen else len(history)
+    return min(seen, key=lambda h: h["valid"])["epoch"] if seen else history[-1]["epoch"] if history else 0
 
 
 def enough(
@@ -254,12 +255,14 @@ def fit_network(
     network.eval()
     return history
 
-# %% ../nbs/32_train.ipynb #73c55bc0
-def to_onnx(
-    network,  # trained, on the CPU
-    dense: int, categoricals: int,  # inputs
-) -> bytes:  # inputs `numeric` float32 (n, dense) and `categorical` int64 (n, categoricals); output `prediction`
-    "The finished network as an ONNX graph."
+# %% ../nbs/32_train.ipynb #52621f71
+def export_onnx(
+    network,  # trained, on the CPU; its `finished` takes two tensors
+    example: tuple,  # the two
+    names: list[str],  # of the two inputs
+    shapes: tuple,  # {axis: torch.export.Dim} of each
+) -> bytes:  # output `prediction`
+    "A finished network as an ONNX graph."
     import logging, torch, warnings
 
     class Finished(torch.nn.Module):
@@ -267,21 +270,29 @@ def to_onnx(
             super().__init__()
             self.network = network
 
-        def forward(self, numeric, categorical):
+        def forward(self, first, second):
             "What is exported."
-            return self.network.finished(numeric, categorical)
+            return self.network.finished(first, second)
 
-    rows = torch.export.Dim("rows")
-    example = torch.zeros(2, dense), torch.zeros(2, categoricals, dtype=torch.int64)
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = torch.onnx.export(Finished().eval(), example, input_names=["numeric", "categorical"], output_names=["prediction"], dynamo=True, dynamic_shapes=({0: rows}, {0: rows}), verbose=False)
+            made = torch.onnx.export(Finished().eval(), example, input_names=names, output_names=["prediction"], dynamo=True, dynamic_shapes=shapes, verbose=False)
     finally: quiet.setLevel(level)
     return plain_graph(made.model_proto)
+
+
+def to_onnx(
+    network,  # trained, on the CPU
+    dense: int, categoricals: int,  # inputs
+) -> bytes:  # inputs `numeric` float32 (n, dense) and `categorical` int64 (n, categoricals); output `prediction`
+    "The network for tables as an ONNX graph."
+    import torch
+    rows = torch.export.Dim("rows")
+    return export_onnx(network, (torch.zeros(2, dense), torch.zeros(2, categoricals, dtype=torch.int64)), ["numeric", "categorical"], ({0: rows}, {0: rows}))
 
 
 def plain_graph(

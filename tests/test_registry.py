@@ -130,7 +130,7 @@ def test_a_registry_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.slow
-def test_mlflow_has_a_copy(tmp_path):
+def test_mlflow_has_a_copy(tmp_path, monkeypatch):
     "Versions, steps and aliases as ours; twice is once; and MLflow loads what answers."
     mlflow = pytest.importorskip("mlflow")
     from slml_nb.track import track
@@ -156,8 +156,8 @@ def test_mlflow_has_a_copy(tmp_path):
     rollback("taxi", root=root)
     mirror("taxi", client, root)
     assert client.get_model_version_by_alias("taxi", "production").tags["slml.version"] == "1"
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # not set_tracking_uri: it would hold for every test that follows
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", uri)
     import pandas as pd
     package, _ = production("taxi", root)
     requests = json.loads((package / "recipe.json").read_text())["examples"]

@@ -403,7 +403,7 @@ def test_prints_200_mb(project, cold, secret):
     if secret: project.write(use, (project.folder / use).read_text() + "dig: {key: !env PLANTED}\n")
     r = drive(project, use, cold=cold, env={"PLANTED": "s3cr3t-of-the-house"})
     place = Path(r["folder"]) / "dig"
-    assert r["state"] == "done"
+    assert r["state"] == "done", r["stages"]["dig"]
     r["events"].clear()
     if not cold: assert r["runner_mb"] < 150, r["runner_mb"]
     assert (place / "notebook.ipynb").stat().st_size < 3_000_000 and (place / "log.jsonl").stat().st_size < 3_000_000

@@ -11,7 +11,7 @@ import json, tempfile
 from pathlib import Path
 from .core import SlmlError, suggest
 
-# %% ../nbs/02_sql.ipynb #e00c4ba2
+# %% ../nbs/02_sql.ipynb #6964fdf1
 def connect(
     memory: str = "2GB",  # how much DuckDB may hold; more is spilled to disk
     threads: int = 0,  # 0: as many as there are cores
@@ -22,7 +22,7 @@ def connect(
     config = {"memory_limit": memory, "temp_directory": str(spill), "autoinstall_known_extensions": False}
     try: con = duckdb.connect(config={**config, **({"threads": threads} if threads > 0 else {})})
     except duckdb.Error as e: raise SlmlError(f"DuckDB does not take memory={memory!r}, threads={threads!r} ({e})", "", 'write memory: "2GB", threads: 0') from None
-    con.execute("set TimeZone = 'UTC'")
+    con.execute("set TimeZone = 'UTC'; set enable_progress_bar = false")  # which DuckDB would write to stdout after two seconds
     return con
 
 # %% ../nbs/02_sql.ipynb #6597a06e

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOT_JUDGED', 'LEVELS', 'gather', 'flatten', 'differing', 'changed_cells', 'code_changes', 'diff', 'diff_text',
            'judged', 'Agreement', 'agree_texts', 'agree_values', 'agree_tables', 'agree_files', 'judge', 'judge_text',
-           'params_of', 'changed_since', 'reproduce', 'reproduce_text']
+           'params_of', 'unneeded', 'changed_since', 'reproduce', 'reproduce_text']
 
 # %% ../nbs/52_compare.ipynb #073ecb01
 import dataclasses, difflib, fnmatch, importlib.util, json, math, os, re
@@ -480,7 +480,7 @@ def judge_text(
     elif apart: lines += ["", "parameters, code, sources and environment are the same: the difference is in the computation itself (an unseeded draw, the order of threads)"]
     return "\n".join([*lines, *([""] + [f"could not be compared: {u}" for u in found["unknown"]] if found["unknown"] else [])])
 
-# %% ../nbs/52_compare.ipynb #f969bd65
+# %% ../nbs/52_compare.ipynb #9ccac1a5
 def params_of(
     run,  # folder of a run
 ):  # ParamSet, with the parameters the run had
@@ -490,7 +490,13 @@ def params_of(
     if not record.get("params_file") or "parameters" not in record: raise SlmlError("run.json does not say what was run", str(run), "name a run whose run.json is whole")
     path = Path(record["params_file"])
     today = load_params(path if path.is_file() else project_root() / path)
-    return dataclasses.replace(today, project=record.get("project", today.project), matrix={}, values={s: _with_secrets(v, today.values.get(s, {})) for s, v in record["parameters"].items()})
+    return dataclasses.replace(today, project=record.get("project", today.project), matrix={}, values={s: _with_secrets(v, today.values.get(s, {})) for s, v in record["parameters"].items() if not unneeded(record, s)})
+
+
+def unneeded(record: dict, stage: str) -> bool:
+    "Whether a run left a stage out since a simpler model was enough; with a section of its own, it would be asked for."
+    info = record.get("stages", {}).get(stage, {})
+    return info.get("state") == "skipped" and (info.get("why") or "").startswith("not needed")
 
 
 def _with_secrets(then, now):

@@ -472,7 +472,7 @@ def load_yaml(
     for stage in values.get("stages") or {}: base.pop(stage, None)  # another notebook has other parameters
     return _merge(base, values), {**base_lines, **lines}
 
-# %% ../nbs/00_core.ipynb #964872e2
+# %% ../nbs/00_core.ipynb #7f3c36ef
 @dataclass
 class ParamSet:
     "A use case as data: one YAML file, read and merged."
@@ -487,10 +487,11 @@ class ParamSet:
     matrix: dict = field(default_factory=dict)  # a sweep: {"stage.parameter": [values]}, zip, exclude, include, metric
     tune: dict = field(default_factory=dict)  # a search: space, metric, trials, seconds, usd, … (see `57_tune`); `slml run` leaves it alone
     tracking: str = ""  # where runs are tracked: an MLflow URI, or "off"; "" = runs/mlflow.db
+    climb: bool = False  # run the dearer stages also when a simpler model meets all requirements (see `climbing` in 07_graph)
 
-HEAD = {"project": str, "about": str, "store": str, "runs": str, "stages": dict, "matrix": dict, "tune": dict, "tracking": str}
+HEAD = {"project": str, "about": str, "store": str, "runs": str, "stages": dict, "matrix": dict, "tune": dict, "tracking": str, "climb": bool}
 
-# %% ../nbs/00_core.ipynb #e5b32f9a
+# %% ../nbs/00_core.ipynb #c8e0373d
 def load_params(
     path,  # YAML file
 ) -> ParamSet:  # not yet checked against the notebooks: `resolve` does that, stage by stage
@@ -499,7 +500,7 @@ def load_params(
     head = {k: values.pop(k) for k in list(values) if k in HEAD}
     if head.get("tracking") is False: head["tracking"] = "off"  # YAML reads a bare off as false
     for k, v in head.items():
-        if not isinstance(v, HEAD[k]): raise SlmlError(f"'{k}' is {v!r}", lines[(k,)], "it must be " + ("a mapping" if HEAD[k] is dict else "text"))
+        if not isinstance(v, HEAD[k]): raise SlmlError(f"'{k}' is {v!r}", lines[(k,)], "it must be " + {dict: "a mapping", bool: "on or off"}.get(HEAD[k], "text"))
     project = head.setdefault("project", Path(path).stem)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,62}", project):
         raise SlmlError(f"project '{project}' cannot be a folder name", lines.get(("project",), str(path)), "use letters, digits, - and _")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['memo', 'Node', 'read_stage', 'stages_of', 'Graph', 'normal_code', 'counting_code', 'executed_code', 'imports_of',
-           'Memo', 'closure', 'key_parts', 'imports_of_stage', 'key_of', 'what_changed', 'plan']
+           'Memo', 'closure', 'key_parts', 'imports_of_stage', 'key_of', 'what_changed', 'plan', 'climbing']
 
 # %% ../nbs/07_graph.ipynb #1f09fb5c
 import ast, contextlib, difflib, functools, importlib.metadata, json, re, sys
@@ -81,7 +81,7 @@ def stages_of(
         found[stage] = path
     return found
 
-# %% ../nbs/07_graph.ipynb #a75673b1
+# %% ../nbs/07_graph.ipynb #897953d5
 class Graph:
     "Stages in an order in which each runs after those that make its inputs."
 
@@ -102,11 +102,15 @@ class Graph:
         "The stages whose artifacts `stage` needs."
         return list(dict.fromkeys(self.maker[a] for a in self.nodes[stage].needs))
 
+    def gate(self, stage: str) -> str:
+        "The stage whose artifact says whether `stage` is needed at all (`- climbs: ladder`); '' for most."
+        return self.maker.get(self.nodes[stage].front.get("climbs", ""), "")
+
     def _sort(self) -> list[str]:
         "Topological order (Kahn, 1962); among those that are ready, the order of the notebooks."
         left, order = list(self.nodes), []
         while left:
-            ready = next((s for s in left if all(b in order for b in self.before(s))), None)
+            ready = next((s for s in left if all(b in order for b in (*self.before(s), *filter(None, [self.gate(s)])))), None)
             if ready is None: raise SlmlError(f"{' and '.join(left)} need each other in a circle", str(self.nodes[left[0]].notebook), "one of them must do without")
             order.append(ready)
             left.remove(ready)
@@ -337,3 +341,17 @@ def _address(name: str, graph: Graph) -> tuple[str, str]:
     if len(having) == 1: return having[0], name
     if having: raise SlmlError(f"'{name}' is a parameter of {' and of '.join(having)}", f"-p {name}", f"say which: -p {having[0]}.{name}=…")
     raise SlmlError(f"no stage has a parameter '{name}'", f"-p {name}", suggest(name, {p for n in graph.nodes.values() for p in n.schema}))
+
+# %% ../nbs/07_graph.ipynb #71d4f824
+def climbing(
+    graph: Graph,
+    params: ParamSet,
+    overrides: dict | None = None,  # as for `plan`
+    wanted=None,  # stages that the run is about; None: all
+    named=(),  # stages that were asked for by name
+) -> dict[str, str]:  # {stage: the stage that says whether it is needed}
+    "Stages that a run may leave out."
+    wanted = set(graph.order if wanted is None else wanted)
+    asked = {*params.values, *named, *(_address(name, graph)[0] for name in overrides or {})}
+    must = {graph.maker[a] for s in wanted for a in graph.nodes[s].needs if a not in graph.nodes[s].front.get("uses", [])}
+    return {s: gate for s in graph.order if not params.climb and s in wanted and s not in asked | must and (gate := graph.gate(s)) in wanted}

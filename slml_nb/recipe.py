@@ -48,13 +48,13 @@ def column_types(con, table: str) -> dict[str, str]:  # {column: DuckDB type}
     table = table if table.startswith("(") else ident(table)
     return {r[0]: str(r[1]) for r in con.execute(f"describe select * from {table}").fetchall()}
 
-# %% ../nbs/22_recipe.ipynb #d704def7
+# %% ../nbs/22_recipe.ipynb #3ef5175d
 @dataclass
 class Feature:
     "One column that a model reads."
     name: str
     sql: str  # row-wise, over the columns of `rows`
-    kind: str  # numeric or categorical
+    kind: str  # numeric, categorical or text
     reads: list  # columns of `rows`
     asks: list = field(default_factory=list)  # columns of `rows` by which the online store is asked for some of them
 

@@ -6,20 +6,23 @@
 __all__ = ['FLOW', 'CSS_COLOURS', 'CSS_PAGE', 'CSS_TABLES', 'CSS_DRAWINGS', 'CSS_STAGES', 'CSS_MEDIA', 'CSS', 'gather',
            'row_counts', 'esc', 'decimals', 'number', 'Cell', 'table', 'section', 'error_of', 'failure', 'headline',
            'alarm_box', 'tiles', 'hero', 'when', 'requirement_matrix', 'scale', 'interval_svg', 'leaderboard', 'short',
-           'improvement_table', 'slices_of', 'slice_section', 'against_bar', 'data_steps', 'unaccounted', 'flow_svg',
-           'data_section', 'findings', 'finding_list', 'spans', 'timeline', 'relative', 'figure', 'stage_table',
-           'numbers', 'stage_detail', 'usage', 'lineage', 'size', 'origins', 'is_numeric', 'levels', 'varying', 'view',
+           'improvement_table', 'rows_of', 'records_of', 'slice_section', 'against_bar', 'lead_of', 'found_slices',
+           'p_said', 'against_others', 'share_bar', 'importance_table', 'reasons', 'worst_table', 'fairness_tables',
+           'calibration_words', 'not_climbed', 'trust_section', 'data_steps', 'unaccounted', 'flow_svg', 'data_section',
+           'findings', 'finding_list', 'spans', 'timeline', 'relative', 'figure', 'stage_table', 'numbers',
+           'stage_detail', 'usage', 'lineage', 'size', 'origins', 'is_numeric', 'levels', 'varying', 'view',
            'draw_line', 'draw_map', 'sweep_figures', 'figure_of', 'sweep_picture', 'points_table', 'stages_of_sweep',
-           'sweep_hero', 'sweep_tiles', 'sweep_mind', 'best_usage', 'sweep_sections', 'where_from', 'what_it_cost',
-           'sections', 'render_report', 'render_sweep', 'write_report', 'summarise', 'draw_headroom']
+           'sweep_hero', 'sweep_tiles', 'sweep_mind', 'best_usage', 'search_section', 'sweep_sections', 'where_from',
+           'what_it_cost', 'sections', 'render_report', 'render_sweep', 'write_report', 'summarise', 'draw_headroom']
 
-# %% ../nbs/58_report.ipynb #73d0d04c
+# %% ../nbs/58_report.ipynb #2ad8d49c
 import base64, contextlib, html, json, math, re
 from datetime import datetime, timezone
 from pathlib import Path
 
 from .core import SlmlError, atomic_write, read_json
-from .evaluate import METRICS, is_share, percent, places, plain, requirement_words
+from .evaluate import calibration_findings
+from .measure import METRICS, is_share, percent, places, plain, requirement_words
 from .stage import COLOURS, STYLE, artifact_path, made_in, shipped_notebooks
 from .sweep import short_names, short_value, shown_points, sweep_record, sweep_sentences, sweep_table
 
@@ -256,21 +259,26 @@ def improvement_table(v) -> str:
     groups = f'<tr class="groups"><td></td><th colspan="{len(losses)}" scope="colgroup">better than the rule</th><th colspan="{len(losses)}" scope="colgroup">better than the linear model</th></tr>'
     return table(["Candidate", *[short(m) for m in losses * 2]], rows, "What each rung buys: the share of the loss that is gone", "gains", groups)
 
-# %% ../nbs/58_report.ipynb #9fd33355
-def slices_of(page, most=15):
-    "(columns, rows) of the slices table, worst first; None if there is none."
-    path = _path_of(page["artifacts"].get("slices"))
-    if not path: return None
+# %% ../nbs/58_report.ipynb #6db4e7a8
+def rows_of(page, name, most=15):
+    "(columns, rows) of a table that the run has made; ([], []) if there is none."
+    path = _path_of(page["artifacts"].get(name))
+    if not path: return [], []
     import duckdb
     with contextlib.suppress(duckdb.Error):
         got = duckdb.connect().execute("select * from read_parquet(?) limit ?", [str(path), most])
         return [c[0] for c in got.description], got.fetchall()
+    return [], []
+
+def records_of(page, name, most=15) -> list:
+    "The rows of such a table as dictionaries."
+    columns, rows = rows_of(page, name, most)
+    return [dict(zip(columns, r)) for r in rows]
 
 def slice_section(page) -> str:
     "The worst slices as bars of the chosen candidate's metric, with the other candidates beside it."
-    found, v = slices_of(page), page["verdict"]
-    if not found or not found[1] or not v: return ""
-    columns, rows = found
+    (columns, rows), v = rows_of(page, "slices"), page["verdict"]
+    if not rows or not v: return ""
     lead = v["candidate"] or v["best"]
     at = columns.index(lead) if lead in columns else len(columns) - 1
     overall = next((c.get(v["metric"]) for c in v["candidates"] if c["name"] == lead), None)
@@ -294,6 +302,99 @@ def against_bar(
     bar = f'<rect x="{50 if x >= 0 else 50 - w:.1f}%" y="1" height="8" width="{w:.1f}%" class="{"worse" if bad else "up"}"/>'
     return Cell(f'<td class="num gain"><svg height="10" aria-hidden="true"><line x1="50%" x2="50%" y1="0" y2="10" class="zero"/>{bar}</svg>'
                 f'<span>{"+" if x > 0 else ""}{percent(x)}</span></td>')
+
+# %% ../nbs/58_report.ipynb #9259b2f7
+def lead_of(page) -> str:
+    "The candidate that the page is about."
+    v = page["verdict"]
+    return v and (v["candidate"] or v["best"] or "")
+
+def found_slices(page) -> str:
+    "Where the chosen candidate errs for sure more than elsewhere."
+    rows = records_of(page, "found_slices", 10)
+    shown = [[Cell(f'<th scope="row">{esc(r["slice"])}</th>'), r["rows"], r["loss"], r["elsewhere"], f"+{percent(r['loss'] / r['elsewhere'] - 1)}" if r["elsewhere"] else None, p_said(r["p_adjusted"])] for r in rows]
+    what = "mean absolute error" if page["verdict"] and page["verdict"].get("task") == "regression" else "probability denied to the truth"
+    return table(["Found", "rows", what, "elsewhere", "more", "p, corrected"], shown, f"Values and pairs of values, all of them tried, where {lead_of(page)} errs more and luck does not explain it") if rows else ""
+
+def p_said(p) -> str:
+    "A p value as it is read."
+    return "–" if p is None or p != p else "< 0.001" if p < .001 else f"{p:.3f}"
+
+def against_others(page) -> str:
+    "The chosen candidate against each other one, on the same rows."
+    lead, rows = lead_of(page), [r for r in records_of(page, "pairs", 500) if lead_of(page) in (r["a"], r["b"])]
+    def _row(r):
+        other, sign = (r["b"], 1) if r["a"] == lead else (r["a"], -1)
+        low, high = sorted(sign * x if x is not None else float("nan") for x in (r["low"], r["high"]))
+        word = "no different, as far as these rows tell" if not r["better"] else f"measurably {'better' if r['better'] == lead else 'worse'}"
+        return [Cell(f'<th scope="row">{esc(other)}</th>'), sign * r["difference"], f"{plain(low)} to {plain(high)}" if low == low else "–", p_said(r["p_holm"]), word]
+    metric = METRICS.get(page["verdict"]["metric"], page["verdict"]["metric"]) if rows else ""
+    return table(["Against", "difference", "interval", "p, corrected", f"{lead} is"], [_row(r) for r in rows], f"{lead} less the other in {metric}, on the same rows; p of a paired test, corrected for the number of pairs") if rows else ""
+
+# %% ../nbs/58_report.ipynb #fd46b4b5
+def share_bar(x, top, low=None, high=None):
+    "A bar from the left, with a thin line for its interval."
+    at = lambda v: f"{max(0, min(100, 100 * v / top)):.1f}%"
+    line = f'<line x1="{at(low)}" x2="{at(high)}" y1="8" y2="8" class="limit"/>' if low is not None and high is not None else ""
+    return Cell(f'<td class="drawn"><svg width="100%" height="16" aria-hidden="true"><rect x="0" width="{at(x)}" y="4" height="8" rx="2" class="span made"/>{line}</svg></td>')
+
+def importance_table(page) -> str:
+    "How much worse the chosen candidate is without each feature."
+    rows = [r for r in records_of(page, "importance", 10) if r["importance"] == r["importance"] and r["importance"] is not None]
+    top = max([r["high"] or r["importance"] for r in rows], default=0)
+    if top <= 0: return ""
+    shown = [[Cell(f'<th scope="row">{esc(r["feature"])}</th>'), r["importance"], share_bar(r["importance"], top, r["low"], r["high"])] for r in rows]
+    metric = METRICS.get(page["verdict"]["metric"], page["verdict"]["metric"])
+    return table(["Without", "worse by", "and how sure"], shown, f"What {lead_of(page)} goes by: how much its {metric} suffers when a feature's values are dealt out anew", "board")
+
+def reasons(page, most=3) -> dict:
+    "{row: the features that moved its prediction most, and by how much}."
+    found = {}
+    for r in records_of(page, "explanations", 5000):
+        if r["feature"] and len(mine := found.setdefault(r["row_id"], [])) < most and r["contribution"]: mine.append(f"{r['feature'].replace('_', ' ')} {'+' if r['contribution'] > 0 else ''}{plain(r['contribution'])}")
+    return {k: ", ".join(v) for k, v in found.items()}
+
+def worst_table(page, most=8) -> str:
+    "The rows that the chosen candidate got most wrong, with what it mostly goes by."
+    rows, by = records_of(page, "errors", most), [r["feature"] for r in records_of(page, "importance", 4)]
+    if not rows: return ""
+    first = [c for c in ("row_id", "truth", "prediction", "error") if c in rows[0]]
+    columns, because = [*first, *[c for c in by if c in rows[0]]], reasons(page)
+    return table([*[c.replace("_", " ") for c in columns], *(["because of"] if because else [])],
+                 [[*[v if isinstance(v := r[c], (int, float)) else "–" if v is None else str(v) for c in columns], *([because.get(r["row_id"], "–")] if because else [])] for r in rows],
+                 f"The {len(rows)} rows that {lead_of(page)} got most wrong{', and what moved its prediction most, against that of an ordinary row' if because else ''}; artifact errors has more of them, with all columns")
+
+# %% ../nbs/58_report.ipynb #c2b994bf
+def fairness_tables(page) -> str:
+    "Groups of people side by side, and whether luck explains the gaps."
+    rows, told = records_of(page, "fairness", 60), (page["verdict"] or {}).get("fairness") or {}
+    if not rows: return ""
+    columns = [c for c in rows[0] if c != "facet" and any(r[c] is not None and r[c] == r[c] for r in rows)]
+    def _gaps(gaps): return "; ".join(f"{k.replace('_', ' ')} {percent(g) if k != 'error' or page['verdict'].get('task') != 'regression' else plain(g)} (luck alone: up to {percent(c) if k != 'error' or page['verdict'].get('task') != 'regression' else plain(c)})"
+                                      for k, g in gaps.items() if (c := gaps.get(f"{k}_by_chance")) is not None)
+    made = []
+    for facet in dict.fromkeys(r["facet"] for r in rows):
+        gap = _gaps(told.get(facet) or {})
+        made.append(table([c.replace("_", " ") for c in columns], [[r[c] for c in columns] for r in rows if r["facet"] == facet], f"{facet}: largest gaps between groups: {gap}" if gap else facet))
+    return "".join(made)
+
+def calibration_words(page) -> str:
+    "Whether the chosen candidate means what it says."
+    v, lead = page["verdict"], lead_of(page)
+    few = ((v or {}).get("calibration") or {}).get(lead) or {}
+    said = [text for _, text in calibration_findings(v["task"], lead, few)] if few else []
+    if few and not said and few.get("honest"): said = [f"The probabilities of {lead} can be believed: they are {percent(few['ece'], 1)} from what comes true on average, and luck alone would make up to {percent(few['by_chance'], 1)}."]
+    return "".join(f'<p>{esc(t)}</p>' for t in said)
+
+def not_climbed(page) -> str:
+    "Rungs that were left out, and why."
+    left = [(s, r["why"]) for s, r in page["run"].get("stages", {}).items() if r.get("state") == "skipped" and str(r.get("why", "")).startswith("not needed")]
+    return "".join(f'<p class="fine">{esc(s)} was {esc(why)}.</p>' for s, why in left)
+
+def trust_section(page) -> str:
+    "How sure the choice is, and whether the model means what it says."
+    champion = ((page["verdict"] or {}).get("champion") or {}).get("words", "")
+    return against_others(page) + calibration_words(page) + (f"<p>{esc(champion)}</p>" if champion else "") + fairness_tables(page)
 
 # %% ../nbs/58_report.ipynb #cde5cb3e
 def data_steps(counts) -> list:   # [(step, rows, what left before it, rows that left)]
@@ -819,7 +920,7 @@ def sweep_tiles(record, rows) -> str:
              ("the whole sweep took", f"{took:,.0f} s" if took else "–", f"{sum(r['seconds'] or 0 for r in rows):,.0f} s of stages, were each point made alone")]
     return '<dl class="tiles">' + "".join(f"<div><dt>{esc(a)}</dt><dd>{esc(b)}<small>{esc(c)}</small></dd></div>" for a, b, c in shown) + "</dl>"
 
-# %% ../nbs/58_report.ipynb #76bf3a13
+# %% ../nbs/58_report.ipynb #1453b6c1
 def sweep_mind(record) -> str:
     "How the best point was found, and what to mind."
     choice = record["choice"]
@@ -837,11 +938,19 @@ def best_usage(record, rows, folder) -> str:
     return page + (f"<pre><code>slml predict {esc(here)} rows.csv     <i># a file of rows in, predictions out</i>\nslml serve {esc(here)}                <i># the model over HTTP</i></code></pre>" if package
                    else f"<pre><code>{esc(here)}     <i># a run like any other, made of what the points share</i></code></pre>")
 
+def search_section(record) -> str:
+    "What a search found: its pictures, its sentences, the values to paste."
+    from slml_nb.tune import tune_figures, tune_sentences
+    if "tune" not in record: return ""
+    said = "".join(f'<li class="info"><span class="level">Search</span><span>{esc(w)}</span></li>' for w in tune_sentences(record))
+    paste = f"<pre><code>{esc(record['tune']['paste'])}</code></pre>" if record["tune"]["paste"] else ""
+    return section("Search", "".join(figure_of(*f) for f in tune_figures(record)), f'<ul class="findings">{said}</ul>', paste)
+
 def sweep_sections(record, rows, folder) -> list:   # [(title, html)], empty ones left out
     "The sections of a sweep's page."
     fold = lambda title, body: f"<details><summary>{title}</summary>{body}</details>" if body else ""
     about = {k: record[k] for k in ("params_file", "overrides", "started", "finished", "seconds", "state", "who", "environment") if record.get(k)}
-    made = [("Picture", section("Picture", sweep_picture(rows, record["choice"]), sweep_mind(record))),
+    made = [("Search", search_section(record)), ("Picture", section("Picture", sweep_picture(rows, record["choice"]), sweep_mind(record))),
             ("Points", section("Points", points_table(record, rows))),
             ("The best point", section("The best point", best_usage(record, rows, folder))),
             ("Stages", section("Stages", stages_of_sweep(record))),
@@ -870,13 +979,15 @@ def what_it_cost(page) -> str:
     listed = f"Prices of {found['prices']['date']}, {found['prices']['region']}" if isinstance(found["prices"], dict) and "date" in found["prices"] else "By the price list"
     return f"<ul>{said}</ul>" + (table(["stage", "seconds", "cores busy", "peak MB", "as", "USD", "enough"], rows, listed) if rows else "")
 
-# %% ../nbs/58_report.ipynb #d32a1d3c
+# %% ../nbs/58_report.ipynb #b4ea08ee
 def sections(page) -> list:   # [(title, html)], empty ones left out
     "The sections of the page, in the order of reading."
     v = page["verdict"]
     made = [("Requirements", section("Requirements", requirement_matrix(v), lead="Every requirement against every candidate. All must be met; the simplest candidate that meets them all is chosen.")),
-            ("Candidates", section("Candidates", leaderboard(v), improvement_table(v))),
-            ("Slices", section("Slices", slice_section(page))),
+            ("Candidates", section("Candidates", leaderboard(v), improvement_table(v), not_climbed(page))),
+            ("Trust", section("Trust", trust_section(page), lead="Is it better or just luckier, does it mean what it says, and does it treat people alike?")),
+            ("Slices", section("Slices", slice_section(page), found_slices(page))),
+            ("Reasons", section("Reasons", importance_table(page), worst_table(page), lead="What the model goes by, and where that led it astray.")),
             ("Data", section("Data", data_section(page), lead="From lines in files to rows that teach, tune and test.")),
             ("Findings", section("Findings", finding_list(page))),
             ("Use it", section("Use it", usage(page))),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'notebooks_folder', 'shipped_notebooks', 'sample_folder', 'made_in', 'list_runs', 'latest_run',
            'artifact_path', 'Stage', 'typed_parameters', 'path', 'read_json', 'has', 'df', 'sql', 'con', 'save',
-           'folder', 'metric', 'finding', 'axes', 'figure', 'table_out', 'done']
+           'folder', 'metric', 'finding', 'progress', 'axes', 'figure', 'table_out', 'done']
 
 # %% ../nbs/03_stage.ipynb #e5f7172e
 import contextlib, json, os, shutil, sys, tempfile, time
@@ -70,7 +70,7 @@ def artifact_path(
     from slml_nb.store import open_store
     return open_store(record["root"]).local(record["file"], record["sha256"])
 
-# %% ../nbs/03_stage.ipynb #a11fd853
+# %% ../nbs/03_stage.ipynb #2740142e
 class Stage:
     "One execution of a stage notebook: its inputs, its outputs, what it has to say."
 
@@ -90,7 +90,7 @@ class Stage:
         self.out = self.place / "out"
         shutil.rmtree(self.out, ignore_errors=True)
         self.out.mkdir(parents=True)
-        with contextlib.suppress(FileNotFoundError): (self.place / "made.json").unlink()
+        for old in ("made.json", "progress.jsonl"): (self.place / old).unlink(missing_ok=True)
         self.made = {"stage": name, "title": self.front["title"], "sentence": self.front["sentence"], "root": "out",
                      "artifacts": {}, "metrics": {}, "findings": [], "figures": [], "tables": []}
         self._inputs = self._con = None
@@ -248,6 +248,16 @@ def finding(self: Stage,
     print({"info": "·", "warn": "!", "alarm": "!!"}[level], text)
 
 Stage.metric, Stage.finding = metric, finding
+
+# %% ../nbs/03_stage.ipynb #7f648898
+def progress(self: Stage,
+             step: int,  # pass, tree or batch: it grows
+             **numbers,  # under the names that `stage.metric` will give them at the end: valid_mae=12.1
+             ):
+    "How far a stage at work is: a line of `progress.jsonl` in its folder."
+    with open(self.place / "progress.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps({"step": step, **numbers}, default=_plain) + "\n")
+
+Stage.progress = progress
 
 # %% ../nbs/03_stage.ipynb #722252c1
 COLOURS = ["#2f6f9f", "#d9822b", "#4d9a6a", "#b5484f", "#7a6aa8", "#8c8c8c"]

@@ -126,6 +126,17 @@ def test_few_rows_and_odd_values():
     assert calibration_error(np.array([]), np.array([]))["ece"] is None
 
 
+def test_one_price():
+    "What an answer costs is counted with the same figures wherever it is counted."
+    from slml_nb.core import load_yaml, read_notebook, read_parameters
+    from slml_nb.measure import LAMBDA
+    from slml_nb.query import prices_file
+    from slml_nb.stage import shipped_notebooks
+    listed, asked = load_yaml(prices_file())[0]["lambda"], read_parameters(read_notebook(shipped_notebooks()["evaluate"]), "evaluate")
+    assert LAMBDA == {"memory_mb": listed["mb_per_vcpu"], "usd_per_gb_second": listed["usd_per_gb_second_x86"], "usd_per_million_requests": listed["usd_per_million_requests"]}
+    assert {k: asked[k].default for k in LAMBDA} == LAMBDA
+
+
 def test_two_candidates_of_one_name(tmp_path):
     for stage in ("baselines", "automl"):
         (tmp_path / stage / "trees").mkdir(parents=True)
@@ -191,8 +202,8 @@ def test_what_a_run_leaves(first):
     findings = json.loads((shop.folder / run["folder"] / "evaluate/made.json").read_text())["findings"]
     assert any("By 'region'" in f["text"] and "too few rows" in f["text"] for f in findings)
     assert {"ece", "by_chance", "honest"} <= set(v["calibration"]["trees"])
-    pairs = table(shop, run, "pairs")
-    assert len(pairs) == 6 and {"only_a", "only_b", "mcnemar_p", "p_holm"} <= set(pairs)
+    pairs = table(shop, run, "pairs")  # of five: beside the constant there is the rule that was found
+    assert len(pairs) == 10 and {"only_a", "only_b", "mcnemar_p", "p_holm"} <= set(pairs)
     errors = table(shop, run, "errors")
     assert errors.error.is_monotonic_decreasing and {"row_id", "truth", "prediction", "price", "region"} <= set(errors)
     assert set(table(shop, run, "importance").feature) <= {"price", "age", "region", "size"}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLOAT_FEATURES', 'THREAD_SETTINGS', 'process_meter', 'reset_peak', 'used_between', 'descendants', 'tree_mb',
-           'kill_tree', 'kill_marked', 'memory_mb', 'oom_kills', 'term_is_interrupt', 'machine', 'megabytes',
+           'kill_tree', 'kill_marked', 'memory_mb', 'machine_mb', 'oom_kills', 'term_is_interrupt', 'disk_bytes',
+           'stalled', 'wire_bytes', 'joules', 'Sampler', 'look', 'delayed', 'table', 'Pace', 'machine', 'megabytes',
            'GpuSampler']
 
 # %% ../nbs/04_meter.ipynb #ddd943a5
@@ -90,7 +91,7 @@ def kill_marked(
         with contextlib.suppress(ProcessLookupError): os.kill(p, signal.SIGKILL)
     return len(found)
 
-# %% ../nbs/04_meter.ipynb #e985bd68
+# %% ../nbs/04_meter.ipynb #180209e4
 def _cgroup(name: str) -> str:
     "A file of this process's control group (version 2), or ''."
     path = next((l[3:] for l in _proc("self", "cgroup").splitlines() if l.startswith("0::")), "").strip()
@@ -105,6 +106,12 @@ def memory_mb() -> float:  # inf where it cannot be known
     free = int(left[1]) / 1024 if left else float("inf")
     limit, used = _cgroup("memory.max").strip(), _cgroup("memory.current").strip()
     return round(min(free, (int(limit) - int(used)) / 2**20), 1) if limit.isdigit() and used.isdigit() else round(free, 1)
+
+
+def machine_mb() -> float | None:  # None where it cannot be known
+    "Memory of the machine, or the most that the container may have."
+    total, limit = re.search(r"MemTotal:\s+(\d+)", _proc("", "meminfo")), _cgroup("memory.max").strip()
+    return round(min(int(total[1]) / 1024, int(limit) / 2**20 if limit.isdigit() else float("inf")), 1) if total else None
 
 
 def oom_kills() -> int:
@@ -122,6 +129,169 @@ def term_is_interrupt():
     try: yield
     finally:
         if main: signal.signal(signal.SIGTERM, old or signal.SIG_DFL)
+
+# %% ../nbs/04_meter.ipynb #e7ea81d1
+def disk_bytes(
+    pid="self",
+) -> tuple[int, int]:  # read from and written to a device, children that have ended included; zeros when the process is gone
+    "Bytes that really went to a disk (proc(5), io)."
+    found = dict(re.findall(r"(\w+): (\d+)", _proc(pid, "io")))
+    return int(found.get("read_bytes", 0)), max(0, int(found.get("write_bytes", 0)) - int(found.get("cancelled_write_bytes", 0)))
+
+
+def stalled(
+    what: str,  # "io", "memory" or "cpu"
+) -> float | None:  # seconds since the machine started; None where Linux does not tell
+    "Seconds in which something stood still for want of it (pressure stall information; the whole machine's)."
+    found = re.search(r"^some .*total=(\d+)", _proc("", f"pressure/{what}"), re.M)
+    return int(found[1]) / 1e6 if found else None
+
+
+def wire_bytes(
+    text: str | None = None,  # of /proc/net/dev; None: as it is now
+    loopback: bool = False,  # count what does not leave the machine, too
+) -> int:  # received and sent
+    "Bytes on all network interfaces."
+    rows = [line.split(":", 1) for line in (_proc("", "net/dev") if text is None else text).splitlines()[2:]]
+    return sum(int(v.split()[0]) + int(v.split()[8]) for name, v in rows if loopback or name.strip() != "lo")
+
+
+def joules(
+    root: Path = Path("/sys/class/powercap"),
+) -> float | None:  # since some moment; None where the processor does not tell, as in most virtual machines
+    "What the processor packages have used (RAPL)."
+    found = []
+    for f in sorted(root.glob("*rapl:?/energy_uj")) if root.is_dir() else []:
+        with contextlib.suppress(OSError, ValueError): found.append(int(f.read_text()) / 1e6)
+    return sum(found) if found else None
+
+# %% ../nbs/04_meter.ipynb #25dfc3ed
+class Sampler:
+    "Samples of a process and all it has started: `with Sampler(pid) as s: …`, then `s.table()`."
+    columns = ("t", "cpu", "mb", "disk_read", "disk_written", "wire", "stalled_io", "stalled_memory", "delayed")  # all but t and mb only grow
+
+    def __init__(
+        self,
+        pid,  # of the process, or a function that tells it: 0 as long as there is none
+        every: float = 0.2,  # seconds between samples, at first
+        most: int = 240,  # samples that are kept
+        loopback: bool = False,  # count the network within the machine, too
+        leave_out=lambda: (),  # process ids that do not count
+    ):
+        self.pid, self.every, self.most, self.loopback, self.leave_out = pid, every, most, loopback, leave_out
+        self.rows, self.lock, self.over = [], threading.Lock(), threading.Event()
+
+    def __enter__(self):
+        self.begun, self.joules, self.room = time.monotonic(), joules(), memory_mb()
+        self.look()
+        if self.rows: self.room += self.rows[0][2]  # what it had already is not available to others, but to it
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.over.set(), self.thread.join()
+        self.look()
+        self.ended = time.monotonic()
+
+    def _run(self):
+        while not self.over.wait(self.every): self.look()
+
+# %% ../nbs/04_meter.ipynb #7a4e6585
+def look(
+    self: Sampler,
+    least: float = 0,  # seconds that must have passed since the last one
+):
+    "Take a sample now."
+    with self.lock:
+        now = round(time.monotonic() - self.begun, 3)
+        if self.rows and now - self.rows[-1][0] < least: return
+        pid = self.pid() if callable(self.pid) else self.pid
+        cpu, mb, *disk, delayed = _family(pid, self.leave_out()) if pid else (0.0, 0.0, 0, 0, 0.0)
+        if pid and not mb and self.rows: return  # it is gone: what was seen last stays
+        counts = [cpu, *disk, wire_bytes(loopback=self.loopback), stalled("io"), stalled("memory"), delayed]
+        if self.rows: counts = [c if c is None or b is None else max(b, c) for b, c in zip([self.rows[-1][1], *self.rows[-1][3:]], counts)]  # a child between its end and its burial is nobody's
+        self.rows.append([now, counts[0], mb, *counts[1:]])
+        if len(self.rows) > self.most: self.rows, self.every = self.rows[:-1:2] + self.rows[-1:], 2 * self.every
+
+
+def delayed(
+    pid="self",
+) -> float:  # seconds, of all its threads together; 0 where Linux does not tell
+    "How long threads that could have worked waited for a core (proc(5), schedstat)."
+    try: threads = os.listdir(f"/proc/{pid}/task")
+    except OSError: return 0.0
+    return sum(int(found[1]) for t in threads if len(found := _proc(pid, f"task/{t}/schedstat").split()) == 3) / 1e9
+
+
+def _family(pid: int, leave_out) -> tuple[float, float, int, int, float]:
+    "Processor seconds, MB, bytes from and to a device, and waiting for a core, of a process and its living descendants; Linux adds most of what has ended to its parent."
+    cpu, mb, read, written, late = 0.0, 0.0, 0, 0, 0.0
+    for p in [pid, *(d for d in descendants(pid) if d not in leave_out)]:
+        stat, statm, (r, w) = _proc(p, "stat").rpartition(")")[2].split(), _proc(p, "statm").split(), disk_bytes(p)
+        if len(stat) < 15 or not statm: continue
+        cpu, mb, read, written = cpu + sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK"), mb + int(statm[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20, read + r, written + w
+        late += delayed(p)
+    return round(cpu, 3), round(mb, 1), read, written, round(late, 3)
+
+
+def table(
+    self: Sampler,
+    gpu=None,  # a `GpuSampler` that ran meanwhile
+) -> dict:  # cores, memory_mb (that could be used), machine_mb (of all), joules (None: not told), columns, rows; gpu: [t, busy, MB, watts] where there is one
+    "What was seen, counted from the beginning."
+    first = self.rows[0] if self.rows else []
+    rows = [[r[0], *(v if i == 2 or v is None or first[i] is None else round(v - first[i], 4) for i, v in enumerate(r[1:], 1))] for r in self.rows]
+    end, used = getattr(self, "ended", time.monotonic()), joules()
+    return {"cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), "memory_mb": round(self.room, 1) if self.room < float("inf") else None, "machine_mb": machine_mb(),
+            "joules": round(used - self.joules, 1) if used is not None and self.joules is not None and used >= self.joules else None, "columns": list(self.columns), "rows": rows,
+            **({"gpu": found} if gpu and (found := gpu.rows(self.begun, end)) else {})}
+
+Sampler.look, Sampler.table = look, table
+
+# %% ../nbs/04_meter.ipynb #148c0961
+class Pace:
+    "Times a loop: `for batch in pace.batches(source): …; pace()`."
+
+    def __init__(
+        self,
+        steps: int = 0,  # of the whole loop; 0: from what it is called with, which has steps (an epoch), s["epochs"], epoch and step
+        skip: int = 3,  # steps at the beginning that say nothing: memory is fetched, kernels are compiled
+        probe: int = 10,  # steps that are then measured, at least
+        clock=time.perf_counter,
+    ):
+        self.steps, self.skip, self.probe, self.clock = steps, skip, probe, clock
+        self.done, self.times, self.waited, self.expected = 0, [], 0.0, None
+        self.begun = self.last = None
+
+    def __call__(self, training=None):
+        "A step is over; the clock runs from the first batch, or where nobody asks for batches here, from the end of the first step."
+        now, self.done = self.clock(), self.done + 1
+        if self.begun is None: self.begun = self.last = now
+        if not self.steps and training is not None: self.steps = training.steps * training.s["epochs"]
+        if self.expected is None and self.done > self.skip: self.times.append(now - self.last)
+        seen = len(self.times) >= self.probe and (now - self.begun >= 0.5 or self.done >= self.steps / 10)  # quick steps: more of them
+        if self.expected is None and seen and self.steps: self.expect(self.done if training is None else training.epoch * training.steps + training.step, now)
+        self.last = now
+
+    def expect(self, behind: int, now: float):
+        "So long it will take: what is over, and the steps that are left, each as long as the mean of those measured."
+        self.expected = now - self.begun + max(0, self.steps - behind) * sum(self.times) / len(self.times)
+
+    def batches(self, source):
+        "The same batches; the wait for each is counted."
+        source = iter(source)
+        if self.begun is None: self.begun = self.last = self.clock()
+        while True:
+            begin = self.clock()
+            try: batch = next(source)
+            except StopIteration: return
+            finally: self.waited += self.clock() - begin
+            yield batch
+
+    def metrics(self) -> dict:  # expected_seconds (None: too few steps), loop_seconds, loader_seconds, steps, steps_planned
+        "For `stage.metric`."
+        return {"expected_seconds": self.expected and round(self.expected, 3), "loop_seconds": round(self.last - self.begun, 3) if self.done else 0.0, "loader_seconds": round(self.waited, 3), "steps": self.done, "steps_planned": self.steps}
 
 # %% ../nbs/04_meter.ipynb #edfd2ae4
 FLOAT_FEATURES = ("sse4_2", "avx", "avx2", "fma", "fma4", "f16c", "avx512f", "avx512dq", "avx512vl", "avx512_bf16", "avx512_fp16", "avx_vnni", "avx512_vnni",
@@ -165,17 +335,17 @@ def megabytes(
     if not found: raise ValueError(f"{text!r} is no size: write 512MB or 2GB")
     return float(found[1]) * {"k": 1 / 1024, "": 1, "m": 1, "g": 1024, "t": 1024**2}[found[2].lower()]
 
-# %% ../nbs/04_meter.ipynb #b91a62e6
+# %% ../nbs/04_meter.ipynb #d1c159b9
 class GpuSampler:
     "Samples of the GPUs, once a second; nothing at all on a machine without one."
 
     def __init__(self, command: str = "nvidia-smi"):
-        self.samples, self.process, self.command = [], None, shutil.which(command)  # samples: (time.monotonic(), busy 0 to 1, MB)
+        self.samples, self.process, self.command = [], None, shutil.which(command)  # samples: (time.monotonic(), busy 0 to 1, MB, watts or None, which GPU)
 
     def start(self):
         "Begin to sample."
         if not self.command or self.process: return self
-        ask = [self.command, "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits", "--loop=1"]
+        ask = [self.command, "--query-gpu=utilization.gpu,memory.used,power.draw,index", "--format=csv,noheader,nounits", "--loop=1"]
         self.process = subprocess.Popen(ask, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True, start_new_session=True)
         threading.Thread(target=self._read, daemon=True).start()
         return self
@@ -183,13 +353,22 @@ class GpuSampler:
     def _read(self):
         for line in self.process.stdout:
             with contextlib.suppress(ValueError):  # "[N/A]" on a GPU that does not tell
-                busy, mb = map(float, line.split(","))
-                self.samples.append((time.monotonic(), busy / 100, mb))
+                busy, mb, watts, index = line.split(",")
+                self.samples.append((time.monotonic(), float(busy) / 100, float(mb), float(watts) if watts.strip()[:1].isdigit() else None, int(index)))
 
     def between(self, begin: float, end: float) -> dict:  # on time.monotonic's clock
         "Mean share of time busy and most memory in MB within a span; empty without samples."
         seen = [s for s in self.samples if begin - 1 <= s[0] <= end + 1]
         return {"gpu_busy": round(sum(s[1] for s in seen) / len(seen), 3), "gpu_mb": max(s[2] for s in seen)} if seen else {}
+
+    def rows(self, begin: float, end: float) -> list[list]:  # [seconds since begin, busy (mean of the GPUs), MB (the most of one), watts (all together; None: not told)]
+        "The samples within a span; those of several GPUs that were asked together are one."
+        out, at = [], []
+        for s in [s for s in self.samples if begin - 1 <= s[0] <= end + 1]:
+            if at and s[4] <= at[-1][4]: out, at = [*out, at], []
+            at.append(s)
+        watts = lambda g: None if any(s[3] is None for s in g) else round(sum(s[3] for s in g), 1)
+        return [[round(g[0][0] - begin, 2), round(sum(s[1] for s in g) / len(g), 3), max(s[2] for s in g), watts(g)] for g in [*out, at] if g]
 
     def stop(self):
         "End sampling."

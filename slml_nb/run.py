@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['fingerprint', 'outside_data', 'load_run', 'find_run', 'environment', 'Run', 'StageFailed', 'kernel_manager',
            'Kernels', 'run_notebook', 'language_info', 'secrets_in', 'stored', 'why_again', 'Task', 'Runner',
-           'run_task', 'failure', 'needs_mb', 'learned_peaks', 'schedule', 'stops_kernels', 'on_record', 'execute',
-           'task_of', 'store_of', 'runner_for', 'preload_of', 'this_python', 'execute_file', 'export_run']
+           'run_task', 'failure', 'needs_mb', 'learned_peaks', 'schedule', 'not_needed', 'stops_kernels', 'on_record',
+           'execute', 'task_of', 'store_of', 'runner_for', 'preload_of', 'this_python', 'execute_file', 'export_run']
 
-# %% ../nbs/08_run.ipynb #7a188e77
+# %% ../nbs/08_run.ipynb #e0a23262
 import contextlib, datetime as dt, getpass, glob, importlib.metadata, json, os, platform, shutil, socket, sys, tempfile, threading, time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -17,10 +17,10 @@ from pathlib import Path
 from .core import (ParamSet, Secret, SlmlError, atomic_write, canonical_json, load_params, mask, masked_uri, project_root, read_front_matter, read_notebook, seal, sealed,
                           sha256_file, sha256_text, suggest)
 from .engine import CellFailed, Recorder, SlmlEngine, inject, new_recorder, run_cells, strict_parameters
-from .graph import Graph, Node, key_of, key_parts, plan, what_changed
+from .graph import Graph, Node, climbing, key_of, key_parts, plan, what_changed
 from .kernel import HEAVY, WarmKernels, warm_possible
-from .meter import GpuSampler, kill_tree, machine, megabytes, memory_mb, term_is_interrupt
-from .stage import list_runs, sample_folder
+from .meter import GpuSampler, Sampler, kill_tree, machine, megabytes, memory_mb, term_is_interrupt
+from .stage import artifact_path, list_runs, made_in, sample_folder
 from .store import FolderStore, folder_of, open_store, put_folder, writable
 
 # %% ../nbs/08_run.ipynb #100e67e6
@@ -237,7 +237,7 @@ class Kernels:
         if error[0]: self.stop()
         self.close()
 
-# %% ../nbs/08_run.ipynb #464848b2
+# %% ../nbs/08_run.ipynb #8a616477
 def run_notebook(
     source: dict,  # the notebook as data; not changed
     output,  # where the executed notebook goes; None: nowhere
@@ -250,7 +250,7 @@ def run_notebook(
     path: list | None = None,  # folders of the notebook's own modules
     gpu: GpuSampler | None = None,
     run_tests: bool = False,
-) -> dict:  # the meter: seconds, outside (not in cells), kernel, cpu, peak_mb, read, written, cells; "failed": (index, name, message) if a cell ended it
+) -> dict:  # the meter: seconds, outside (not in cells), kernel, cpu, peak_mb, read, written, cells, samples (`Sampler.table`); "failed": (index, name, message) if a cell ended it
     "Execute a notebook in a kernel of its own."
     if kernels is None:
         with Kernels() as own: return run_notebook(source, output, parameters, own, on_event, limit, log, cwd, path, gpu, run_tests)
@@ -264,14 +264,18 @@ def run_notebook(
         on_event(type="log", cell=0, stream="engine", lines=[f"a fresh kernel for each notebook: {kernels.why_cold}"])
     facts = {"parameters": json.loads(json.dumps(mask(parameters), default=str))}
     nb.setdefault("metadata", {}).setdefault("language_info", language_info())
-    options = dict(on_event=on_event, secrets=secrets, log=log, gpu=gpu)
+    sampler = Sampler(kernel.pid if kernel else 0)
+    def _event(**event):
+        if event["type"] == "cell": sampler.look(least=0.05)
+        if on_event: on_event(**event)
+    options = dict(on_event=_event, secrets=secrets, log=log, gpu=gpu)
     record = Recorder(nb, output, **options) if kernel else None
-    if kernel:
-        failed = _run_warm(kernels, kernel, record, facts, limit, run_tests)
-        # not the notebook's fault: once more, in a fresh kernel
-        if failed and failed[1] == "DeadKernelError" and kernels.lost(kernel): return run_notebook(source, output, parameters, kernels, on_event, limit, log, cwd, path, gpu, run_tests)
-    else: record, failed = _run_fresh(kernels, nb, output, facts, options, dict(env=env, cwd=str(cwd), notebook_timeout=limit, run_tests=run_tests, quiet=True))
-    return {**_totals(record.cells, time.perf_counter() - begun), "kernel": "warm" if kernel else "fresh", **({"failed": failed} if failed else {})}
+    with sampler:
+        if kernel: failed = _run_warm(kernels, kernel, record, facts, limit, run_tests)
+        else: record, failed = _run_fresh(kernels, nb, output, facts, options, dict(env=env, cwd=str(cwd), notebook_timeout=limit, run_tests=run_tests, quiet=True), sampler)
+    # not the notebook's fault: once more, in a fresh kernel
+    if kernel and failed and failed[1] == "DeadKernelError" and kernels.lost(kernel): return run_notebook(source, output, parameters, kernels, on_event, limit, log, cwd, path, gpu, run_tests)
+    return {**_totals(record.cells, time.perf_counter() - begun), "kernel": "warm" if kernel else "fresh", **({"failed": failed} if failed else {}), "samples": sampler.table(gpu)}
 
 # %% ../nbs/08_run.ipynb #daaaabb5
 def language_info() -> dict:
@@ -294,7 +298,7 @@ def _totals(cells: list[dict], seconds: float) -> dict:
     return {"seconds": round(seconds, 4), "outside": round(seconds - _sum("seconds"), 4), "cpu": _sum("cpu"), "peak_mb": max((c.get("peak_mb", 0) for c in cells), default=0),
             "read": int(_sum("read")), "written": int(_sum("written")), **gpu, "cells": cells}
 
-# %% ../nbs/08_run.ipynb #4c0d9b9d
+# %% ../nbs/08_run.ipynb #e9c7dba5
 def _run_warm(kernels: Kernels, kernel, record: Recorder, facts: dict, limit, run_tests):
     "Cells in a forked kernel; (index, name, message) of the one that ended it."
     record.start(**facts)
@@ -305,7 +309,7 @@ def _run_warm(kernels: Kernels, kernel, record: Recorder, facts: dict, limit, ru
         kernels.retire(kernel)
 
 
-def _run_fresh(kernels: Kernels, nb: dict, output, facts: dict, options: dict, how: dict):
+def _run_fresh(kernels: Kernels, nb: dict, output, facts: dict, options: dict, how: dict, sampler: Sampler):
     "Cells in a Jupyter kernel, by Papermill; the recorder, and (index, name, message) of the cell that ended it."
     _import_papermill()
     import nbformat
@@ -317,6 +321,7 @@ def _run_fresh(kernels: Kernels, nb: dict, output, facts: dict, options: dict, h
         if kernels.stopped: raise KeyboardInterrupt
         km = kernel_manager(sockets)
         kernels.busy.add(km)
+        sampler.pid = lambda: getattr(km.provisioner, "pid", 0) or 0
         try: SlmlEngine.execute_notebook(nb, "python3", output_path=output, progress_bar=False, record=record, km=km, **how)
         except PapermillExecutionError as e: failed = (e.cell_index, e.ename, e.evalue)
         finally: kernels.busy.discard(km)
@@ -389,7 +394,7 @@ def why_again(
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError): return what_changed(json.loads(file.read_text()), parts) or "it was not finished, or what it made is gone"
     return "first time"
 
-# %% ../nbs/08_run.ipynb #5c8ed751
+# %% ../nbs/08_run.ipynb #3440cb13
 @dataclass
 class Task:
     "A stage with its parameters, and where it leaves what."
@@ -401,11 +406,17 @@ class Task:
     after: dict = field(default_factory=dict)  # {artifact it needs: id of the task that makes it}
     forced: bool = False  # make it although it is there
     note: object = None  # called with what is new about it, for the record
+    gate: str = ""  # id of the task whose artifact says whether this one is needed
 
     @property
     def place(self) -> Path:
         "Folder of the stage in the run."
         return self.run_folder / self.node.stage
+
+    @property
+    def waits(self) -> set[str]:
+        "Tasks that must be over before it."
+        return {*self.after.values(), self.gate} - {""}
 
 
 @dataclass
@@ -458,12 +469,12 @@ def _obtain(runner: Runner, task: Task, key: str, parts: dict) -> tuple[dict, st
         made = _make(runner, task, key, parts)
     return made, "made", why
 
-# %% ../nbs/08_run.ipynb #22d1030e
+# %% ../nbs/08_run.ipynb #c9701ff7
 def _make(runner: Runner, task: Task, key: str, parts: dict) -> dict:
     "Execute a stage's notebook and keep what it made."
     front, place = task.node.front, task.place
     if reason := writable(runner.store, task.run.record["project"]): raise SlmlError("what it makes could not be kept, so it was not begun", task.node.stage, reason)
-    atomic_write(place / "context.json", json.dumps({**front, "types": {n: p.type for n, p in task.node.schema.items()}}), durable=False)
+    atomic_write(place / "context.json", json.dumps({**front, "needs": [a for a in front["needs"] if a in task.after], "types": {n: p.type for n, p in task.node.schema.items()}}), durable=False)
     tries, pause = int(_number(front, "retries", 0)) + 1, _number(front, "retry_after", 5)
     for attempt in range(1, tries + 1):
         meter = _execute(runner, task, _number(front, "timeout", None))
@@ -529,16 +540,16 @@ def learned_peaks(project: Path) -> dict[str, float]:  # folder of the project's
         with contextlib.suppress(ValueError, KeyError, TypeError): found[file.parent.name.split("-")[0]] = float(json.loads(file.read_text())["peak_mb"])
     return found
 
-# %% ../nbs/08_run.ipynb #879a81b8
+# %% ../nbs/08_run.ipynb #3430c06e
 def schedule(
     runner: Runner,
     tasks: list[Task],
     on_end=None,  # called with (task, state) when one is over: done, failed or skipped
 ):
     "Run tasks, as many at a time as workers and memory allow."
-    missing, users, states, hashes, running = {t.id: len({*t.after.values()}) for t in tasks}, {}, {}, {}, {}
+    missing, users, states, hashes, running = {t.id: len(t.waits) for t in tasks}, {}, {}, {}, {}
     for t in tasks:
-        for p in {*t.after.values()}: users.setdefault(p, []).append(t)
+        for p in t.waits: users.setdefault(p, []).append(t)
     ready = deque(t for t in tasks if not missing[t.id])
     def _over(task, state):
         states[task.id] = state
@@ -550,7 +561,10 @@ def schedule(
         while ready or running:
             for _ in range(len(ready)):
                 task = ready.popleft()
-                if broken := sorted({p for p in task.after.values() if states[p] != "done"}): _over(task, _skip(runner, task, broken))
+                if broken := sorted({p for p in task.after.values() if states[p] != "done"}): _over(task, _skip(runner, task, f"{' and '.join(broken)} did not finish"))
+                elif task.gate and states[task.gate] == "done" and (why := not_needed(task)):
+                    for t in users.get(task.id, []): t.after = {a: p for a, p in t.after.items() if p != task.id}  # they do without
+                    _over(task, _skip(runner, task, why))
                 elif len(running) < runner.workers and _fits(runner, task, running):
                     running[pool.submit(run_task, runner, task, {a: hashes[p][a] for a, p in task.after.items()})] = task, needs_mb(runner, task)
                 else: ready.append(task)
@@ -563,7 +577,17 @@ def _fits(runner, task, running: dict) -> bool:
     "Whether there is memory for one more; the first one always fits."
     return not running or sum(mb for _, mb in running.values()) + needs_mb(runner, task) <= runner.budget
 
-# %% ../nbs/08_run.ipynb #e5d4a65b
+# %% ../nbs/08_run.ipynb #9599b184
+def not_needed(
+    task: Task,  # its gate is over
+    made: dict | None = None,  # artifacts, as from `made_in`; None: those of its run
+) -> str:  # "" when it is
+    "Why a stage that climbs has nothing to climb for."
+    record = (made_in(task.run_folder) if made is None else made).get(task.node.front["climbs"])
+    said = json.loads(artifact_path(record).read_text(encoding="utf-8")) if record else {}
+    return f"not needed: {said['why']}; --climb goes on" if said.get("enough") else ""
+
+# %% ../nbs/08_run.ipynb #bf2a2d58
 def _collect(runner, task, future, hashes) -> str:
     "Take in a task that is over; its state."
     try: hashes[task.id] = future.result()
@@ -573,9 +597,8 @@ def _collect(runner, task, future, hashes) -> str:
     return "done"
 
 
-def _skip(runner, task, broken) -> str:
-    "Leave a task out, since what it needs was not made."
-    why = f"{' and '.join(broken)} did not finish"
+def _skip(runner, task, why: str) -> str:
+    "Leave a task out: what it needs was not made, or it is not needed itself."
     task.note(state="skipped", why=why)
     runner.emit(type="end", stage=task.id, state="skipped", seconds=0, why=why, metrics={})
     return "skipped"
@@ -612,7 +635,7 @@ def on_record(run: Run | None):
                 with contextlib.suppress(OSError): run.finish("interrupted" if isinstance(e, KeyboardInterrupt) else "failed")
             raise
 
-# %% ../nbs/08_run.ipynb #658ecc2a
+# %% ../nbs/08_run.ipynb #8d304c1a
 def execute(
     params,  # path of a parameter set, or a ParamSet
     overrides: dict | None = None,  # {"train.epochs": "3"}
@@ -630,25 +653,25 @@ def execute(
     graph, values = plan(params, overrides)
     wanted = graph.upstream(stop) if stop else set(graph.order)
     forced = set(graph.order) if force else graph.downstream(start) if start else set()
-    emit = _emitter(on_event)
-    if dry_run: return _dry(params, graph, values, wanted, forced, store_of(params), emit)
+    emit, gates = _emitter(on_event), climbing(graph, params, overrides, wanted, (start, stop))
+    if dry_run: return _dry(params, graph, values, wanted, forced, store_of(params), emit, gates)
     run = Run(params, graph, values, overrides or {})
     with on_record(run):
         run.update()
         for stage in set(graph.order) - wanted: run.update(stage, state="skipped", why=f"--to {stop}")
         emit(type="plan", run=str(run.folder), stages=[{"stage": s, "state": run.record["stages"][s]["state"]} for s in graph.order])
         with runner_for(params, graph, emit, workers, cold, memory, run) as runner:
-            schedule(runner, [task_of(graph.nodes[s], values[s], run, graph, s in forced) for s in graph.order if s in wanted])
+            schedule(runner, [task_of(graph.nodes[s], values[s], run, graph, s in forced, gates.get(s, "")) for s in graph.order if s in wanted])
         states = [s["state"] for s in run.record["stages"].values()]
         run.finish("failed" if "failed" in states else "done")
     emit(type="finish", state=run.record["state"], seconds=run.record["seconds"])
     return {**run.record, "folder": str(run.folder)}
 
-# %% ../nbs/08_run.ipynb #7a414620
-def task_of(node: Node, values: dict, run: Run, graph: Graph, forced: bool) -> Task:
+# %% ../nbs/08_run.ipynb #c03a2e59
+def task_of(node: Node, values: dict, run: Run, graph: Graph, forced: bool, gate: str = "") -> Task:
     "The task of a stage in a plain run."
     def _note(**what): run.update(node.stage, **what)
-    return Task(node.stage, node, values, run, run.folder, {a: graph.maker[a] for a in node.needs}, forced, _note)
+    return Task(node.stage, node, values, run, run.folder, {a: graph.maker[a] for a in node.needs}, forced, _note, gate)
 
 
 def store_of(params: ParamSet):
@@ -688,20 +711,27 @@ def preload_of(graph: Graph) -> list[str]:
         theirs |= versions
     return [*ours, *(m for m in HEAVY if m.split(".")[0] in theirs)]
 
-# %% ../nbs/08_run.ipynb #b8f96a06
-def _dry(params, graph, values, wanted, forced, store, emit) -> dict:
+# %% ../nbs/08_run.ipynb #5df098ae
+def _dry(params, graph, values, wanted, forced, store, emit, gates=()) -> dict:
     "What would happen: reused as far as the keys are known, made from the first change on."
-    hashes, states = {}, []
+    hashes, made, left_out, states = {}, {}, set(), []
     for stage in graph.order:
         node = graph.nodes[stage]
         state, why = "skipped", "not asked for"
         if stage in wanted:
             state, why = "made", "asked for" if stage in forced else "its inputs are made again"
-            if stage not in forced and all(a in hashes for a in node.needs):
-                parts = key_parts(node, values[stage], {a: hashes[a] for a in node.needs}, outside_data(node, values[stage]))
+            inputs = [a for a in node.needs if a not in left_out]
+            if why_not := not_needed(Task(stage, node, values[stage], None, None), made) if stage in gates else "":
+                left_out |= set(node.makes)
+                state, why = "skipped", why_not
+            elif stage not in forced and all(a in hashes for a in inputs):
+                parts = key_parts(node, values[stage], {a: hashes[a] for a in inputs}, outside_data(node, values[stage]))
                 found = stored(store, _store_key(params.project, key_of(parts)))
                 state, why = ("reused", "") if found else ("made", why_again(project_root() / params.runs / params.project, stage, parts))
-                if found: hashes.update({a: r["sha256"] for a, r in found["artifacts"].items()})
+                if found:
+                    hashes.update({a: r["sha256"] for a, r in found["artifacts"].items()})
+                    made.update({a: {**r, "root": found["root"]} for a, r in found["artifacts"].items()})
+        if stage in gates and state == "made" and not made.get(node.front["climbs"]): why += f"; or not, if {gates[stage]} finds a simpler model to be enough"
         states.append({"stage": stage, "state": state, "why": why})
     emit(type="plan", stages=states, dry_run=True)
     return {"project": params.project, "state": "planned", "parameters": mask(values), "plan": states}

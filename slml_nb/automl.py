@@ -13,13 +13,13 @@ __all__ = ['WIDE', 'LINEAR_INPUTS', 'LINEAR_ROWS', 'NETWORK', 'TRIES', 'SPACE', 
            'number_or_gap', 'label', 'known_rows', 'table_problem', 'split_table', 'last_fifth', 'moments', 'automl',
            'together', 'look_up', 'given_tries', 'split_by_time']
 
-# %% ../nbs/35_automl.ipynb #74a3f676
+# %% ../nbs/35_automl.ipynb #d32a44ec
 import json, math, os, shutil, time
 from pathlib import Path
 import numpy as np
 from .core import SlmlError, atomic_write, suggest
 from .frame import check_metric
-from .model import KINDS, Encoder, Model, better, direction, fit_encoding, length, load_model, metrics_of, read_columns, save_model, save_trees
+from .model import KINDS, Encoder, Model, better, direction, fit_encoding, kinds_of, length, load_model, metrics_of, read_columns, save_model, save_trees
 from .baseline import boost, fit_linear, tree_parameters
 
 # %% ../nbs/35_automl.ipynb #66bc87c5
@@ -296,7 +296,7 @@ def grow(
     booster, _ = boost(x, y, check if len(check[1]) else None, parameters, categorical, measure, rounds, 0, [watch])
     return booster, max(1, best[1])
 
-# %% ../nbs/35_automl.ipynb #b8be6dcd
+# %% ../nbs/35_automl.ipynb #e59a1b1c
 def try_trees(
     rows: Rows, spec: dict, part,
     settings: dict,  # loss, rounds, patience, and LightGBM's own
@@ -309,7 +309,7 @@ def try_trees(
     encoder, classes, own = have["encoder"], spec["classes"], dict(settings)
     loss, rounds, patience = own.pop("loss", "l2"), own.pop("rounds", 3000), own.pop("patience", 40)
     measure = ("binary_logloss" if len(classes) == 2 else "multi_logloss") if classes else "l1" if spec["metric"] == "mae" else "l2"
-    parameters = tree_parameters(spec["task"], classes, loss, len(have["y"]), num_threads=spec["threads"], **own)
+    parameters = tree_parameters(spec["task"], classes, loss, *have["x"].shape, num_threads=spec["threads"], **own)
     codes = list(range(len(encoder.names), len(encoder.features)))
     booster, trees = grow(have["x"], have["y"], have["check"], parameters, codes, measure, length or rounds, patience, seconds)
     def predict(c):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RESERVED_NAMES', 'PARTS', 'refused_columns', 'columns_read', 'other_rows', 'read_join', 'check_join', 'prepare_join',
            'join_sql', 'join_rows', 'read_keys', 'written_feature', 'says_nothing', 'found_features', 'explained_more',
-           'places', 'Encoding', 'read_encoding', 'outcomes', 'one_thread', 'encoding_rows', 'out_of_fold', 'only_past',
-           'whole_training', 'encode_rows', 'choose_features', 'holiday_years', 'feature_table', 'ablation_rows',
-           'frequency_codes', 'row_losses', 'quick_trees', 'ablation_units', 'shuffled_losses', 'bootstrap_gain',
-           'ablate', 'against_target', 'plot_features', 'plot_gains']
+           'places', 'text_features', 'Encoding', 'read_encoding', 'outcomes', 'one_thread', 'encoding_rows',
+           'out_of_fold', 'only_past', 'whole_training', 'encode_rows', 'choose_features', 'holiday_years',
+           'feature_table', 'ablation_rows', 'frequency_codes', 'row_losses', 'quick_trees', 'ablation_units',
+           'shuffled_losses', 'bootstrap_gain', 'ablate', 'against_target', 'plot_features', 'plot_gains']
 
 # %% ../nbs/23_features.ipynb #216216de
 import contextlib, re
@@ -265,7 +265,7 @@ def says_nothing(
     if kind == "BIGINT" and s["filled"] >= 50 and s["distinct"] == s["filled"] and s["max"] - s["min"] < 4 * s["filled"]: return "numbers the rows: each value stands once"
     return ""
 
-# %% ../nbs/23_features.ipynb #d9d47e55
+# %% ../nbs/23_features.ipynb #bb73d693
 def found_features(
     con,  # DuckDB connection
     query: str,  # SELECT of the training rows
@@ -274,15 +274,16 @@ def found_features(
     max_categories: int,
     combined=(),  # sets of columns that written features read: such a pair is left to them
     ys=(),  # SQL of numbers to predict, of `outcomes`: they decide whether a circle says more than a line
+    texts=(),  # columns that a model of texts reads: no categories, only how long they are
 ) -> tuple[list[Feature], list[tuple], list[str]]:  # features, findings about what was left out, and columns with too many categories
     "A feature of every column that says something, and of some pairs."
     features, notes, many, names = [], [], [], {n.lower() for n in (*taken, *RESERVED_NAMES)}
     stats = column_statistics(con, query, types) if types else {}
-    reasons = {c: says_nothing(kind, stats[c], max_categories) for c, kind in types.items()}
+    reasons = {c: says_nothing(kind, stats[c], max_categories) or ("is read as a text" if c in texts else "") for c, kind in types.items()}
     for c, kind in types.items():
         text = _text_parts(con, query, c) if reasons[c] and kind == "VARCHAR" else {}
-        if "max_categories" in reasons[c] and not text: many.append(c)
-        elif reasons[c]: notes.append(("info", f"column '{c}' {reasons[c]}; " + ("only how long it is was used: write features from what it says" if text else "left out")))
+        if "max_categories" in reasons[c] and not text and c not in texts: many.append(c)
+        elif reasons[c] and c not in texts: notes.append(("info", f"column '{c}' {reasons[c]}; " + ("only how long it is was used: write features from what it says" if text else "left out")))
         for name, sql in (text or ({} if reasons[c] else _parts(con, query, c, kind, ys))).items():
             features.append(Feature(_new_name(name, names), sql, "categorical" if kind == "VARCHAR" and not text else "numeric", [c]))
     useful = {c: kind for c, kind in types.items() if not reasons[c]}
@@ -368,6 +369,27 @@ def _between_times(con, query, types, most: int = 4) -> dict:
     if not sql: return {}
     vary = con.execute(f"select {', '.join(f'min({text}) < max({text})' for text, _ in sql.values())} from ({query})").fetchall()[0]
     return {name: made for (name, made), v in zip(sql.items(), vary) if v}
+
+# %% ../nbs/23_features.ipynb #d673f2bb
+def text_features(
+    text: list[str],  # columns, or names of written features
+    written: list[Feature],  # of which those that are named become texts
+    types: dict,  # {column: type} of `rows`
+    refused: dict,  # {column: why}
+) -> list[Feature]:  # of the columns
+    "The features that are texts."
+    by_name, out = {f.name: f for f in written}, []
+    for name in dict.fromkeys(text):
+        where = f"text '{name}'"
+        if name in by_name:
+            if by_name[name].kind == "numeric": raise SlmlError(f"the feature '{name}' is a number", where, "name one that gives text")
+            by_name[name].kind = "text"
+            continue
+        if name in refused: raise SlmlError(f"column '{name}' cannot be used: {refused[name]}", where, "name a text that is known then")
+        if name not in types: raise SlmlError(f"there is no column '{name}'", where, suggest(name, [*(c for c in types if c not in refused), *by_name]))
+        if request_type(types[name]) != "VARCHAR": raise SlmlError(f"'{name}' is {types[name]}, not text", where, "name a column of texts; a number needs no name here")
+        out.append(Feature(_new_name(name, {n.lower() for n in (*by_name, *RESERVED_NAMES)}), ident(name), "text", [name]))
+    return out
 
 # %% ../nbs/23_features.ipynb #0a85e4ff
 @dataclass
@@ -530,7 +552,7 @@ def _encode(con, problem, encoding, ys, names, join) -> list[float]:
     con.execute(f"create or replace temp table rows as select {others}, {values} from ({join_sql('from rows', join)}) j left join encoded e using (row_id) order by row_id")
     return priors
 
-# %% ../nbs/23_features.ipynb #5310becc
+# %% ../nbs/23_features.ipynb #bdfbe734
 def choose_features(
     con,  # DuckDB connection with `rows` and `splits`
     problem: dict,
@@ -539,6 +561,7 @@ def choose_features(
     drop=(),  # columns never to use by themselves
     max_categories: int = 200,  # a text column with more is encoded by the target
     encode: dict | None = None,  # {column or columns: options}
+    text=(),  # columns or written features that are texts
 ) -> tuple[list[Feature], list[tuple], list[Join]]:  # features, findings, and the packaged tables of the encodings
     "The features of a run: those that are written, those that are found and those that are encoded, which `rows` then holds."
     types, refused = column_types(con, "rows"), refused_columns(problem)
@@ -548,13 +571,15 @@ def choose_features(
     if len({n.lower() for n in features}) < len(features): raise SlmlError("two features have the same name, case apart", "features", "rename one")
     years = holiday_years(con, types, problem)
     chosen = [written_feature(con, n, str(e), types, refused, years) for n, e in features.items()]
+    texts = text_features(text, chosen, types, refused)
     skip = {c.lower() for c in (*refused, *drop, *features)}
     found, notes, many = [], [], []
     if automatic:
         train, free = f"select * from rows semi join {_TRAIN} using (row_id)", {c: t for c, t in types.items() if c.lower() not in skip}
-        found, notes, many = found_features(con, train, free, features, max_categories, [f.reads for f in chosen], outcomes(con, problem)[0].values())
+        found, notes, many = found_features(con, train, free, [*features, *(f.name for f in texts)], max_categories, [f.reads for f in chosen], outcomes(con, problem)[0].values(), text)
     wanted = [read_encoding(key, options, types, refused, problem.get("time", "")) for key, options in (encode or {}).items()]
     more = [Encoding([c]) for c in many if [c] not in [w.columns for w in wanted]]
+    chosen += texts
     if not chosen + found + wanted + more: raise _nothing_left(types, refused, problem, notes)
     encoded, joins, encode_notes = encode_rows(con, problem, wanted + more, [f.name for f in chosen + found])
     for c in (e.columns[0] for e in more):
@@ -713,7 +738,7 @@ def bootstrap_gain(
     low, high = np.quantile(gains, [0.025, 0.975])
     return float(measure(without.mean()) - measure(base.mean())), float(low), float(high)
 
-# %% ../nbs/23_features.ipynb #06d6a755
+# %% ../nbs/23_features.ipynb #8a51cee1
 def ablate(
     con,  # DuckDB connection with the table `features`
     features: list[Feature],
@@ -722,7 +747,8 @@ def ablate(
 ) -> tuple[list[dict], str]:  # feature, gain, low, high, verdict (the largest gain first), and the metric; or [] and why not
     "The measured gain of the features that a quick model leans on, on validation rows."
     import numpy as np
-    if len(features) < 2: return [], "there is only one feature"
+    features = [f for f in features if f.kind != "text"]
+    if len(features) < 2: return [], "there is only one feature" if features else "there are only texts"
     rows = ablation_rows(con, features, problem)
     (x, y), (vx, vy) = rows["train"], rows["valid"]
     classes = 0 if problem["task"] == "regression" else int(max(y.max(initial=0), vy.max(initial=0))) + 1

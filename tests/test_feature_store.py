@@ -317,7 +317,7 @@ def test_a_service_asks_the_store_for_what_a_request_leaves_out(project, monkeyp
     project.write("data.csv", "at,shop,sold,staff\n" + "\n".join(lines) + "\n")
     views = {"sales": {"entity": "shop", "source": "clean", "time": "at", "known": "\"at\" + INTERVAL 30 MINUTE", "features": {"sold_6h": "avg(sold) over 6 hours", "sold_last": "sold"}}}
     sets = {"project": "shops", "frame": {"target": "sold", "task": "regression", "metric": "mae", "time": "at", "known_later": []}, "ingest": {"sources": ["data.csv"]},
-            "feature_store": {"entities": {"shop": {"shop": "VARCHAR"}}, "views": views, "online": "online.db"}, "features": {"ablation": False, "drop": ["shop"]}}
+            "feature_store": {"entities": {"shop": {"shop": "VARCHAR"}}, "views": views, "online": "online.db"}, "features": {"ablation": False, "drop": ["shop"]}, "baseline": {"rule_leaves": 0}}
     project.write("params/shops.yaml", json.dumps(sets))
     code, out, err = project.slml("run", "params/shops.yaml", "--to", "package")
     assert code in (0, 3), out + err

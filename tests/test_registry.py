@@ -4,7 +4,7 @@ import json, multiprocessing, os, shutil
 import pytest
 
 from slml_nb.core import SlmlError
-from slml_nb.evaluate import package_folder, registry_record
+from slml_nb.evaluate import package_folder
 from slml_nb.registry import mirror, move, production, read_registered, register, registered_names, registry_text, repair, rollback, sign
 from slml_nb.stage import sample_folder
 
@@ -162,3 +162,77 @@ def test_mlflow_has_a_copy(tmp_path, monkeypatch):
     package, _ = production("taxi", root)
     requests = json.loads((package / "recipe.json").read_text())["examples"]
     assert mlflow.pyfunc.load_model("models:/taxi@production").predict(pd.DataFrame(requests))["prediction"].notna().all()
+
+
+# ---- several machines, one bucket
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    "A registry in a bucket, before a server whose conditions are atomic, as those of S3 are; each process has a cache of its own."
+    import boto3, logging
+    from moto.server import ThreadedMotoServer
+    from test_store_faults import Proxy
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    proxy = Proxy(server.get_host_and_port())
+    for k, v in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": proxy.url, "SLML_CACHE": str(tmp_path / "cache")}.items(): monkeypatch.setenv(k, v)
+    boto3.client("s3").create_bucket(Bucket="models")
+    yield "s3://models/registry"
+    proxy.shutdown(), proxy.server_close(), server.stop()
+
+
+def _machine(root, who, cache, times, done):
+    "Register, sign and roll back, again and again; how often each went through, and what was refused."
+    os.environ["SLML_CACHE"] = cache
+    went, refused = {"registered": 0, "signed": 0, "rolled back": 0}, []
+    for _ in range(times):
+        v = register(sample_folder(), "flights", who=who, root=root)["version"]
+        went["registered"] += 1
+        for what, act in (("signed", lambda: sign("flights", v, who, "go", root=root)), ("rolled back", lambda: rollback("flights", who, root=root))):
+            try: act()
+            except SlmlError as e: refused.append(str(e))
+            else: went[what] += 1
+    done.put((who, went, refused))
+
+
+@pytest.mark.slow
+def test_two_machines_and_one_bucket(bucket, tmp_path):
+    "Both change the same name at once: no number twice, no word of the history lost, one version answers, and what is fetched is what was registered."
+    register(sample_folder(), "flights", approval="person", who="first", root=bucket)
+    sign("flights", 1, "first", root=bucket)
+    context = multiprocessing.get_context("spawn")
+    done = context.Queue()
+    workers = [context.Process(target=_machine, args=(bucket, f"machine {i}", str(tmp_path / f"cache {i}"), 3, done)) for i in range(2)]
+    for w in workers: w.start()
+    told = {who: (went, refused) for who, went, refused in (done.get(timeout=120) for _ in workers)}
+    for w in workers: w.join(60)
+    record = read_registered("flights", bucket)
+    assert [v["version"] for v in record["versions"]] == list(range(1, 8))
+    words = {"registered": "registered", "signed": "signed", "rolled back": "rolled back to"}
+    for who, (went, refused) in told.items():
+        assert {what: sum(h["who"] == who and h["what"] == word for h in record["history"]) for what, word in words.items()} == went
+        assert all("no version" in text or "is in production" in text for text in refused), refused
+    answering = [v["version"] for v in record["versions"] if v["stage"] == "production"]
+    assert answering == record["line"][-1:] and record["revision"] == 2 + sum(sum(went.values()) for went, _ in told.values())
+    folder, version = production("flights", bucket)
+    assert version["version"] == answering[0] and json.loads((folder / "manifest.json").read_text())["hash"] == version["hash"]
+    assert registered_names(bucket) == ["flights"]
+
+
+@pytest.mark.slow
+def test_what_is_damaged_in_a_bucket(bucket, monkeypatch):
+    import boto3
+    monkeypatch.setenv("SLML_REGISTRY", bucket)                                     # as on the command line
+    for _ in range(2): register(sample_folder(), "m")
+    s3, version = boto3.client("s3"), read_registered("m")["versions"][1]
+    card = f"registry/m/{version['package']}/card.md"
+    s3.put_object(Bucket="models", Key=card, Body=b"touched")
+    shutil.rmtree(os.environ["SLML_CACHE"])
+    with pytest.raises(SlmlError, match="hash"): production("m")
+    register(sample_folder(), "m")                                                  # the same package: it is mended
+    assert production("m")[1]["version"] == 3
+    s3.put_object(Bucket="models", Key="registry/m/log/000003.json", Body=b"{")
+    with pytest.raises(SlmlError, match="damaged.*slml registry m --repair"): rollback("m")
+    assert repair("m") == [3] and production("m")[1]["version"] == 2
+    assert s3.get_object(Bucket="models", Key="registry/m/log/000003.damaged")["Body"].read() == b"{"

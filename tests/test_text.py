@@ -50,13 +50,19 @@ def random_weights(folder, kind="Bert", **size):
 def weights(tmp_path_factory): return random_weights(tmp_path_factory.mktemp("weights"))
 
 
+@pytest.fixture
+def unsaved(monkeypatch):
+    "For tests that look at the training alone: writing the graph takes longer than that."
+    for name, made in (("text_onnx", b""), ("save_encoder", None)): monkeypatch.setattr(f"slml_nb.text.{name}", lambda *_, made=made: made)
+
+
 def trained(weights, folder, frozen, n=300, spec=SPEC, metric="log_loss", **more):
-    "An encoder on made-up reviews: what predicts, what was learnt, the model as it was saved."
+    "An encoder on made-up reviews: what predicts, what was learnt, the model as it was saved (None: it was not), the validation rows."
     how = dict(epochs=2, batch=16, lr=2e-3, patience=0, max_seconds=0, seed=0) | more
     train, valid = reviews(n), reviews(60, seed=1)
     if not spec["classes"]: train, valid = ((t, 1 + 4 * y) for t, y in (train, valid))
     say, learnt = fit_encoder(folder, spec, train, valid, metric, weights, frozen, 40, **how)
-    return say, learnt, load_model(folder), valid
+    return say, learnt, load_model(folder) if (folder / "model.json").exists() else None, valid
 
 
 # What needs no library
@@ -117,7 +123,7 @@ def test_a_relative_of_bert(tmp_path):
 
 
 @pytest.mark.slow
-def test_same_seed_same_answers(weights, tmp_path):
+def test_same_seed_same_answers(weights, tmp_path, unsaved):
     a, b = (trained(weights, tmp_path / n, False, n=80, epochs=1)[0](reviews(20, seed=3)[0]) for n in "ab")
     assert np.array_equal(a, b)
 
@@ -130,12 +136,12 @@ def test_a_rating_comes_in_its_unit(weights, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_loss_that_explodes_is_said(weights, tmp_path):
+def test_a_loss_that_explodes_is_said(weights, tmp_path, unsaved):
     with pytest.raises(SlmlError, match="lower lr"): trained(weights, tmp_path / "m", False, n=60, lr=math.inf)
 
 
 @pytest.mark.slow
-def test_worse_passes_are_not_kept(weights, tmp_path):
+def test_worse_passes_are_not_kept(weights, tmp_path, unsaved):
     say, learnt, _, valid = trained(weights, tmp_path / "m", False, n=60, lr=5.0, epochs=3, patience=1)
     frozen, *_ = trained(weights, tmp_path / "f", True, n=60)
     best = min(learnt["history"], key=lambda h: h["valid"])
@@ -152,14 +158,14 @@ def test_eight_bits_are_smaller_and_nearly_the_same(weights, tmp_path):
 
 
 @pytest.mark.slow
-def test_twelve_rows_and_no_validation_rows(weights, tmp_path):
+def test_twelve_rows_and_no_validation_rows(weights, tmp_path, unsaved):
     for i, (texts, y) in enumerate([reviews(12), ([""] * 12, np.arange(12.0) % 2), (["😀"] * 3, np.array([0.0, 1.0, 1.0]))]):
         say, _ = fit_encoder(tmp_path / str(i), SPEC, (texts, y), ([], np.zeros(0)), "log_loss", weights, True, 40, epochs=1, batch=16, lr=1e-3, patience=1, max_seconds=0, seed=0)
         assert np.isfinite(say(texts + ODD)).all()
 
 
 @pytest.mark.slow
-def test_attention_is_shared_out_over_the_words(weights, tmp_path):
+def test_attention_is_shared_out_over_the_words(weights, tmp_path, unsaved):
     _, learnt, _, _ = trained(weights, tmp_path / "m", True, n=60)
     words = looked_at(learnt["network"], learnt["cut"], "The box isn't unable!")
     assert [w for w, _ in words] == ["the", "box", "isn", "'", "t", "unable", "!"] and math.isclose(sum(s for _, s in words), 1, rel_tol=1e-5)
@@ -193,6 +199,23 @@ def test_the_real_minilm_knows_what_words_mean(tmp_path):
     assert np.allclose(np.diag(alike), 1, atol=1e-4) and alike[0, 1] > 2 * alike[0, 2] and alike[2, 3] > 2 * alike[1, 3]
 
 
+# What decides whether the stage runs again
+
+def test_other_weights_in_the_same_folder_are_another_key(tmp_path):
+    from slml_nb.graph import read_stage
+    from slml_nb.run import outside_data
+    from slml_nb.stage import shipped_notebooks
+    node, folder = read_stage("text", shipped_notebooks()["text"]), tmp_path / "weights"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"one")
+    mark = lambda: outside_data(node, {"encoder": str(folder)})
+    first = mark()
+    assert list(first) == [str(folder)] and mark() == first
+    (folder / "model.safetensors").write_bytes(b"two")
+    assert mark() != first
+    assert outside_data(node, {"encoder": ""}) == {} and outside_data(node, {"encoder": "minilm"}) == outside_data(node, {"encoder": "minilm"})
+
+
 # A whole run
 
 @pytest.mark.slow
@@ -201,7 +224,7 @@ def test_a_run_from_a_csv(project):
     lines = [f'"{t} number {i}",{["blame", "praise"][int(k)]}' for i, (t, k) in enumerate(zip(texts, y))]
     project.write("reviews.csv", "review,mood\n" + "\n".join(lines) + "\n")
     project.write("params/r.yaml", "project: r\nframe: {decision: whom to call, target: mood, time: '', known_later: [], task: classification, metric: log_loss}\ningest: {sources: [reviews.csv]}\n"
-                  "features: {features: {review: review}}\ntext: {column: review}\nevaluate: {n_boot: 50, requests: 20}\n")
+                  "features: {text: [review]}\ntext: {}\nevaluate: {n_boot: 50, requests: 20}\n")
     code, record = project.run("params/r.yaml")
     assert record["stages"]["text"]["state"] == "made", record["stages"]
     assert code in (0, 3) and record["stages"]["serve"]["state"] == "made", record
@@ -218,7 +241,24 @@ def test_a_run_without_validation_rows_and_with_every_reason_to_stop(project):
     code, record = project.run("params/r.yaml", "--to", "text")
     assert code == 0, record
     found = [f["text"] for f in json.loads(next(project.folder.glob("runs/r/*/text/made.json")).read_text())["findings"]]
-    assert any("no rows that could be compared" in f for f in found) and any("{review: review}" in f for f in found)
-    project.write("params/s.yaml", base.replace("project: r", "project: s") + "text: {column: revue}\n")
-    code, out, err = project.slml("run", "params/s.yaml", "--to", "text")
-    assert code and "there is no column 'revue'" in out + err and "review" in out + err
+    assert any("no rows that could be compared" in f for f in found) and any("features: {text: [review]}" in f for f in found)
+
+
+@pytest.mark.slow
+def test_a_changed_weight_runs_the_stage_again(project, weights):
+    import shutil
+    shutil.copytree(weights, project.folder / "weights")
+    texts, y = reviews(80)
+    project.write("reviews.csv", "review,mood\n" + "".join(f'"{t} number {i}",{["blame", "praise"][int(k)]}\n' for i, (t, k) in enumerate(zip(texts, y))))
+    project.write("params/r.yaml", "project: r\nframe: {decision: whom to call, target: mood, time: '', known_later: [], task: classification, metric: log_loss}\ningest: {sources: [reviews.csv]}\n"
+                  "features: {text: [review]}\ntext: {encoder: weights, max_length: 40}\n")
+    code, record = project.run("params/r.yaml", "--to", "text")
+    assert code == 0 and record["stages"]["text"]["state"] == "made", record
+    plan = lambda: {p["stage"]: p["state"] for p in project.run("params/r.yaml", "--to", "text", "--dry-run")[1]["plan"]}
+    assert plan()["text"] == "reused"
+    file = project.folder / "weights/model.safetensors"
+    held = bytearray(file.read_bytes())
+    held[-1] ^= 1
+    file.write_bytes(held)
+    found = plan()
+    assert found["text"] != "reused" and found["features"] == "reused"

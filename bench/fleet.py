@@ -1,5 +1,5 @@
-"""Many small models trained together, beside scikit-learn one by one. `measure()` returns seconds and quality; `python bench/fleet.py 50` prints them."""
-import json, statistics, sys, time
+"""Many small models trained together, beside scikit-learn, joblib and torch one by one. `measure()` returns seconds and quality; `python bench/fleet.py 50` prints them."""
+import json, os, statistics, sys, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -46,17 +46,42 @@ def networks_together(x, y, xt, device="cpu", lr=0.05):
     return forward(layers_of(torch.tensor(w), shapes), torch.tensor(xt, dtype=torch.float32))[-1][..., 0].numpy()
 
 
-def networks_one_by_one(x, y, xt, lr=0.001):
-    import warnings
+def fit_one(a, b, c, lr=0.001):
+    "One network of scikit-learn: its answers for c."
     from sklearn.neural_network import MLPRegressor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that 20 passes are few
-        fit = lambda a, b: MLPRegressor(hidden_layer_sizes=(UNITS,), max_iter=EPOCHS, batch_size=BATCH, learning_rate_init=lr, random_state=0, n_iter_no_change=10**9).fit(a, b)
-        return np.array([fit(a, b).predict(c) for a, b, c in zip(x, y, xt)])
+        return MLPRegressor(hidden_layer_sizes=(UNITS,), max_iter=EPOCHS, batch_size=BATCH, learning_rate_init=lr, random_state=0, n_iter_no_change=10**9).fit(a, b).predict(c)
 
 
-def _timed(ways, x, y, xt, yt, rounds):
-    "Each way in turn, so that a slow moment of the machine meets all of them: seconds (median, all) and R2 on new rows."
+def networks_one_by_one(x, y, xt, lr=0.001): return np.array([fit_one(a, b, c, lr) for a, b, c in zip(x, y, xt)])
+
+
+def networks_joblib(x, y, xt):
+    from joblib import Parallel, delayed
+    return np.array(Parallel(n_jobs=os.cpu_count())(delayed(fit_one)(a, b, c) for a, b, c in zip(x, y, xt)))
+
+
+def networks_torch(x, y, xt, lr=0.05):
+    "The same network as a module of its own for each model, one after the other."
+    import torch
+    out, tensor = [], lambda v: torch.tensor(v, dtype=torch.float32)
+    for a, b, c in zip(x, y, xt):
+        torch.manual_seed(0)
+        net, (a, b, c) = torch.nn.Sequential(torch.nn.Linear(INPUTS, UNITS), torch.nn.ReLU(), torch.nn.Linear(UNITS, 1)), map(tensor, (a, b, c))
+        step = torch.optim.Adam(net.parameters(), lr=lr)
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(len(a)).split(BATCH):
+                loss = torch.nn.functional.mse_loss(net(a[rows])[:, 0], b[rows])
+                step.zero_grad(set_to_none=True)
+                loss.backward()
+                step.step()
+        with torch.no_grad(): out.append(net(c)[:, 0].numpy())
+    return np.array(out)
+
+
+def timed(ways, x, y, xt, yt, rounds):
+    "Each way in turn, so that a slow moment of the machine meets all of them: seconds of every round, and R2 on new rows."
     took, found = {name: [] for name in ways}, {}
     for name, way in ways.items(): way(x[:2], y[:2], xt[:2])  # imports and first calls
     for _ in range(rounds):
@@ -64,24 +89,40 @@ def _timed(ways, x, y, xt, yt, rounds):
             start = time.perf_counter()
             found[name] = way(x, y, xt)
             took[name].append(time.perf_counter() - start)
-    return {name: {"seconds": round(statistics.median(t), 4), "all": [round(v, 4) for v in t], "r2": round(r2(yt, found[name]), 4)} for name, t in took.items()}
+    return {name: {"seconds": [round(v, 4) for v in t], "r2": round(r2(yt, found[name]), 4)} for name, t in took.items()}
 
 
-def measure(models=200, rounds=3, curve=(5, 50, 500), device="cpu"):
+def measure(models=200, rounds=5, curve=(5, 50, 500), device="cpu"):
     """Seconds of `models` ridges and networks, together and one by one, and the curve over the number of models.
-    Predicting the test rows is inside the time of every way. scikit-learn's networks run twice: with its own learning rate, and with ours."""
+    Predicting the test rows is inside the time of every way. scikit-learn's networks learn once more with our learning rate, for their quality alone."""
     import torch
+    together = lambda *a: networks_together(*a, device)
+    ridges, networks = {"together": ridges_together, "scikit-learn": ridges_one_by_one}, {"together": together, "scikit-learn": networks_one_by_one}
     x, y, xt, yt = data(models)
-    ridges = {"together": ridges_together, "scikit-learn": ridges_one_by_one}
-    networks = {"together": lambda *a: networks_together(*a, device), "scikit-learn": networks_one_by_one, "scikit-learn, our rate": lambda *a: networks_one_by_one(*a, lr=0.05)}
-    few = data(models, 200)
     out = {"models": models, "rows": ROWS, "inputs": INPUTS, "units": UNITS, "epochs": EPOCHS, "threads": torch.get_num_threads(), "device": device,
-           "ridge": _timed(ridges, x, y, xt, yt, 2 * rounds + 1), "ridge_200_rows": _timed(ridges, *few, 2 * rounds + 1), "mlp": _timed(networks, x, y, xt, yt, rounds), "curve": []}
-    for kind in ("ridge", "ridge_200_rows", "mlp"): out[f"{kind}_times"] = round(out[kind]["scikit-learn"]["seconds"] / out[kind]["together"]["seconds"], 2)
+           "ridge": timed(ridges, x, y, xt, yt, 2 * rounds + 1), "ridge_200_rows": timed(ridges, *data(models, 200), 2 * rounds + 1),
+           "mlp": timed({**networks, "joblib": networks_joblib, "torch": networks_torch}, x, y, xt, yt, rounds), "r2_our_rate": round(r2(yt, networks_one_by_one(x, y, xt, lr=0.05)), 4), "curve": {}}
     for n in curve:
         part = data(n)
-        out["curve"].append({"models": n, **{f"{kind}, {name}": _timed({name: way}, *part, 1)[name]["seconds"] for kind, ways in (("ridge", ridges), ("mlp", networks)) for name, way in ways.items() if "our" not in name}})
+        out["curve"][n] = {"ridge": timed(ridges, *part, rounds), "mlp": timed(networks, *part, rounds)}
     return out
+
+
+def draw(curve, file):
+    "Seconds over the number of models, together and one by one."
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(8, 3), layout="constrained")
+    for ax, (kind, title) in zip(fig.subplots(1, 2), (("ridge", "Weighted sums"), ("mlp", f"Networks of {UNITS} units, {EPOCHS} passes"))):
+        for way, colour in (("scikit-learn", "#9aa3ad"), ("together", "#2f6f9f")):
+            seconds = [curve[n][kind][way]["seconds"] for n in curve]
+            ax.fill_between(list(curve), [min(t) for t in seconds], [max(t) for t in seconds], color=colour, alpha=0.25, linewidth=0)
+            ax.plot(list(curve), [statistics.median(t) for t in seconds], "o-", color=colour, label=f"{way}, one by one" if way != "together" else way, markersize=4)
+        ax.set(xscale="log", yscale="log", xlabel="models", ylabel="seconds", title=title)
+        ax.set_xticks(list(curve), [f"{n:,}" for n in curve])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False)
+    fig.savefig(file, metadata={"Date": None})
 
 
 if __name__ == "__main__": print(json.dumps(measure(int(sys.argv[1]) if len(sys.argv) > 1 else 200), indent=1))

@@ -1,7 +1,8 @@
 """Measures what the project promises, side by side with plain Papermill and Ploomber, and writes bench/results.md.
 
-    make bench                      everything: about 45 minutes on two cores; run nothing beside it
+    make bench                      everything: about an hour and a quarter on two cores; run nothing beside it
     python bench/run.py --only start,demo --rounds 3
+    python bench/run.py --only fleet,ladder --quick        does it still work? Tiny sizes, one round, results.md stays as it is
 """
 import argparse, json, os, platform, shutil, statistics as st, subprocess, sys, tempfile, time
 from datetime import datetime
@@ -10,7 +11,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 bin = Path(sys.executable).parent
 sys.path[:0] = [str(root), str(root / "bench")]
-import notebooks, onerow, trips
+import automl, fleet, ladder, notebooks, onerow, train, trips
 
 
 def clock(command, cwd=root, ok=(0, 3), **kw):
@@ -316,9 +317,71 @@ def one_row(rounds):
             pairs("DuckDB / compiled, from the request", us["DuckDB, request read"], us["compiled, request read"])]
 
 
+def training(rounds, seeds=True):
+    "Rows a second of one network, fed in several ways; each number of a round is the median of a few passes in a process of its own."
+    got = [train.measure() for _ in range(rounds)]
+    rate = lambda way: [g[way] / 1e6 for g in got]
+    million = lambda name, way: row(name, rate(way), unit="M rows/s")
+    ratio = lambda name, a, b, goal: row(f"{name}, pair by pair", [x / y for x, y in zip(rate(a), rate(b))], goal, "×", least=True)
+    there = all("lightning" in g for g in got)
+    gone = "| peer: Lightning could not be installed on this machine | | | | | | ≥ 1.35 | not measured |"
+    with tempfile.TemporaryDirectory(prefix="slml_bench_") as place:
+        train.make(f"{place}/rows.parquet")
+        r2 = train.alone("quality", f"{place}/rows.parquet") if seeds else {}
+    return [million("training from Parquet, in memory, shuffled", "ours"), million("the same, streamed", "streamed"), million("peer: the same loop, fed contiguous tensors", "ceiling"),
+            million("peer: the same loop, fed by `DataLoader(TensorDataset)`", "dataloader"), million("peer: Lightning, fed the same batches", "lightning") if there else gone,
+            ratio("in memory / contiguous tensors", "ours", "ceiling", 0.92), ratio("in memory / DataLoader", "ours", "dataloader", 5.5), *([ratio("in memory / Lightning", "ours", "lightning", 1.35)] if there else []),
+            million("8,192 rows a step, fp32", "fp32, 8,192 rows a step"), million("8,192 rows a step, bf16", "bf16, 8,192 rows a step"), ratio("bf16 / fp32", "bf16, 8,192 rows a step", "fp32, 8,192 rows a step", 2.2),
+            *([row("R² on new rows, fp32, a few seeds", r2["fp32"], unit="", digits=4), row("the same, bf16", r2["bf16"], round(min(r2["fp32"]), 4), "", 4, least=True)] if r2 else []), row("from Parquet to tensors", [g["seconds to load"] for g in got])]
+
+
+def fleets(rounds, **size):
+    "Many small models together, beside one by one; and the curve over their number."
+    got = fleet.measure(rounds=rounds, **size)
+    n, lines = got["models"], []
+    for kind, name, goal in (("ridge", f"{n} weighted sums of {fleet.ROWS:,} rows × {fleet.INPUTS}", 15), ("ridge_200_rows", f"{n} weighted sums of 200 rows × {fleet.INPUTS}", 15), ("mlp", f"{n} networks of {fleet.UNITS} units × {fleet.EPOCHS} passes", 10)):
+        of = {way: g["seconds"] for way, g in got[kind].items()}
+        lines += [row(f"{name}, together", of["together"], digits=3), *(row(f"peer: {way}" + ("" if way == "joblib" else ", one by one"), t, digits=3) for way, t in of.items() if way != "together"),
+                  *(pairs(f"{way} / together", t, of["together"], goal if way == "scikit-learn" else "") for way, t in of.items() if way != "together"),
+                  row("R² on new rows, together", [got[kind]["together"]["r2"]], got[kind]["scikit-learn"]["r2"], "", 4, least=True)]
+    lines.append(row("R² of scikit-learn's networks with our learning rate", [got["r2_our_rate"]], unit="", digits=4))
+    for m, part in got["curve"].items():
+        for kind, name in (("ridge", "weighted sums"), ("mlp", "networks")):
+            together, single = (part[kind][way]["seconds"] for way in ("together", "scikit-learn"))
+            lines += [row(f"{m} {name}, together", together, digits=3), pairs(f"{m} {name}, scikit-learn / together", single, together)]
+    fleet.draw(got["curve"], pictures / "fleet.svg")
+    return [*lines, "", "![Seconds over the number of models](fleet.svg)"]
+
+
+def automls(rounds, seconds=9, **size):
+    "AutoML beside FLAML in the same seconds and LightGBM as it comes: each round with another seed."
+    ways = ("slml", "flaml", "lightgbm as it comes")
+    got = [{(g["table"], g["way"]): g for g in automl.measure(seconds, ways=ways, seed=i, **size)} for i in range(rounds)]
+    lines = []
+    for table in dict.fromkeys(t for t, _ in got[0]):
+        of = {way: [g[table, way] for g in got] for way in ways}
+        error, metric = {way: [g["error"] for g in gs] for way, gs in of.items()}, of["slml"][0]["metric"]
+        name = {"slml": f"{table}, {of['slml'][0]['rows']:,} rows: AutoML, {seconds:g} s", "flaml": f"peer: FLAML, {seconds:g} s", "lightgbm as it comes": "peer: LightGBM as it comes"}
+        lines += [row(name[way], error[way], unit=metric, digits=4) for way in ways] + [row(f"error of {w} / error of AutoML, pair by pair", [a / b for a, b in zip(error[w], error["slml"])], unit="×", digits=3) for w in ways[1:]]
+        lines += [row(f"seconds of {way}", [g["seconds"] for g in of[way]]) for way in ways]
+    return lines
+
+
+def rungs(_, **size):
+    "Every rung on three real tables: one run each, the intervals resample its days."
+    return [line for title, lines in ladder.measure(**size).items() for line in (f"### {title}", "", ladder.HEAD, *lines, "")]
+
+
 SECTIONS = {"start": (start, "Before anything happens"), "lifecycle": (lifecycle, "Twelve short notebooks that import pandas"), "one": (one, "One notebook of 20 cells"),
             "warm": (warm, "A warm kernel: torch, pandas, scikit-learn"), "cells": (cells, "200 trivial cells"), "again": (again, "Nothing changed"),
-            "sweep": (sweep, "A sweep"), "memory": (memory, "Memory of the runner"), "prepare": (prepare, "From CSV to features in one pass"), "onerow": (one_row, "One row of features"), "demo": (demo, "The demo: 336,776 flights, twelve notebooks")}
+            "sweep": (sweep, "A sweep"), "memory": (memory, "Memory of the runner"), "prepare": (prepare, "From CSV to features in one pass"), "onerow": (one_row, "One row of features"),
+            "train": (training, "Training: an MLP 20-128-128-1, 1,024 rows a step"), "fleet": (fleets, "A fleet: many small models together"), "automl": (automls, "AutoML, in the same time"),
+            "ladder": (rungs, "The ladder on three real tables"), "demo": (demo, "The demo: 336,776 flights, twelve notebooks")}
+
+BARE = ("ladder",)  # sections that bring the heads of their tables
+QUICK = {"lifecycle": {}, "one": {"n": 5}, "cells": {"n": 20}, "again": {"params": "sample"}, "sweep": {"points": 4, "sample": 1}, "prepare": {"rows": 200_000}, "demo": {"params": "sample"},
+         "train": {"seeds": False}, "fleet": {"models": 8, "curve": (2, 8)}, "automl": {"seconds": 3, "rows": 1500}, "ladder": {"tables": ("sample", "chicago_taxi"), "seconds": 5}}  # sizes of --quick
+pictures = root / "bench"  # folder of the drawings
 
 
 def machine():
@@ -329,18 +392,24 @@ def machine():
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--rounds", type=int, default=0, help="5; with --quick 1")
+    p.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; nothing is written to results.md")
     p.add_argument("--only", default=",".join(SECTIONS))
-    p.add_argument("--out", default=str(root / "bench" / "results.md"))
+    p.add_argument("--out", default="")
     a = p.parse_args()
+    global pictures
+    out = Path(a.out or (Path(tempfile.mkdtemp(prefix="slml_bench_")) if a.quick else root / "bench") / "results.md")
+    pictures = out.resolve().parent
     text = [f"# Figures\n\nMeasured by `make bench` on {machine()}.\nMedians with minimum and maximum; the machine is shared and noisy, so the ratios say more than the seconds."]
     for name in a.only.split(","):
         measure, title = SECTIONS[name]
-        text.append(f"## {title}\n\n{HEAD}\n" + "\n".join(measure(a.rounds)))
+        lines = measure(a.rounds or (1 if a.quick else 5), **(QUICK.get(name, {}) if a.quick else {}))
+        text.append(f"## {title}\n\n" + ("" if name in BARE else f"{HEAD}\n") + "\n".join(lines).strip())
         print(text[-1], flush=True)
     notes = root / "bench" / "notes.md"
     if notes.exists(): text.append(notes.read_text().strip())
-    Path(a.out).write_text("\n\n".join(text) + "\n")
+    out.write_text("\n\n".join(text) + "\n")
+    if a.quick: print(f"\n{out}")
 
 
 if __name__ == "__main__": main()

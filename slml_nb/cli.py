@@ -7,13 +7,14 @@ __all__ = ['DONE', 'FAILED', 'WRONG', 'NOT_MET', 'INTERRUPTED', 'EXIT_CODES', 'C
            'Outcome', 'arg', 'command', 'duration', 'bar', 'Line', 'counted', 'reason', 'stage_line', 'terminal',
            'Progress', 'update', 'draw', 'tick', 'close', 'overrides_of', 'verdict_of', 'plan_text', 'failure_of',
            'finished', 'run_command', 'exec_command', 'parameter_help', 'new_command', 'runs_command', 'report_command',
-           'cost_command', 'lineage_command', 'diff_command', 'verify_command', 'gc_command', 'track_command',
-           'tune_command', 'registry_command', 'sql_command', 'tables_command', 'described_text', 'package_of',
-           'serve_command', 'as_ingested', 'predict_command', 'Check', 'check_packages', 'check_machine', 'check_reach',
-           'doctor_command', 'make_parser', 'guarded', 'main']
+           'cost_command', 'profile_command', 'lineage_command', 'diff_command', 'verify_command', 'gc_command',
+           'traffic_command', 'track_command', 'tune_command', 'registry_command', 'sql_command', 'tables_command',
+           'described_text', 'package_of', 'serve_command', 'served', 'package_command', 'place_command',
+           'deploy_command', 'as_ingested', 'predict_command', 'Check', 'check_packages', 'check_machine',
+           'check_reach', 'doctor_command', 'make_parser', 'guarded', 'main']
 
-# %% ../nbs/61_cli.ipynb #73506e08
-import argparse, json, os, shutil, socket, sys, tempfile, threading, time
+# %% ../nbs/61_cli.ipynb #561d66ad
+import argparse, json, os, re, shutil, socket, sys, tempfile, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import SlmlError, suggest
@@ -320,7 +321,7 @@ def _short(path) -> str:
     try: return str(Path(path).resolve().relative_to(Path.cwd()))
     except ValueError: return str(path)
 
-# %% ../nbs/61_cli.ipynb #fa0a9878
+# %% ../nbs/61_cli.ipynb #a3093798
 @command("run a parameter set, from raw rows to report",
          arg("params", metavar="PARAMS", nargs="?", default="", help="parameter set, a YAML file; one with matrix: is a sweep"),
          arg("-p", "--param", action="append", metavar="STAGE.NAME=VALUE", help="set one parameter for this run; may be repeated"),
@@ -328,6 +329,7 @@ def _short(path) -> str:
          arg("--from", dest="start", metavar="STAGE", help="make this stage and those after it anew"),
          arg("--to", dest="stop", metavar="STAGE", help="stop after this stage"),
          arg("--force", action="store_true", help="make every stage anew"),
+         arg("--climb", action="store_true", help="train the dearer models too, when a simpler one meets all requirements"),
          arg("--reproduce", metavar="RUN", default="", help="run that run again in a store of its own, and judge every metric and artifact"),
          arg("--workers", type=int, default=0, metavar="N", help="stages at the same time (default: two)"),
          arg("--memory", default="", metavar="SIZE", help="what all stages together may take, e.g. 8GB (default: 80 %% of what is free)"),
@@ -352,11 +354,12 @@ def run_command(args) -> Outcome:
     if outcome.code == FAILED and not args.json: _say(outcome.value["error"])
     return outcome
 
-# %% ../nbs/61_cli.ipynb #fdb79aa9
+# %% ../nbs/61_cli.ipynb #895d90fc
 def _executed(args, overrides: dict, how: dict) -> dict:
     "Run a parameter set, or the sweep that it is."
     from slml_nb.core import load_params
     params = load_params(args.params)
+    params.climb |= args.climb
     for name, text in overrides_of(args.matrix).items(): params.matrix[name] = _values(name, text)
     if params.matrix: from slml_nb.sweep import sweep as execute
     else: from slml_nb.run import execute
@@ -513,7 +516,7 @@ def report_command(args) -> Outcome:
         webbrowser.open(path.resolve().as_uri())
     return Outcome(_short(path), {"report": str(path.resolve())})
 
-# %% ../nbs/61_cli.ipynb #e72e8890
+# %% ../nbs/61_cli.ipynb #5e668b4d
 RUN = dict(metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project or a path (default: latest)")
 
 
@@ -533,6 +536,22 @@ def cost_command(args) -> Outcome:
     return Outcome(before + cost_text(found), found)
 
 
+@command("what held each stage of a run up, and what would help",
+         arg("run", **RUN),
+         arg("--stage", metavar="STAGE", default="", help="only this stage, with everything that is known of it"),
+         arg("--picture", metavar="FILE", default="", help="where the picture goes, .svg or .png (default: profile.svg in the run's folder)"),
+         arg("--next", action="store_true", help="instead: what the project's next run will take, by those before it"),
+         arg("--rows", type=float, default=0, metavar="N", help="with --next: on so many rows"))
+def profile_command(args) -> Outcome:
+    "`slml profile RUN`."
+    from slml_nb.cost import forecast, forecast_text, forget_samples, profile_picture, profile_run, profile_text
+    from slml_nb.run import find_run
+    if args.next: return Outcome(forecast_text(ahead := forecast(find_run(args.run).parent, args.rows)), ahead)
+    found = profile_run(run := find_run(args.run), args.stage)
+    drawn = None if args.stage and not args.picture else profile_picture(found, args.picture or Path(run) / "profile.svg")
+    return Outcome(profile_text(found) + (f"\npicture: {_short(drawn)}" if drawn else ""), {**forget_samples(found), "picture": str(drawn or "")})
+
+
 @command("where a thing came from, and what was made from it",
          arg("thing", metavar="THING", nargs="?", default="latest", help="a run, RUN/ARTIFACT, an artifact, a stage, a hash, a raw file or an address (default: the latest run)"),
          arg("--openlineage", metavar="FILE|URL", default="", help="instead: the events of a run in OpenLineage's format, to a file or a collector"))
@@ -550,7 +569,7 @@ def lineage_command(args) -> Outcome:
     atomic_write(args.openlineage, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in events))
     return Outcome(f"{len(events)} events in {args.openlineage}", events)
 
-# %% ../nbs/61_cli.ipynb #7aee8bd8
+# %% ../nbs/61_cli.ipynb #3bcce9df
 @command("what differs between two runs: parameters, code, data, metrics, environment",
          arg("one", metavar="RUN", help="latest, a run id, a project or a path"),
          arg("other", metavar="RUN", nargs="?", default="latest", help="the run to compare it with (default: latest)"))
@@ -581,6 +600,26 @@ def gc_command(args) -> Outcome:
     from slml_nb.keep import gc, gc_text
     found = gc(keep=args.keep, dry_run=args.dry_run, runs=args.runs, store=args.store)
     return Outcome(gc_text(found), found)
+
+
+@command("who gets which requests, and why: shares, rewards, what the log proves",
+         arg("spec", metavar="SPEC", help="JSON or YAML file with name, policy and variants"),
+         arg("--picture", metavar="FILE", default="", help="also draw how the shares have changed: .png or .svg"),
+         arg("--compact", action="store_true", help="first gather what nobody waits for any more into Parquet"),
+         arg("--forget", action="store_true", help="forget what was learned: a challenger that was sent back begins anew"),
+         arg("--size", nargs=2, type=float, metavar=("BASE", "GAP"), help="instead: how many answers it takes to see a gap from a base rate"))
+def traffic_command(args) -> Outcome:
+    "`slml traffic SPEC`."
+    from slml_nb.experiment import picture, size_text, traffic_report
+    from slml_nb.feedback import tidy
+    from slml_nb.traffic import Traffic, read_spec
+    spec = read_spec(args.spec)
+    if args.size: return Outcome(size_text(*args.size))
+    if args.forget: Traffic(spec).forget()
+    if args.compact: _say("{segments:,} segments with {rows:,} lines are Parquet now".format(**tidy(spec)))
+    text, found = traffic_report(spec)
+    if args.picture: picture(found, args.picture)
+    return Outcome(text, found)
 
 
 @command("copy runs into MLflow",
@@ -774,7 +813,7 @@ def described_text(
     if len(found["versions"]) > 1: out += ["", "versions:", *(f"  {v['version']:<9} {v['made'].replace('T', ' ')}  {v['rows'] or 0:>12,} rows  {v.get('run') or v.get('by', '')}" for v in found["versions"])]
     return "\n".join(out)
 
-# %% ../nbs/61_cli.ipynb #4f0867be
+# %% ../nbs/61_cli.ipynb #7d229846
 def package_of(
     run: str,  # latest, a run id, a project or a path
 ) -> Path:  # folder of its package
@@ -787,18 +826,123 @@ def package_of(
     return artifact_path(made["package"])
 
 
-@command("serve the model of a run over HTTP",
-         arg("run", metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project, a path, or the folder of a package (default: latest)"),
+@command("serve models over HTTP: one, or many beside each other",
+         arg("run", metavar="RUN", nargs="*", help="latest, a run id, a project, a path, or the folder of a package (default: latest); several: [NAME=]RUN …; or a folder of packages, followed as it changes"),
          arg("--port", type=int, default=8000, help="default: 8000"),
-         arg("--host", default="127.0.0.1", help="default: this machine only"),
+         arg("--host", default="127.0.0.1", help="default: this machine only; where others can reach it, keys are asked for (SLML_KEYS)"),
+         arg("--open", action="store_true", help="ask for no keys, though others can reach it: something in front of it does"),
+         arg("--rate", type=float, metavar="N", help="requests a second of one caller (default: 50 where others can reach it)"),
+         arg("--workers", type=int, default=0, metavar="N", help="processes of each package at most (default: one a core; a single package without this answers in the server's own process)"),
+         arg("--traffic", action="append", default=[], metavar="SPEC", help="a name whose requests are shared among variants: a YAML or JSON file (name, policy, variants, state, log); may be repeated"),
          arg("--online", default="", metavar="STORE", help="feature store to ask for what a request leaves out: the SQLite file of the stage feature_store, or dynamodb://TABLE"))
 def serve_command(args) -> Outcome:
-    "`slml serve RUN`."
-    from slml_nb.serve import serve
-    package = Path(args.run) if (Path(args.run) / "manifest.json").is_file() else package_of(args.run)
-    if not args.json: print(f"serving {_short(package)}\n  http://{args.host}:{args.port}/docs   Ctrl-C stops", flush=True)
-    serve(package, host=args.host, port=args.port, online=args.online)
+    "`slml serve RUN …`."
+    from slml_nb.serve import limits_for, serve
+    packages, watch = served(args.run or ([] if args.traffic else ["latest"]))
+    traffic = [_variants(spec, packages) for spec in args.traffic]
+    limits = limits_for(args.host, args.open, args.rate)
+    if not args.json: print(f"serving {', '.join(filter(None, [*packages, watch and f'what is in {watch}']))}\n  http://{args.host}:{args.port}/{'docs' if len(packages) == 1 and not watch else ''}   Ctrl-C stops", flush=True)
+    if len(packages) == 1 and not (watch or traffic or args.workers): serve(*packages.values(), host=args.host, port=args.port, online=args.online, limits=limits)
+    else:
+        from slml_nb.host import host
+        host(packages, watch, address=args.host, port=args.port, limits=limits, traffic=traffic, online=args.online, most=args.workers)
     return Outcome()
+
+
+def _variants(spec: str, packages: dict) -> tuple:  # Traffic, FeedbackLog
+    "Open a traffic, and add the packages of its variants."
+    from slml_nb.feedback import FeedbackLog
+    from slml_nb.traffic import Traffic
+    traffic = Traffic.open(spec)
+    packages |= {f"{traffic.spec['name']}.{v}": _package_or_run(p) for v, p in traffic.spec["variants"].items() if p}
+    return traffic, FeedbackLog.open(spec, traffic)
+
+
+def served(runs: list[str]) -> tuple[dict[str, Path], str]:  # {name: package}, and a folder of packages or ""
+    "What is meant by the names behind `slml serve`."
+    packages, watch = {}, ""
+    for text in runs:
+        name, _, what = text.rpartition("=")
+        if not name and not (Path(what) / "manifest.json").exists() and any(Path(what).glob("*/manifest.json")): watch, what = what, ""
+        if not what: continue
+        package = _package_or_run(what)
+        name = name or (Path(what).resolve().name if package == Path(what) else _project_of(what))
+        if name in packages: raise SlmlError(f"two packages are called '{name}'", "command line", f"slml serve OTHER={what} …")
+        packages[name] = package
+    return packages, watch
+
+
+def _project_of(run: str) -> str:
+    "The project of a run."
+    from slml_nb.run import find_run
+    return find_run(run).resolve().parent.name
+
+
+def _package_or_run(run: str) -> Path:
+    "The folder of a package, or the package of a run."
+    return Path(run) if (Path(run) / "manifest.json").is_file() else package_of(run)
+
+# %% ../nbs/61_cli.ipynb #b580d316
+@command("take the package of a run away: a folder that answers where there is only Python",
+         arg("run", metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project, a path, or the folder of a package (default: latest)"),
+         arg("--out", default="package", metavar="FOLDER", help="folder to make (default: package)"),
+         arg("--edge", action="store_true", help="with the code beside it, in one file: python FOLDER/predict.pyz FILE.csv"))
+def package_command(args) -> Outcome:
+    "`slml package RUN`."
+    from slml_nb.deploy import write_edge
+    from slml_nb.package import check_seal, package_key, seal
+    source, out = _package_or_run(args.run), Path(args.out)
+    digest = check_seal(source, signed=False)
+    if out.exists() and any(out.iterdir()): raise SlmlError("there is something already", args.out, "name a folder that does not exist: --out FOLDER")
+    if args.edge: write_edge(source, out)
+    else:
+        shutil.copytree(source, out, dirs_exist_ok=True)
+        if package_key(): seal(out)
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    return Outcome(f"{args.out}: {size / 1e6:.2f} MB, hash {digest[:12]}{', signed' if package_key() else ''}", {"folder": args.out, "hash": digest, "bytes": size, "signed": bool(package_key())})
+
+
+@command("which place is right for a model: function, container, instance, edge, or a single machine",
+         arg("run", metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project, a path, or the folder of a package (default: latest)"),
+         arg("--rps", type=float, default=1.0, metavar="N", help="requests a second, on average (default: 1)"),
+         arg("--p99", type=float, default=100.0, metavar="MS", help="milliseconds within which 99 of 100 answers must be there (default: 100)"))
+def place_command(args) -> Outcome:
+    "`slml place RUN`."
+    from slml_nb.deploy import place, place_text
+    found = place(_package_or_run(args.run), args.rps, args.p99)
+    return Outcome(place_text(found), found, DONE if found["choice"] else NOT_MET)
+
+
+@command("bring a model to AWS: show the plan, make a change set, execute it, undo it",
+         arg("run", metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project, a path, or the folder of a package (default: latest)"),
+         arg("--to", default="lambda", metavar="TARGET", help="lambda, container or sagemaker (default: lambda)"),
+         arg("--plan", action="store_true", help="show every resource, its permissions and its monthly cost; needs no account"),
+         arg("--rps", type=float, default=1.0, metavar="N", help="with --plan: requests a second, on average (default: 1)"),
+         arg("--stack", default="", metavar="NAME", help="of the CloudFormation stack (default: slml- and the name of the project)"),
+         arg("--region", default="", help="default: as AWS is configured"),
+         arg("--share", type=float, default=1.0, metavar="SHARE", help="of the traffic for the new version of a function (default: 1)"),
+         arg("--instance", default="", metavar="TYPE", help="with --to sagemaker: on instances of this type (default: serverless)"),
+         arg("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the template, such as Image; may be repeated"),
+         arg("--execute", default="", metavar="STACK/CHANGESET", help="execute a change set that was shown"),
+         arg("--undo", default="", metavar="STACK", help="put a stack back as it was before the last execution"))
+def deploy_command(args) -> Outcome:
+    "`slml deploy RUN --to TARGET`."
+    from slml_nb import deploy as d
+    if args.execute or args.undo: return _deployed(d, args)
+    package, size = _package_or_run(args.run), {"instance": args.instance} if args.instance and args.to == "sagemaker" else {}
+    if args.plan: return Outcome(d.plan_text(found := d.plan(package, args.to, args.rps, **size)), found)
+    stack = args.stack or "slml-" + re.sub(r"[^A-Za-z0-9-]+", "-", package.name if package == Path(args.run) else _project_of(args.run)).strip("-")
+    found = d.deploy(package, args.to, stack, args.region, args.share, Path("deploy"), overrides_of(args.set, "--set NAME=VALUE"), **size)
+    return Outcome(d.changes_text(found), found)
+
+
+def _deployed(d, args) -> Outcome:
+    "Execute or undo."
+    client, storage = d.cloud("cloudformation", args.region), d.cloud("s3", args.region)
+    if args.undo: return Outcome(done := d.undo(client, storage, args.undo, d.kept_bucket(client)), {"stack": args.undo, "done": done})
+    stack, _, changeset = args.execute.partition("/")
+    now = d.execute(client, storage, stack, changeset, d.kept_bucket(client))
+    return Outcome("\n".join([f"{stack}: {now['status']}", *(f"  {k}: {v}" for k, v in now["outputs"].items()), f"back again: slml deploy --undo {stack}"]), {"stack": stack, **{k: now[k] for k in ("status", "outputs")}})
 
 # %% ../nbs/61_cli.ipynb #d679c594
 def as_ingested(

@@ -45,6 +45,25 @@ def test_every_kind_of_model_answers(tmp_path, kind):
     assert [a["prediction"] for a in theirs] == pytest.approx([a["prediction"] for a in package.predict(rows)], rel=1e-6)
 
 
+def test_a_fleet_and_an_ensemble_answer(tmp_path):
+    from slml_nb.automl import save_ensemble
+    from slml_nb.fleet import save_fleet
+    from slml_nb.model import fit_encoding
+    field = lambda name, kind: {"name": name, "type": kind, "required": True, "missing": 0.0, "min": None, "max": None, "values": [], "example": None, "from": ""}
+    recipe = {"target": "fare", "task": "regression", "unit": "", "classes": [], "time": "", "inputs": [field("km", "DOUBLE"), field("city", "VARCHAR")], "lookups": [], "examples": [{"km": 3.0, "city": "Oslo"}],
+              "features": [{"name": "km", "kind": "numeric", "sql": "km", "reads": ["km"]}, {"name": "city", "kind": "categorical", "sql": "city", "reads": ["city"]}]}
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe/recipe.json").write_text(json.dumps(recipe))
+    about = {"task": "regression", "target": "fare", "features": ["km", "city"], "encoding": fit_encoding({"km": [1.0, 3.0], "city": ["Rome", "Oslo"]}, {"km": "numeric", "city": "categorical"})}
+    save_fleet(tmp_path / "fleet", {**about, "segment": ["city"]}, {"shapes": [(4, 1)], "centre": 10.0, "scale": 1.0, "pooled": [2.0, 0, 0, 0, 0], "segments": {"Oslo": [5.0, 0, 0, 0, 1.0]}})
+    save_ensemble(tmp_path / "ensemble", {"name": "ensemble", "task": "regression", "target": "fare", "classes": []}, [(0.5, tmp_path / "fleet"), (0.5, tmp_path / "fleet")])
+    verdict = {"candidate": None, "best": "m", "sentence": "", "metric": "mae", "requirements": [], "candidates": [], "rows_test": 0}
+    for kind in ("fleet", "ensemble"):
+        package = write_package(tmp_path / f"{kind} package", tmp_path / kind, tmp_path / "recipe", {"target": "fare"}, verdict)
+        answers = json.loads(alone(PREDICT, package.folder, json.dumps([{"km": 3.0, "city": c} for c in ("Oslo", "Rome", "Lima")])))
+        assert [a["prediction"] for a in answers] == [16.0, 12.0, 12.0]
+
+
 def test_a_csv_is_predicted(tmp_path):
     rows = json.loads((made("package") / "recipe.json").read_text())["examples"]
     names = list(dict.fromkeys(k for r in rows for k in r))

@@ -53,15 +53,16 @@ class Function:
 
 
 @contextlib.contextmanager
-def deployed(folder: Path, timeout: int):
+def deployed(folder: Path, timeout: int, app: str = APP, path: str = str(Path(__file__).parents[1])):
     "The handler under the emulator, which may run `timeout` seconds."
     binary = folder / "rie"
     shutil.copy(emulator(), binary)
     binary.chmod(0o755)
-    (folder / "app.py").write_text(APP)
+    if app: (folder / "app.py").write_text(app)
     port, api = free_ports(2)
     env = {**os.environ, "SLML_PACKAGE": str(package().resolve()), "AWS_LAMBDA_FUNCTION_TIMEOUT": str(timeout), "AWS_LAMBDA_FUNCTION_NAME": "slml",
-           "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "1769", "AWS_REGION": "eu-central-1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+           "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "1769", "AWS_REGION": "eu-central-1", "PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])}
+    if not app: del env["SLML_PACKAGE"]
     log = open(folder / "log.txt", "w+")
     process = subprocess.Popen([binary, "--runtime-interface-emulator-address", f"127.0.0.1:{port}", "--runtime-api-address", f"127.0.0.1:{api}",
                                 sys.executable, "-m", "awslambdaric", "app.handler"], cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -143,3 +144,16 @@ def test_the_timeout_is_enforced(tmp_path, sample):
         start = time.time()
         body = function.invoke({"sleep": 30})[1]
         assert "timed out after 2.00 seconds" in body and time.time() - start < 10
+
+
+def test_the_deployed_zip_answers_csv_and_json(tmp_path, sample):
+    import zipfile
+    from slml_nb.deploy import function_files, write_zip
+    zipfile.ZipFile(write_zip(function_files(package()), tmp_path / "function.zip")["file"]).extractall(tmp_path / "task")
+    with deployed(tmp_path / "task", timeout=30, app="", path=str(tmp_path / "task")) as function:
+        close(json.loads(json.loads(function.invoke(gateway(sample["request"]))[1])["body"]), sample["response"])
+        fields = [f["name"] for f in json.loads((package() / "signature.json").read_text())["inputs"]]
+        event = gateway(",".join(str(sample["request"].get(f, "")) for f in fields), path="/invocations")
+        reply = json.loads(function.invoke({**event, "headers": {"Content-Type": "text/csv"}})[1])
+        assert reply["statusCode"] == 200 and reply["headers"]["content-type"].startswith("text/csv"), reply
+        assert reply["body"].startswith(str(sample["response"]["prediction"])[:8])

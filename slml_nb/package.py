@@ -6,16 +6,16 @@
 __all__ = ['JSON_TYPES', 'TOLERANCE', 'MISSING', 'chosen_model', 'slim', 'write_slim', 'interval_words', 'signature', 'card',
            'package_key', 'sign', 'seal', 'check_seal', 'check_signature', 'write_rule', 'compiled_rule', 'open_model',
            'store_for', 'quantile_model', 'Predictor', 'load_package', 'write_package', 'differences', 'check_parity',
-           'parity_rows', 'answer_all', 'answer_columns', 'file_columns', 'answer_row', 'quiet_duckdb', 'predict_table']
+           'parity_rows', 'answer_all', 'answer_columns', 'file_columns', 'answer_row', 'predict_table']
 
-# %% ../nbs/40_package.ipynb #da080b9d
+# %% ../nbs/40_package.ipynb #382fa3da
 import copy, hashlib, hmac, json, math, os, re, time
 from pathlib import Path
 from .core import SlmlError, atomic_write, canonical_json, sha256_file, sha256_text, suggest
 from .recipe import FeatureFunction, InputError, compile_features, plain, read_lookup, write_features, write_lookup
 from .online import OnlineStore
 from .rowwise import RowError, RowFunction
-from .sql import ident, literal
+from .sql import ident, literal, quiet
 
 # %% ../nbs/40_package.ipynb #fa620ef9
 def chosen_model(
@@ -483,20 +483,12 @@ def _fields_in(predictor, names, path) -> dict[str, int]:  # {field: place}
         if field["required"] and field["name"] not in names: raise SlmlError(f"there is no column '{field['name']}'", str(path), suggest(field["name"], names))
     return {i["name"]: names.index(i["name"]) for i in predictor.function.inputs if i["name"] in names}
 
-# %% ../nbs/40_package.ipynb #0bb5b293
-def quiet_duckdb(**config):
-    "DuckDB without the progress bar that it writes to stdout after two seconds."
-    import duckdb
-    con = duckdb.connect(config=config)
-    con.execute("set enable_progress_bar = false")
-    return con
-
-
+# %% ../nbs/40_package.ipynb #c83ee71a
 def _write_answers(predictor, source, fields, path, chunk) -> tuple[int, int]:
     "Stream a file through the package into a CSV of answers; rows and rows without an answer."
-    import csv
+    import csv, duckdb
     rows = bad = 0
-    cursor = quiet_duckdb(threads=1).execute(f"select {', '.join(map(ident, fields)) or '1'} from {source}")
+    cursor = quiet(duckdb.connect(config={"threads": 1})).execute(f"select {', '.join(map(ident, fields)) or '1'} from {source}")
     with open(path, "w", newline="", encoding="utf-8") as f:
         out = csv.writer(f)
         while block := cursor.fetchmany(chunk):
@@ -509,7 +501,7 @@ def _write_answers(predictor, source, fields, path, chunk) -> tuple[int, int]:
 def _predict_by_duckdb(predictor: Predictor, path: Path, out: Path, chunk: int) -> tuple[int, int]:
     "Any file that DuckDB reads, with answers beside its columns."
     import duckdb
-    source, con, answered = _reader(path), quiet_duckdb(), out.parent / "answers of slml.csv"
+    source, con, answered = _reader(path), quiet(duckdb.connect()), out.parent / "answers of slml.csv"
     try: there = [r[0] for r in con.execute(f"describe from {source}").fetchall()]
     except duckdb.Error as e: raise SlmlError(f"cannot be read ({str(e).splitlines()[0]})", str(path), "give a CSV with a header line, or Parquet") from None
     rows, bad = _write_answers(predictor, source, list(_fields_in(predictor, there, path)), answered, chunk)

@@ -102,8 +102,8 @@ def athena_usd(
     p = (prices or load_yaml(prices_file())[0])["athena"]
     return max(p["min_mb"], -(-size // 2**20)) / 2**20 * p["usd_per_tb"]
 
-# %% ../nbs/17_query.ipynb #d3ff935a
-_METER = "set enable_progress_bar = false; set profiling_coverage = 'ALL'; pragma enable_profiling = 'no_output'"
+# %% ../nbs/17_query.ipynb #83b283b4
+_METER = "set profiling_coverage = 'ALL'; pragma enable_profiling = 'no_output'"
 
 
 def opened(

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['FLOW', 'CSS_COLOURS', 'CSS_PAGE', 'CSS_TABLES', 'CSS_DRAWINGS', 'CSS_STAGES', 'CSS_MEDIA', 'CSS', 'gather',
-           'row_counts', 'esc', 'decimals', 'number', 'Cell', 'table', 'section', 'error_of', 'failure', 'headline',
-           'alarm_box', 'tiles', 'hero', 'when', 'requirement_matrix', 'scale', 'interval_svg', 'leaderboard', 'short',
-           'improvement_table', 'rows_of', 'records_of', 'slice_section', 'against_bar', 'lead_of', 'found_slices',
-           'p_said', 'against_others', 'share_bar', 'importance_table', 'reasons', 'worst_table', 'fairness_tables',
-           'calibration_words', 'not_climbed', 'trust_section', 'data_steps', 'unaccounted', 'flow_svg', 'data_section',
-           'findings', 'finding_list', 'spans', 'timeline', 'relative', 'figure', 'stage_table', 'numbers',
-           'stage_detail', 'usage', 'lineage', 'size', 'origins', 'is_numeric', 'levels', 'varying', 'view',
-           'draw_line', 'draw_map', 'sweep_figures', 'figure_of', 'sweep_picture', 'points_table', 'stages_of_sweep',
-           'sweep_hero', 'sweep_tiles', 'sweep_mind', 'best_usage', 'search_section', 'sweep_sections', 'where_from',
-           'what_it_cost', 'sections', 'render_report', 'render_sweep', 'write_report', 'summarise', 'draw_headroom']
+           'one_duckdb', 'row_counts', 'esc', 'decimals', 'number', 'Cell', 'table', 'section', 'error_of', 'failure',
+           'headline', 'alarm_box', 'tiles', 'hero', 'when', 'requirement_matrix', 'scale', 'interval_svg',
+           'leaderboard', 'short', 'improvement_table', 'rows_of', 'records_of', 'slice_section', 'against_bar',
+           'lead_of', 'found_slices', 'p_said', 'against_others', 'share_bar', 'importance_table', 'reasons',
+           'worst_table', 'fairness_tables', 'calibration_words', 'not_climbed', 'trust_section', 'data_steps',
+           'unaccounted', 'flow_svg', 'data_section', 'findings', 'finding_list', 'spans', 'timeline', 'relative',
+           'figure', 'stage_table', 'numbers', 'stage_detail', 'usage', 'lineage', 'size', 'origins', 'is_numeric',
+           'levels', 'varying', 'view', 'draw_line', 'draw_map', 'sweep_figures', 'figure_of', 'sweep_picture',
+           'points_table', 'stages_of_sweep', 'sweep_hero', 'sweep_tiles', 'sweep_mind', 'best_usage', 'search_section',
+           'sweep_sections', 'where_from', 'what_it_cost', 'sections', 'render_report', 'render_sweep', 'write_report',
+           'summarise', 'draw_headroom']
 
-# %% ../nbs/58_report.ipynb #2ad8d49c
-import base64, contextlib, html, json, math, re
+# %% ../nbs/58_report.ipynb #ca13a797
+import base64, contextlib, functools, html, json, math, re
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from .measure import METRICS, is_share, percent, places, plain, requirement_word
 from .stage import COLOURS, STYLE, artifact_path, made_in, shipped_notebooks
 from .sweep import short_names, short_value, shown_points, sweep_record, sweep_sentences, sweep_table
 
-# %% ../nbs/58_report.ipynb #cede6230
+# %% ../nbs/58_report.ipynb #74540826
 def _json_of(record):
     "The value of a JSON artifact, wherever it lies; None if it cannot be read."
     path = _path_of(record)
@@ -52,6 +53,12 @@ def gather(
     found = {n: _json_of(artifacts.get(n)) for n in ("verdict", "problem", "service", "ingest_report")}
     return dict(folder=folder, run=run, order=order, made=made, artifacts=artifacts, counts=row_counts(artifacts), **found)
 
+@functools.cache
+def one_duckdb():
+    "A connection for all the small questions of a page: to open one takes longer than to ask."
+    import duckdb
+    return duckdb.connect()
+
 def row_counts(artifacts) -> dict:
     "Rows of every table, and rows by split: {'raw': 100, ..., 'split': {'train': 60, ...}}."
     counts = {n: r["rows"] for n, r in artifacts.items() if r["kind"] == "table" and "rows" in r}
@@ -59,7 +66,7 @@ def row_counts(artifacts) -> dict:
         import duckdb
         with contextlib.suppress(duckdb.Error):
             query = "select split, count(*) from read_parquet(?) group by split"
-            counts["split"] = dict(duckdb.connect().execute(query, [str(path)]).fetchall())
+            counts["split"] = dict(one_duckdb().execute(query, [str(path)]).fetchall())
     return counts
 
 # %% ../nbs/58_report.ipynb #0011fe9a
@@ -259,14 +266,14 @@ def improvement_table(v) -> str:
     groups = f'<tr class="groups"><td></td><th colspan="{len(losses)}" scope="colgroup">better than the rule</th><th colspan="{len(losses)}" scope="colgroup">better than the linear model</th></tr>'
     return table(["Candidate", *[short(m) for m in losses * 2]], rows, "What each rung buys: the share of the loss that is gone", "gains", groups)
 
-# %% ../nbs/58_report.ipynb #6db4e7a8
+# %% ../nbs/58_report.ipynb #2dbc76fc
 def rows_of(page, name, most=15):
     "(columns, rows) of a table that the run has made; ([], []) if there is none."
     path = _path_of(page["artifacts"].get(name))
     if not path: return [], []
     import duckdb
     with contextlib.suppress(duckdb.Error):
-        got = duckdb.connect().execute("select * from read_parquet(?) limit ?", [str(path), most])
+        got = one_duckdb().execute("select * from read_parquet(?) limit ?", [str(path), most])
         return [c[0] for c in got.description], got.fetchall()
     return [], []
 

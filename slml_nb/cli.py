@@ -7,11 +7,11 @@ __all__ = ['DONE', 'FAILED', 'WRONG', 'NOT_MET', 'INTERRUPTED', 'EXIT_CODES', 'C
            'Outcome', 'arg', 'command', 'duration', 'bar', 'Line', 'counted', 'reason', 'stage_line', 'terminal',
            'Progress', 'update', 'draw', 'tick', 'close', 'overrides_of', 'verdict_of', 'plan_text', 'failure_of',
            'finished', 'run_command', 'exec_command', 'parameter_help', 'new_command', 'runs_command', 'report_command',
-           'cost_command', 'profile_command', 'lineage_command', 'diff_command', 'verify_command', 'gc_command',
-           'traffic_command', 'track_command', 'tune_command', 'registry_command', 'sql_command', 'tables_command',
-           'described_text', 'package_of', 'serve_command', 'served', 'package_command', 'place_command',
-           'deploy_command', 'as_ingested', 'predict_command', 'Check', 'check_packages', 'check_machine',
-           'check_reach', 'doctor_command', 'make_parser', 'guarded', 'main']
+           'cost_command', 'profile_command', 'lineage_command', 'cascade_command', 'watch_command', 'diff_command',
+           'verify_command', 'gc_command', 'traffic_command', 'track_command', 'tune_command', 'registry_command',
+           'sql_command', 'tables_command', 'described_text', 'package_of', 'serve_command', 'served',
+           'package_command', 'place_command', 'deploy_command', 'as_ingested', 'predict_command', 'Check',
+           'check_packages', 'check_machine', 'check_reach', 'doctor_command', 'make_parser', 'guarded', 'main']
 
 # %% ../nbs/61_cli.ipynb #561d66ad
 import argparse, json, os, re, shutil, socket, sys, tempfile, threading, time
@@ -568,6 +568,49 @@ def lineage_command(args) -> Outcome:
     events = openlineage_events(run)
     atomic_write(args.openlineage, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in events))
     return Outcome(f"{len(events)} events in {args.openlineage}", events)
+
+# %% ../nbs/61_cli.ipynb #54059928
+@command("the thresholds of a cascade, what it cost, and the questions that wait for a person",
+         arg("spec", metavar="SPEC", help="YAML or JSON file: steps, kept, people_usd, usd_per_1000"),
+         arg("file", metavar="FILE", nargs="?", default="", help="CSV of labelled rows: choose thresholds on half of them, judge on the others (asks every step about every row, once)"),
+         arg("--truth", metavar="COLUMN", default="label", help="the true label (default: label)"),
+         arg("--usd", type=float, metavar="USD", help="the best for so much for 1,000 requests"),
+         arg("--accuracy", type=float, metavar="SHARE", help="the cheapest that is right so often, such as 0.97"),
+         arg("--picture", metavar="FILE", default="", help="also draw cost against accuracy: .png or .svg"),
+         arg("--answer", nargs=2, metavar=("ID", "LABEL"), help="answer a question that waits"))
+def cascade_command(args) -> Outcome:
+    "`slml cascade SPEC`."
+    from slml_nb.cascade import cascade_report, open_cascade, read_labelled
+    cascade = open_cascade(args.spec)
+    if args.answer and not cascade.kept.answer(*args.answer): raise SlmlError(f"no question {args.answer[0]} waits", args.spec, "slml cascade SPEC lists those that do")
+    if args.file: return Outcome(*cascade_report(cascade, *read_labelled(args.file, args.truth), args.usd, args.accuracy, args.picture))
+    totals, waiting = cascade.kept.totals(), cascade.kept.waiting()
+    lines = [f"{n}: asked {t['asked']:,} times, {t['answered']:,} answers, {t['usd']:.4f} USD" for n, t in totals.items()]
+    lines += [f"waits: {q['id']}  {json.dumps(q['request'], ensure_ascii=False)[:100]}  ({', '.join(q['candidates']) or 'nobody has an idea'})" for q in waiting]
+    return Outcome("\n".join(lines) or "nobody has asked anything yet", {"totals": totals, "waiting": waiting})
+
+
+@command("predict each new file or record, or run at the moments of a timetable, each once",
+         arg("folder", metavar="FOLDER", nargs="?", default="", help="watched for new files"),
+         arg("--records", metavar="FILE", default="", help="or a file of JSON lines that grows"),
+         arg("--cron", metavar="FIELDS", default="", help="or a timetable: 'minute hour day month weekday'"),
+         arg("--zone", default="UTC", help="time zone of the timetable (default: UTC)"),
+         arg("--package", metavar="PACKAGE", default="", help="answers the new file or records"),
+         arg("--run", metavar="PARAMS", default="", help="or the parameter set that is run"),
+         arg("--more", action="append", default=[], metavar="ARGUMENT", help="for slml run; {event} is the path of the file, or the moment; may be repeated"),
+         arg("--out", required=True, metavar="FOLDER", help="of the results and of the ledger events.db"),
+         arg("--pattern", default="*", help="of the files, such as *.csv (default: *)"),
+         arg("--missed", default="latest", choices=("latest", "all", "skip"), help="what to do about moments when nobody was there (default: latest)"),
+         arg("--again", metavar="PATTERN", default="", help="first forget events whose key is like this, such as 'trips.csv@*', and their results"),
+         arg("--once", action="store_true", help="look once and end"))
+def watch_command(args) -> Outcome:
+    "`slml watch FOLDER`."
+    from slml_nb.events import look_once, told_text, watching
+    watched = watching(args.out, args.folder, args.records, args.cron, args.zone, args.package, args.run, args.more, args.pattern, args.missed)
+    if args.again: _say(f"{watched.ledger.again(args.again, args.out):,} events are forgotten")
+    if args.once: return (lambda told: Outcome(told_text(told) or "nothing new", told, FAILED if told["failed"] else DONE))(look_once(watched))
+    try: watched.watch(on_step=lambda told: (text := told_text(told)) and _say(text))
+    except KeyboardInterrupt: return Outcome("stopped", watched.ledger.counts())
 
 # %% ../nbs/61_cli.ipynb #3bcce9df
 @command("what differs between two runs: parameters, code, data, metrics, environment",

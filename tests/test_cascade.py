@@ -230,6 +230,7 @@ class Service(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         said, status = {"labels": ["Cat", "Dog"], "p": [90, 10], "heard": body, "key": self.headers.get("authorization")}, 200
+        type(self).heard = said  # before the answer: whoever has it may look
         if self.path == "/redirect":
             self.send_response(302); self.send_header("location", "/"); self.end_headers(); return
         if self.path[1:].isdigit(): status = int(self.path[1:])
@@ -243,7 +244,6 @@ class Service(http.server.BaseHTTPRequestHandler):
             try: self.wfile.write(text[i:i + 1]); self.wfile.flush(); time.sleep(0.05)
             except OSError: return
         if self.path != "/drip": self.wfile.write(text)
-        type(self).heard = said
     def log_message(self, *_): pass
 
 

@@ -400,16 +400,27 @@ def main():
     global pictures
     out = Path(a.out or (Path(tempfile.mkdtemp(prefix="slml_bench_")) if a.quick else root / "bench") / "results.md")
     pictures = out.resolve().parent
-    text = [f"# Figures\n\nMeasured by `make bench` on {machine()}.\nMedians with minimum and maximum; the machine is shared and noisy, so the ratios say more than the seconds."]
+    sections = sections_of(out)
     for name in a.only.split(","):
         measure, title = SECTIONS[name]
         lines = measure(a.rounds or (1 if a.quick else 5), **(QUICK.get(name, {}) if a.quick else {}))
-        text.append(f"## {title}\n\n" + ("" if name in BARE else f"{HEAD}\n") + "\n".join(lines).strip())
-        print(text[-1], flush=True)
-    notes = root / "bench" / "notes.md"
-    if notes.exists(): text.append(notes.read_text().strip())
-    out.write_text("\n\n".join(text) + "\n")
+        sections[title] = f"*{machine()}*\n\n" + ("" if name in BARE else f"{HEAD}\n") + "\n".join(lines).strip()
+        print(f"## {title}\n\n{sections[title]}", flush=True)
+        write(out, sections)
     if a.quick: print(f"\n{out}")
+
+
+def sections_of(out) -> dict:  # title -> text
+    "What an earlier bench has written: a section that is not measured now stays as it was."
+    parts = out.read_text().split("\n## ")[1:] if out.exists() else []
+    return {title: text.strip() for title, _, text in (part.partition("\n") for part in parts)}
+
+
+def write(out, sections):
+    "All sections in their order, and how to read them."
+    text = ["# Figures\n\nMeasured by `make bench`, each section on the machine and the day that it names.\nMedians with minimum and maximum; the machines are shared and noisy, so the ratios say more than the seconds."]
+    text += [f"## {title}\n\n{sections[title]}" for _, title in SECTIONS.values() if title in sections]
+    out.write_text("\n\n".join([*text, (root / "bench" / "notes.md").read_text().strip()]) + "\n")
 
 
 if __name__ == "__main__": main()

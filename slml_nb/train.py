@@ -16,11 +16,12 @@ __all__ = ['LOSSES', 'DEFAULTS', 'choose_device', 'wanted', 'half_precision', 'q
            'gathered', 'main', 'typed', 'report', 'draw_learning', 'epoch_table', 'predict_split', 'say_coverage',
            'telling']
 
-# %% ../nbs/32_train.ipynb #a1127007
+# %% ../nbs/32_train.ipynb #ab37b38b
 import contextlib, hashlib, io, json, math, os, tempfile, time
 from pathlib import Path
 import numpy as np
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep instead of spinning (see `31_baseline`); read when torch loads
+if __name__ == "__main__" and "__file__" in globals(): os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # a training job has the machine to itself: to wait awake is twice as fast
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside other stages idle threads sleep instead of spinning (see `31_baseline`); read when torch loads
 from .core import SlmlError, atomic_write, canonical_json, sha256_file
 from .model import Encoder, fit_encoding, fit_numeric, kinds_of, save_network, vocabulary
 from .sql import ident, literal

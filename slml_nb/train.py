@@ -1056,7 +1056,7 @@ def tensors(
     inputs = (torch.tensor(encoder.dense(columns)[known], dtype=torch.float32), torch.tensor(encoder.codes(columns)[known]))
     return tuple(t.to(device) for t in (*inputs, y))
 
-# %% ../nbs/32_train.ipynb #7809baad
+# %% ../nbs/32_train.ipynb #e859597c
 def shared(call):
     "The network, its gradients averaged over all processes."
     if ranks()[1] == 1: return call
@@ -1077,7 +1077,9 @@ def gathered(
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device != "cpu" else "gloo")
-    try: yield device
+    try:
+        yield device
+        dist.barrier()  # nobody leaves while another still talks to it: gloo would abort that one
     finally: dist.destroy_process_group()
 
 # %% ../nbs/32_train.ipynb #c0451e02

@@ -10,13 +10,14 @@ __all__ = ['CACHE', 'GRID', 'STUCK', 'UNSEEN', 'segment_text', 'segment_keys', '
            'row_losses', 'Rows', 'loss_way', 'as_flat', 'judged', 'check_effort', 'fit_ridges', 'stopping',
            'written_out', 'fit_networks', 'fit_fleet', 'gains', 'draw_gains', 'remarks', 'check_segment', 'add_columns']
 
-# %% ../nbs/33_fleet.ipynb #f312d2a9
+# %% ../nbs/33_fleet.ipynb #0fcc488e
 import math, os
 from pathlib import Path
 import numpy as np
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep instead of spinning (see `31_baseline`); read when torch loads
 from .baseline import least_absolute, logistic, one_hot, ridge
 from .core import SlmlError, suggest
+from .measure import AVERAGES
 from .model import KINDS, Encoder, Model, better, fit_encoding, kinds_of, length, metrics_of, save_model, softmax
 from .train import learning_rate, target_scale
 
@@ -479,15 +480,15 @@ def choose_strength(
         if best is None or better(metric, tried[strength], tried[best]): best = strength
     return best
 
-# %% ../nbs/33_fleet.ipynb #2a666e47
+# %% ../nbs/33_fleet.ipynb #8ada5279
 def row_losses(
     y,  # (n,) numbers or class indices
     prediction,  # (n,) or (n, k)
     metric: str,
 ) -> np.ndarray:  # (n,)
     "What each row adds to the error."
-    if prediction.ndim == 2: return -np.log(np.clip(prediction[np.arange(len(y)), y.astype(int)], np.finfo(float).eps, 1))
-    return np.abs(y - prediction) if metric == "mae" else (y - prediction) ** 2
+    if prediction.ndim == 2: return AVERAGES["log_loss"](y.astype(int), prediction)
+    return AVERAGES["mae" if metric == "mae" else "mse"](y, prediction)
 
 # %% ../nbs/33_fleet.ipynb #6dea0590
 class Rows:

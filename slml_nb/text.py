@@ -12,13 +12,14 @@ __all__ = ['remembered', 'CUTS', 'ALPHAS', 'PUNCTUATION', 'IDEOGRAPHS', 'WEIGHTS
            'text_source', 'read_texts', 'known_rows', 'draw_strongest', 'drawable', 'looked_at', 'telling_rows',
            'judgement', 'draw_attention', 'median_ms', 'constant_metric', 'remarks']
 
-# %% ../nbs/36_text.ipynb #21a5bb87
+# %% ../nbs/36_text.ipynb #03835b6f
 import json, math, re, time, unicodedata
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from .core import SlmlError, atomic_write, project_root, suggest
+from .measure import latencies
 from .model import KINDS, Model, better, metrics_of, numbers, open_session, read_columns, save_model, softmax
 from .sql import ident
 
@@ -826,19 +827,15 @@ def _shade(x, y, width, colour, alpha):
     from matplotlib.patches import Rectangle
     return Rectangle((x - 0.3, y - 0.48), width + 0.6, 0.96, facecolor=colour, alpha=0.75 * alpha, linewidth=0)
 
-# %% ../nbs/36_text.ipynb #3b78926e
+# %% ../nbs/36_text.ipynb #410d6cd4
 def median_ms(
     model: Model,
     texts: list[str],
     most: int = 100,  # requests
 ) -> float:  # milliseconds; nan without texts
     "How long one answer takes."
-    took = []
-    for t in texts[:most]:
-        start = time.perf_counter()
-        model.predict({model.features[0]: [t]})
-        took.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(took)) if took else math.nan
+    took = latencies({"": lambda t: model.predict({model.features[0]: [t]})}, texts, min(most, len(texts)), warm=0)
+    return float(np.median(took[""])) if took else math.nan
 
 # %% ../nbs/36_text.ipynb #7831bf9c
 def constant_metric(

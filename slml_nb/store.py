@@ -406,7 +406,7 @@ def _locked(path: str) -> int | bool:
         time.sleep(random.random() * 0.01)
     return False
 
-# %% ../nbs/01_store.ipynb #7f893d7e
+# %% ../nbs/01_store.ipynb #bf9b5d85
 def _lock_path(self: FolderStore, key: str) -> str:
     "The lock file of a name."
     name = quote(_checked(key), safe="")
@@ -426,6 +426,7 @@ def _claim(self: FolderStore, key: str) -> Claim | None:
         with contextlib.suppress(OSError): os.ftruncate(file, 0), os.pwrite(file, who.encode(), 0)
 
     def give_back():
+        "Let go of the file, for others here and elsewhere."
         with _holding:
             if _held.pop(path, None):
                 with contextlib.suppress(OSError): os.unlink(path)  # while it is locked: nobody can mean this file by this name any more
@@ -473,13 +474,14 @@ def _s3_claim(self: S3Store, key: str) -> Claim | None:
             raise
     return _beating(self, key, said, etag) if etag else None
 
-# %% ../nbs/01_store.ipynb #7e1e6da7
+# %% ../nbs/01_store.ipynb #d0bcc8ef
 def _beating(self: S3Store, key: str, said: dict, etag: str) -> Claim:
     "A claim that is renewed until it is given back or lost."
     import botocore.exceptions
     over, name, s3 = threading.Event(), self._at(f"{key}.claim"), _client(self.endpoint_url, patient=False)
 
     def beat():
+        "Renew the claim until it is over."
         nonlocal etag
         while not over.wait(said["beat"]):
             said["beats"] += 1
@@ -493,6 +495,7 @@ def _beating(self: S3Store, key: str, said: dict, etag: str) -> Claim:
                 etag = new
 
     def give_back():
+        "Stop renewing, and take the claim away."
         over.set()
         heart.join(timeout=15)  # a beat that comes later finds nothing to renew
         with contextlib.suppress(botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError):  # if it stays, it goes stale

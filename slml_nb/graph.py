@@ -6,16 +6,16 @@
 __all__ = ['memo', 'Node', 'read_stage', 'stages_of', 'Graph', 'normal_code', 'counting_code', 'executed_code', 'imports_of',
            'Memo', 'closure', 'key_parts', 'imports_of_stage', 'key_of', 'what_changed', 'plan', 'climbing']
 
-# %% ../nbs/07_graph.ipynb #1f09fb5c
+# %% ../nbs/07_graph.ipynb #da192b6b
 import ast, contextlib, difflib, functools, importlib.metadata, json, re, sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from .core import (ParamSet, SlmlError, atomic_write, cache_folder, canonical_json, mask, named, parse_python, project_root, read_front_matter, read_json, read_notebook,
+from .core import (MACHINE, ParamSet, SlmlError, atomic_write, cache_folder, canonical_json, machine_words, mask, named, parse_python, project_root, read_front_matter, read_json, read_notebook,
                           read_parameters, resolve, seal, sealed, sha256_text, suggest)
 from .engine import left_out
 from .stage import shipped_notebooks
 
-# %% ../nbs/07_graph.ipynb #5f38f947
+# %% ../nbs/07_graph.ipynb #0c9c6ae9
 @dataclass
 class Node:
     "One stage of a graph."
@@ -24,6 +24,7 @@ class Node:
     front: dict  # its front matter: title, sentence, needs, makes, …
     schema: dict  # its typed parameters
     source: dict  # the notebook as data
+    machine: dict = field(default_factory=dict)  # where it runs, and on what; empty: here
 
     @property
     def needs(self):
@@ -312,7 +313,7 @@ def what_changed(
     said += _changed_names("versions", old, new, lambda n: f"{n} " + _arrow(lambda k: k["versions"], n))
     return ", ".join(said[:4]) + (f" and {len(said) - 4} more" if len(said) > 4 else "")
 
-# %% ../nbs/07_graph.ipynb #38d8637f
+# %% ../nbs/07_graph.ipynb #087894ff
 def plan(
     params: ParamSet,
     overrides: dict[str, str] | None = None,  # {"train.epochs": "3"}; a bare "epochs" when only one stage has it
@@ -328,6 +329,7 @@ def plan(
         stage, parameter = _address(name, graph)
         given[stage][parameter] = value
         lines[(stage, parameter)] = f"-p {name}={value}"
+    for s, node in graph.nodes.items(): node.machine = machine_words(s, node.schema, given[s], lines, params.file)
     return graph, {s: resolve(s, graph.nodes[s].schema, given[s], lines, params.file) for s in graph.order}
 
 
@@ -342,7 +344,7 @@ def _address(name: str, graph: Graph) -> tuple[str, str]:
     if having: raise SlmlError(f"'{name}' is a parameter of {' and of '.join(having)}", f"-p {name}", f"say which: -p {having[0]}.{name}=…")
     raise SlmlError(f"no stage has a parameter '{name}'", f"-p {name}", suggest(name, {p for n in graph.nodes.values() for p in n.schema}))
 
-# %% ../nbs/07_graph.ipynb #71d4f824
+# %% ../nbs/07_graph.ipynb #3c1007e5
 def climbing(
     graph: Graph,
     params: ParamSet,
@@ -352,6 +354,7 @@ def climbing(
 ) -> dict[str, str]:  # {stage: the stage that says whether it is needed}
     "Stages that a run may leave out."
     wanted = set(graph.order if wanted is None else wanted)
-    asked = {*params.values, *named, *(_address(name, graph)[0] for name in overrides or {})}
+    said = [(s, given) for s, given in params.values.items()] + [(stage, [name]) for stage, name in (_address(n, graph) for n in overrides or {})]
+    asked = {*named, *(s for s, words in said if not words or set(words) - set(MACHINE))}  # where a stage runs does not say that it is needed
     must = {graph.maker[a] for s in wanted for a in graph.nodes[s].needs if a not in graph.nodes[s].front.get("uses", [])}
     return {s: gate for s in graph.order if not params.climb and s in wanted and s not in asked | must and (gate := graph.gate(s)) in wanted}

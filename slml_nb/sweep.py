@@ -9,14 +9,14 @@ __all__ = ['MOST', 'WORDS', 'LESS', 'MORE', 'ROWS', 'CAUTION', 'OVER', 'KEPT', '
            'sweep_text', 'sweep_sentences', 'SweepRecord', 'update', 'write', 'close', 'finish', 'note', 'notes_of',
            'tasks_of', 'sweep']
 
-# %% ../nbs/50_sweep.ipynb #f63611a3
+# %% ../nbs/50_sweep.ipynb #9d4422b3
 import csv, datetime as dt, functools, io, itertools, json, math, re, threading, time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import (ParamSet, SlmlError, atomic_write, canonical_json, load_params, mask, named, resolve, seal, sha256_text, suggest)
 from .graph import Graph, plan, read_stage, stages_of
-from .run import Run, Task, runner_for, schedule
+from .run import away_for, Run, Task, runner_for, schedule
 
 # %% ../nbs/50_sweep.ipynb #da57e4f6
 MOST = 10_000  # points of one sweep
@@ -582,7 +582,7 @@ def tasks_of(
         tasks.append(Task(name, graph.nodes[e.stage], e.parameters, record, record.run_of(name), after, e.stage in forced, functools.partial(record.note, name)))
     return tasks
 
-# %% ../nbs/50_sweep.ipynb #5d21264a
+# %% ../nbs/50_sweep.ipynb #8a8a281d
 def sweep(
     params,  # path of a parameter set with `matrix:`, or a ParamSet
     overrides: dict | None = None,  # {"train.epochs": "3"}, for all points
@@ -594,12 +594,13 @@ def sweep(
     force: bool = False,  # make every stage again
     cold: bool = False,  # a fresh kernel for each notebook
     memory: str = "",  # that all stages together may take
+    away=None,  # makes stages on other machines, as for `execute`
 ) -> dict:  # run.json, with "choice" and "folder"
     "Run every point of a parameter set, what they share only once."
     params = params if isinstance(params, ParamSet) else load_params(params)
     found, lock = sweep_plan(params, overrides=overrides), threading.Lock()
     graph = found.graph
-    wanted = graph.upstream(stop) if stop else set(graph.order)
+    elsewhere, wanted = away_for(params, graph, away), graph.upstream(stop) if stop else set(graph.order)
     forced = set(graph.order) if force else graph.downstream(start) if start else set()
     def _emit(**event):
         if on_event:
@@ -612,7 +613,7 @@ def sweep(
     head = {k: v for k, v in run.record.items() if k not in ("stages", "order", "parameters")}
     record = SweepRecord(run.folder, found, head, wanted, params.matrix, on_point=lambda p: _emit(type="point", **{k: p[k] for k in ("point", "values", "state", "why", "metrics", "seconds")}))
     _emit(type="plan", run=str(run.folder), stages=[{"stage": n, "state": r["state"]} for n, r in record.nodes.items()], **told)
-    with runner_for(params, graph, _emit, workers, cold, memory, record) as runner: schedule(runner, tasks_of(record, wanted, forced))
+    with runner_for(params, graph, _emit, workers, cold, memory, record, elsewhere) as runner: schedule(runner, tasks_of(record, wanted, forced))
     done = record.finish()
     _emit(type="finish", state=done["state"], seconds=done["seconds"])
     return {**done, "folder": str(run.folder)}

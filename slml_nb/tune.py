@@ -11,7 +11,7 @@ __all__ = ['RANGE', 'EFFORT', 'WAYS', 'SETTINGS', 'optuna_module', 'Axis', 'axis
            'outcome', 'best_so_far', 'tune_sentences', 'tune_rows', 'tune_text', 'draw_history', 'draw_importance',
            'draw_front', 'tune_figures', 'write_pictures', 'tune']
 
-# %% ../nbs/57_tune.ipynb #4eccf410
+# %% ../nbs/57_tune.ipynb #0c9849c6
 import contextlib, functools, json, math, os, re, socket, threading, time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -22,7 +22,7 @@ from .core import (ParamSet, Refused, SlmlError, atomic_write, canonical_json, c
                           sha256_text, suggest)
 from .cost import cost_stage, dollars, load_prices, read_meter, table_text
 from .graph import Graph, plan, read_stage, stages_of
-from .run import Kernels, Run, Runner, Task, _emitter, _fail, find_run, needs_mb, outside_data, run_task, runner_for, secrets_in
+from .run import away_for, Kernels, Run, Runner, Task, _emitter, _fail, find_run, needs_mb, outside_data, run_task, runner_for, secrets_in
 from .sweep import CAUTION, Execution, Matrix, SweepPlan, SweepRecord, accept_in, address_in, axis_values, kind_of, short_names, short_value, value_of
 
 # %% ../nbs/57_tune.ipynb #d38efd66
@@ -904,7 +904,7 @@ def write_pictures(folder: Path, record: dict) -> list[Path]:
     for path, fig in made.items(): fig.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
     return list(made)
 
-# %% ../nbs/57_tune.ipynb #75985d9b
+# %% ../nbs/57_tune.ipynb #e6a2e6fc
 def tune(
     params,  # path of a parameter set with `tune:`, or a ParamSet
     given: dict | None = None,  # on top of what stands below `tune:`: {"trials": 20}
@@ -913,9 +913,11 @@ def tune(
     dry_run: bool = False,  # check everything, run nothing
     cold: bool = False,  # a fresh kernel for each notebook
     memory: str = "",  # that all stages together may take
+    away=None,  # makes stages on other machines, as for `execute`
 ) -> dict:  # run.json, with "tune" and "folder"
     "Search for the best values of a space; go on if it was begun."
     s = search_of(params, given, overrides)
+    elsewhere = away_for(s.params, s.graph, away)
     if dry_run:
         return {"project": s.params.project, "state": "planned", "study": f"{s.params.project}-{s.name}", "stages": s.graph.order,
                 "space": [vars(a) for a in s.axes], "objectives": s.objectives, **mask(s.settings), "notes": s.notes}
@@ -927,7 +929,7 @@ def tune(
         take_up(study)
         record.revive([t.user_attrs["point"] for t in counts(study) if "point" in t.user_attrs])
         record.record["notes"] = [*s.notes, *siblings(s, study), *warm_up(s, study)]
-        with runner_for(s.params, s.graph, tell, workers, cold, memory, record) as runner: return _tuned(Tuner(s, study, record, Works(record, runner), tell), workers)
+        with runner_for(s.params, s.graph, tell, workers, cold, memory, record, elsewhere) as runner: return _tuned(Tuner(s, study, record, Works(record, runner), tell), workers)
 
 # %% ../nbs/57_tune.ipynb #bee1a956
 @contextlib.contextmanager

@@ -92,3 +92,36 @@ def test_workers_are_used(workers, tasks):
                   [Task(str(i), SimpleNamespace(stage=str(i), front={}), {}, record, Path("x"), {}, False, lambda **w: None) for i in range(tasks)], lambda t, s: ended.append(s))
     finally: room.run_task = real
     assert ended == ["done"] * tasks
+
+
+class Elsewhere:
+    "Makes the stages of even numbers."
+    def takes(self, node): return int(node.stage) % 2 == 0
+
+
+def test_stages_elsewhere_take_no_place_here():
+    "One worker here: a stage at work elsewhere leaves it, and its memory, to others; two stages here still wait for each other."
+    meet, at_work, most = threading.Barrier(4), set(), []
+    def run_task(runner, task, inputs):
+        i = int(task.id)
+        if i % 2: at_work.add(i), most.append(len(at_work))
+        if i != 3: meet.wait(10)  # 0, 2 and 4 elsewhere and 1 here are all at work before any of them ends
+        at_work.discard(i)
+        return {}
+    real, room.run_task = room.run_task, run_task
+    record, ended = SimpleNamespace(record={"stages": {}}, elapsed=lambda: 1.0, folder=Path("x")), []
+    try: schedule(Runner(None, Kernels(cold=True), lambda **e: None, 100, 1, away=Elsewhere()),
+                  [Task(str(i), SimpleNamespace(stage=str(i), front={"memory": "90MB"}), {}, record, Path("x"), {}, False, lambda **w: None) for i in range(5)], lambda t, s: ended.append((t.id, s)))
+    finally: room.run_task = real
+    assert sorted(ended) == [(str(i), "done") for i in range(5)] and max(most) == 1
+
+
+def test_a_stage_for_elsewhere_never_runs_here_by_mistake(tmp_path):
+    from slml_nb.core import load_params
+    from slml_nb.run import execute
+    (tmp_path / "p.yaml").write_text(f"extends: {Path('params/sample.yaml').resolve()}\ntrain: {{on: ml.g5.xlarge}}\nruns: {tmp_path}/runs\n")
+    for how in ({}, {"dry_run": True}):
+        try: execute(load_params(tmp_path / "p.yaml"), **how)
+        except SlmlError as e: assert "train runs on ml.g5.xlarge" in str(e) and "p.yaml:2" in str(e)
+        else: raise AssertionError("it ran here")
+    assert not (tmp_path / "runs").exists()

@@ -12,10 +12,10 @@ __all__ = ['SQUARED', 'LOSSES', 'FEW', 'TOO_FEW', 'REMEDIES', 'LEVELS', 'MEASURE
            'calibration_findings', 'residual_bins', 'residual_table', 'draw_residuals', 'facet_values', 'group_table',
            'chance_gap', 'gaps', 'fairness_table', 'fairness_findings', 'permutation_importance', 'draw_importance',
            'worst_rows', 'walks', 'shapley', 'explained', 'model_folders', 'quality', 'written_rule', 'warnings_of',
-           'run_named', 'registry_record', 'package_folder', 'requests_for', 'answered', 'duel', 'duel_words',
-           'against_champion', 'draw_candidates', 'draw_errors', 'draw_calibration', 'leaderboard_table']
+           'run_named', 'registry_records', 'registry_record', 'package_folder', 'requests_for', 'answered', 'duel',
+           'duel_words', 'against_champion', 'draw_candidates', 'draw_errors', 'draw_calibration', 'leaderboard_table']
 
-# %% ../nbs/38_evaluate.ipynb #4d4187bb
+# %% ../nbs/38_evaluate.ipynb #349bf834
 import json
 from pathlib import Path
 from .baseline import finite, improvement
@@ -28,6 +28,7 @@ from .model import classification_metrics, contestants, direction, kinds_of, loa
 from .recipe import FeatureFunction, InputError, column_types, plain as plain_value, read_as, request_type
 from .sql import ident, literal
 from .stage import artifact_path, list_runs, made_in
+from .store import FolderStore, open_store
 
 # %% ../nbs/38_evaluate.ipynb #52f528c0
 def worse(
@@ -971,43 +972,49 @@ def warnings_of(v, resampled) -> list:
     if resampled == "days": out.append(("info", "Intervals draw whole days, because rows of one day share their luck."))
     return out
 
-# %% ../nbs/38_evaluate.ipynb #fee8e6d5
+# %% ../nbs/38_evaluate.ipynb #a1016573
 def run_named(name):
     "The folder of a run, by its path, its id or project/id; None when there is none."
     place = project_root() / name
     if (place / "run.json").is_file() or list(place.glob("*/made.json")): return place
     return next((r for r in list_runs() if str(name) in (r.name, f"{r.parent.name}/{r.name}")), None)
 
-def registry_record(place) -> dict:
-    "The newest record of a name in the registry, whose folder is `place`."
-    file = max(Path(place).glob("log/*.json"), default=None)
-    record = read_json(file, {}) if file else {}
-    if not sealed(record): raise SlmlError("the registry's record is damaged", str(file or place), f"slml registry {Path(place).name} --repair")
+def registry_records(store, name: str) -> list[str]:
+    "The records of a name in a registry, which is a store; the newest last."
+    return [k for k in store.list(f"{name}/log/") if k.endswith(".json")]
+
+def registry_record(store, name: str) -> dict:
+    "The record that holds."
+    file = registry_records(store, name)[-1]
+    try: record = json.loads(store.get(file))
+    except ValueError: record = {}
+    if not sealed(record): raise SlmlError("the registry's record is damaged", f"{store}/{file}", f"slml registry {name} --repair")
     return record
 
-# %% ../nbs/38_evaluate.ipynb #60d61199
+# %% ../nbs/38_evaluate.ipynb #749c2df8
 def package_folder(
     name,                       # folder of a package, a run (project/run, or its folder), or a name in the registry
-    registry="runs/registry",   # its folder
+    registry="runs/registry",   # its folder, or s3://bucket/prefix
 ) -> tuple:                     # folder of the package, and what to call it
-    "Where a packaged model lies."
-    root, known = project_root(), []
-    for place in (root / name, root / registry / name):
-        if list(place.glob("log/[0-9]*.json")): return _answering(place)
-        if (place / "manifest.json").is_file() and (place / "model.json").is_file(): return place, str(name)
+    "Where a packaged model lies on this machine."
+    place, store = project_root() / name, open_store(registry if "://" in str(registry) else project_root() / str(registry))
+    for where, called in [*([(store, str(name))] if "/" not in str(name) else []), (FolderStore(place.parent), place.name)]:
+        if found := _answering(where, called): return found
+    if (place / "manifest.json").is_file() and (place / "model.json").is_file(): return place, str(name)
     if run := run_named(name):
         if "package" not in (made := made_in(run)): raise SlmlError("the run has packaged no model", str(name), "name a run with a stage package")
         return artifact_path(made["package"]), str(name)
-    known = [p.name for p in (root / registry).glob("*") if (p / "log").is_dir()] + [f"{r.parent.name}/{r.name}" for r in list_runs()]
+    known = sorted({k.split("/")[0] for k in store.list() if "/log/" in k}) + [f"{r.parent.name}/{r.name}" for r in list_runs()]
     raise SlmlError(f"'{name}' is no package, no run and no name in the registry", "champion", suggest(name, known))
 
-# %% ../nbs/38_evaluate.ipynb #30f99d0c
-def _answering(place) -> tuple:
-    "The folder of the version in production."
-    record = registry_record(place)
-    if not record["line"]: raise SlmlError("no version is in production", f"registry {place.name}", "sign one, or compare with a run")
+# %% ../nbs/38_evaluate.ipynb #f86d3635
+def _answering(store, name: str) -> tuple | None:
+    "The folder of the version in production, and what to call it; None when the registry does not know the name."
+    if not registry_records(store, name): return None
+    record = registry_record(store, name)
+    if not record["line"]: raise SlmlError("no version is in production", f"registry {name}", "sign one, or compare with a run")
     version = next(v for v in record["versions"] if v["version"] == record["line"][-1])
-    return place / version["package"], f"{place.name} {version['version']}"
+    return store.local(f"{name}/{version['package']}", version.get("sha256", "")), f"{name} {version['version']}"
 
 # %% ../nbs/38_evaluate.ipynb #4f40575b
 def requests_for(

@@ -6,11 +6,11 @@
 __all__ = ['STAGES', 'APPROVALS', 'registry_store', 'registered_names', 'read_registered', 'register', 'sign', 'move', 'rollback',
            'production', 'repair', 'mirror', 'version_text', 'registry_text']
 
-# %% ../nbs/39_registry.ipynb #1694879c
+# %% ../nbs/39_registry.ipynb #129fad60
 import contextlib, datetime as dt, getpass, json, os, re, shutil, tempfile
 from pathlib import Path
 from .core import SlmlError, canonical_json, project_root, read_json, seal, sealed, sha256_file, sha256_text, suggest
-from .evaluate import METRICS, package_folder, plain, run_named
+from .evaluate import METRICS, package_folder, plain, registry_record, registry_records, run_named
 from .stage import artifact_path, made_in
 from .store import FolderStore, open_store
 
@@ -26,7 +26,7 @@ def registry_store(
     "Where the registry lies."
     return open_store(root or os.environ.get("SLML_REGISTRY") or project_root() / "runs" / "registry")
 
-# %% ../nbs/39_registry.ipynb #e5c19f1d
+# %% ../nbs/39_registry.ipynb #1bc72da7
 def _named(name: str) -> str:
     "The name of a model, which is a folder's."
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name): raise SlmlError(f"{name!r} is no name for a model", "registry", "use letters, digits, - _ and .")
@@ -38,20 +38,9 @@ def registered_names(root=None) -> list[str]:
     return sorted({k.split("/")[0] for k in registry_store(root).list() if re.fullmatch(r"[^/]+/log/\d+\.json", k)})
 
 
-def _records(store, name: str) -> list[str]:
-    "The records of a name, the newest last."
-    return [k for k in store.list(f"{_named(name)}/log/") if k.endswith(".json")]
+def _records(store, name: str) -> list[str]: return registry_records(store, _named(name))
 
-# %% ../nbs/39_registry.ipynb #d8056282
-def _newest(store, name: str) -> dict:
-    "The record that holds."
-    file = _records(store, name)[-1]
-    try: record = json.loads(store.get(file))
-    except ValueError: record = {}
-    if not sealed(record): raise SlmlError("the registry's record is damaged", f"{store}/{file}", f"slml registry {name} --repair")
-    return record
-
-
+# %% ../nbs/39_registry.ipynb #4aadc710
 def read_registered(
     name: str,
     root=None,
@@ -59,7 +48,7 @@ def read_registered(
     "What the registry knows of a name."
     store = registry_store(root)
     if not _records(store, name): raise SlmlError(f"no model is registered as '{name}'", str(store), suggest(name, registered_names(root)))
-    return _newest(store, name)
+    return registry_record(store, name)
 
 # %% ../nbs/39_registry.ipynb #ef31e825
 def _who() -> str:
@@ -70,7 +59,7 @@ def _who() -> str:
 
 def _now() -> str: return dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds")
 
-# %% ../nbs/39_registry.ipynb #2a863884
+# %% ../nbs/39_registry.ipynb #cfc09a71
 def _commit(
     name: str, root,
     change,  # function of the record, which it alters in place; what it returns is handed on
@@ -81,7 +70,7 @@ def _commit(
     for attempt in range(100):
         there = _records(store, name)
         empty = {"format": 1, "name": name, "revision": 0, "approval": "automatic", "versions": [], "line": [], "history": []}
-        record = _newest(store, name) if there else empty if new else read_registered(name, root)
+        record = registry_record(store, name) if there else empty if new else read_registered(name, root)
         said = change(record)
         record["revision"] = int(Path(there[-1]).stem) + 1 if there else 1
         if store.put_if_absent(f"{name}/log/{record['revision']:06d}.json", json.dumps(seal(record), indent=1, ensure_ascii=False)): return said
@@ -168,7 +157,7 @@ def _promote(record: dict, v: dict, who: str, note: str = ""):
     record["line"] = [n for n in record["line"] if n != v["version"]] + [v["version"]]
     _note(record, "production", v["version"], who, was=was, note=note)
 
-# %% ../nbs/39_registry.ipynb #892f0972
+# %% ../nbs/39_registry.ipynb #dbb1f117
 def register(
     where,  # a run (project/run, or its folder), or the folder of a package
     name: str,  # what the model is registered as
@@ -180,7 +169,7 @@ def register(
     "Take a package into the registry; in automatic mode it goes into production when its gate was met."
     if approval not in ("", *APPROVALS): raise SlmlError(f"there is no approval '{approval}'", "registry", suggest(approval, APPROVALS))
     store = registry_store(root)
-    folder, called = package_folder(where, store.root if isinstance(store, FolderStore) else "runs/registry")
+    folder, called = package_folder(where, store)
     file, judged, content = _keep(folder, store, _named(name)), _judged(where, folder), sha256_file(folder)
 
     def change(record):
@@ -288,7 +277,7 @@ def production(
     v = _version(record, record["line"][-1])
     return _package(registry_store(root), name, v), v
 
-# %% ../nbs/39_registry.ipynb #6bf65642
+# %% ../nbs/39_registry.ipynb #480a3e98
 def repair(
     name: str,
     who: str = "", root=None,
@@ -296,7 +285,7 @@ def repair(
     "Go back to the newest record that is intact."
     store, lost = registry_store(root), []
     for file in reversed(_records(store, name)):
-        try: _newest(store, name)
+        try: registry_record(store, name)
         except SlmlError:
             store.put(file.removesuffix(".json") + ".damaged", store.get(file))
             store.delete(file)

@@ -236,3 +236,12 @@ def test_what_is_damaged_in_a_bucket(bucket, monkeypatch):
     with pytest.raises(SlmlError, match="damaged.*slml registry m --repair"): rollback("m")
     assert repair("m") == [3] and production("m")[1]["version"] == 2
     assert s3.get_object(Bucket="models", Key="registry/m/log/000003.damaged")["Body"].read() == b"{"
+
+
+def test_the_champion_lies_in_a_bucket(bucket):
+    "A run on another machine compares its model with the one in production, by its name alone."
+    register(sample_folder(), "flights", root=bucket)
+    if not read_registered("flights", bucket)["line"]: sign("flights", 1, root=bucket)
+    folder, called = package_folder("flights", bucket)
+    assert called == "flights 1" and json.loads((folder / "manifest.json").read_text())["hash"] == read_registered("flights", bucket)["versions"][0]["hash"]
+    with pytest.raises(SlmlError, match="did you mean 'flights'"): package_folder("flight", bucket)

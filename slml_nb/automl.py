@@ -977,7 +977,7 @@ def moments(
     if order.dtype.kind != "f": raise SlmlError(f"column '{time}' is text, neither moments nor numbers", "automl: time", "give it as a date, a timestamp or a number")
     return order
 
-# %% ../nbs/35_automl.ipynb #74f5c47e
+# %% ../nbs/35_automl.ipynb #ce725da5
 def automl(
     data,  # DataFrame, or path of a CSV or Parquet file
     target: str,  # column to predict
@@ -1013,7 +1013,7 @@ def automl(
     score, interval = score_of(spec["task"], spec["metric"], truth, said), score_interval(spec["task"], spec["metric"], truth, said)
     return AutoML(out, job.spec, job, score, interval, math.nan if spec["classes"] else conformal_margin(truth, said), len(aside), notes + remarks(job))
 
-
+# %% ../nbs/35_automl.ipynb #ace82908
 def together(
     a: dict, b: dict,  # columns of two tables
 ) -> dict:

@@ -148,7 +148,7 @@ def found_rule(
     outcomes = [(said, constant_rule(y[rows].astype(int) if classes else y[rows], metric, classes)) for said, rows in groups]
     return nested(outcomes) if len({o for _, o in outcomes}) > 1 else ""
 
-# %% ../nbs/31_baseline.ipynb #42e81e1b
+# %% ../nbs/31_baseline.ipynb #8eff173c
 def one_hot(
     codes,  # (n, categoricals) from `Encoder.codes`
     sizes: list[int],  # codes per categorical
@@ -159,7 +159,7 @@ def one_hot(
     place = (codes + start[:-1]).ravel()
     return csr_matrix((np.ones(place.size), place, np.arange(0, place.size + 1, max(1, codes.shape[1])) if codes.shape[1] else np.zeros(len(codes) + 1, int)), (len(codes), start[-1]))
 
-
+# %% ../nbs/31_baseline.ipynb #102cb061
 def ridge(
     dense,  # (n, p) standardised inputs
     hot,  # (n, q) sparse, from `one_hot`

@@ -329,7 +329,7 @@ def drop(self: Catalog, name: str) -> None:
 
 Catalog.register, Catalog.annotate, Catalog.drop = register, annotate, drop
 
-# %% ../nbs/16_catalog.ipynb #2cd87ee9
+# %% ../nbs/16_catalog.ipynb #a384fbea
 def is_path(
     name: str,  # as it stands behind FROM
 ) -> bool:
@@ -352,7 +352,7 @@ def find(self: Catalog, name: str, run: str = "") -> Table:
     "A table by its name: clean, flights.clean, flights.clean@VERSION, flights.clean@RUN, trips, or a path."
     return self.find_all([name], run)[name]
 
-
+# %% ../nbs/16_catalog.ipynb #17bfc896
 def find_all(
     self: Catalog,
     names: list[str],
@@ -380,7 +380,7 @@ def _told(self: Catalog, tables: dict[str, Table]) -> dict[str, Table]:
 
 Catalog.find, Catalog.find_all = find, find_all
 
-# %% ../nbs/16_catalog.ipynb #d672be3f
+# %% ../nbs/16_catalog.ipynb #1c58fa1a
 def _entry_version(self: Catalog, table: Table, version: str) -> Table:
     "An earlier entry of a registered table."
     if not version: return table
@@ -397,7 +397,7 @@ def _version(self: Catalog, plain: str, version: str) -> Table:
     if hit := [t for t in some if t.run.split("/")[-1] == version or (len(version) > 5 and t.sha256.startswith(version.lower()))]: return hit[0]
     raise SlmlError(f"'{plain}' has no version {version}", "catalog", suggest(version, dict.fromkeys(v for t in some for v in (t.version, t.run.split('/')[-1]))))
 
-
+# %% ../nbs/16_catalog.ipynb #21297bcf
 def _unknown(self: Catalog, name: str, near=()) -> SlmlError:
     "The error for a name that nobody knows."
     names = [*dict.fromkeys([*near, *self.registered(), *(t.name for t in self.made())])]
@@ -406,7 +406,7 @@ def _unknown(self: Catalog, name: str, near=()) -> SlmlError:
     if hint.startswith("there is ") and (close := nearest(plain, bare)): hint = f"did you mean '{bare[close]}'?"
     return SlmlError(f"there is no table '{name}'", str(self.store) if self.given else "runs/", hint if names else "there are none yet: slml run params/flights.yaml")
 
-
+# %% ../nbs/16_catalog.ipynb #ca3e31c8
 def _of_one_run(self: Catalog, names: list[str], run: str, known: dict) -> dict[str, Table]:
     "Bare names, all from the newest run that has them."
     if self.given: return {n: _in_store(self, n, run) for n in names}
@@ -549,7 +549,7 @@ def glue_columns(
     inside = {p.lower() for p in table.partitions}
     return [c for c in all_ if c["Name"] not in inside], [c for c in all_ if c["Name"] in inside], [f"{c} {t}" for c, t, h in kinds if not h]
 
-# %% ../nbs/16_catalog.ipynb #e3a2a9f6
+# %% ../nbs/16_catalog.ipynb #6d87bc89
 def glue_input(
     table: Table,
     name: str,  # in Glue
@@ -571,7 +571,7 @@ def _glue_place(self: Catalog, table: Table, files: list[str], name: str) -> tup
     store.put(f"catalog/links/{name.replace('_', '-')}/files.txt", "\n".join(files) + "\n")
     return f"{store}/catalog/links/{name.replace('_', '-')}/", True
 
-
+# %% ../nbs/16_catalog.ipynb #7598f3f3
 def to_glue(
     self: Catalog,
     table: Table,

@@ -562,7 +562,7 @@ def expected(
     else: return None
     return {"seconds": seconds, "joules": watts * seconds, "usd": rate * seconds, "runs": n}
 
-# %% ../nbs/54_cost.ipynb #4c64158f
+# %% ../nbs/54_cost.ipynb #a12b5183
 def _phases(metrics: dict) -> dict:
     "What a training says of its loop (`Pace.metrics`), as phases."
     loop, wait = metrics.get("loop_seconds"), metrics.get("loader_seconds")
@@ -578,7 +578,7 @@ def _training_estimate(metrics: dict) -> str:
     early = f"; it ended early, after {done:,} of {planned:,} steps" if done and planned and done < planned else ""
     return f"after its first steps, training {came(metrics['expected_seconds'], metrics['loop_seconds'])}{early}"
 
-
+# %% ../nbs/54_cost.ipynb #6091555f
 def profile_stage(
     bill: dict,  # of the stage, from `cost_stage`
     entry: dict,  # the stage in run.json
@@ -599,7 +599,7 @@ def profile_stage(
     return {**out, "seconds": record["seconds"], "bound": why[0] if why else "", "share": found[why[0]] if why else None, "shares": found, "advice": advice(record) + _waste(record, why, large, prices),
             "joules": used["joules"], "how": used["how"], "machine": large, "saves_usd": usd, "saves": words, "expected": expected(before, size), "said": _training_estimate(metrics)}
 
-
+# %% ../nbs/54_cost.ipynb #9f48a9e1
 def _waste(record: dict, why: list[str], large: str, prices: dict) -> list[str]:
     "What waiting costs while a machine is paid for."
     waits = {"loader": record.get("phases", {}).get("loader", {}).get("seconds"), "network": record.get("on_the_wire"), "disk": record.get("stalled_io")}

@@ -112,7 +112,7 @@ def _as_typed(text):
     try: return yaml.safe_load(text) if isinstance(text, str) and not isinstance(text, Secret) else text
     except yaml.YAMLError: return text
 
-# %% ../nbs/06_engine.ipynb #8f110f82
+# %% ../nbs/06_engine.ipynb #1431d269
 def notebook_text(
     nb: dict,
 ) -> str:
@@ -120,7 +120,7 @@ def notebook_text(
     cells = ",\n".join(json.dumps(c, ensure_ascii=False) for c in nb["cells"])
     return f'{{"cells": [\n{cells}\n],\n' + json.dumps({k: v for k, v in nb.items() if k != "cells"}, ensure_ascii=False)[1:] + "\n"
 
-
+# %% ../nbs/06_engine.ipynb #6d033326
 class Recorder:
     "A notebook while it runs: outputs, states, meters, log."
     every, most = 1.0, 500_000  # seconds between saves; characters that are kept of what a cell prints, at its beginning and at its end
@@ -221,7 +221,7 @@ class Text:
         if self.out is not None: self.out["text"] = "".join(self.out["text"])
         if self.file: self.file.close()
 
-# %% ../nbs/06_engine.ipynb #0694e86d
+# %% ../nbs/06_engine.ipynb #375e9482
 def _stream(self: Recorder, index: int, name: str, text: str, last: bool = False):
     "Take in a piece of text."
     key = (index, name)
@@ -243,7 +243,7 @@ def _stream(self: Recorder, index: int, name: str, text: str, last: bool = False
         outs.append(t.out)
     t.add(text, t.out)
 
-
+# %% ../nbs/06_engine.ipynb #0f79a259
 def _log(self: Recorder, index: int, name: str, text: str, t: Text, last: bool = False):
     "Each complete line of text, to the log and to whoever watches."
     if t.logged > self.most: return
@@ -363,7 +363,7 @@ def _ended(record: Recorder, index: int, error: Exception, limit) -> CellFailed:
     record.cell_ends(index, {}, failed=True)
     return CellFailed(index, kind, message)
 
-# %% ../nbs/06_engine.ipynb #980d1946
+# %% ../nbs/06_engine.ipynb #5ed9ef7e
 @functools.cache
 def _manager():
     "Papermill's manager with our way of saving; made on first use, because importing Papermill takes a second."
@@ -396,7 +396,7 @@ def _manager():
             if self.record.log: self.record.log.close()
     return Manager
 
-
+# %% ../nbs/06_engine.ipynb #9182b755
 def new_recorder(nb, output=None, **kw) -> Recorder:
     "A recorder for a notebook of nbformat's; Papermill's own writers serve addresses."
     import nbformat

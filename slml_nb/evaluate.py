@@ -313,7 +313,7 @@ def make_verdict(
     v["missing"] = {c["name"]: missing(gated, c["name"]) for c in candidates}
     return v | dict(doubt=doubt, sentence=f"{sentence(v, candidates, samples, level)} {doubt}".strip())
 
-# %% ../nbs/38_evaluate.ipynb #79ce118d
+# %% ../nbs/38_evaluate.ipynb #56768e72
 def _bins(values, names=4):
     "Equally full bins of a numeric column as readable labels."
     import numpy as np, pandas as pd
@@ -335,6 +335,7 @@ def _named(values, name):
     codes, known = pd.factorize(values)
     return pd.Series(np.array([*map(name, known), None], object)[codes], index=values.index)
 
+# %% ../nbs/38_evaluate.ipynb #3799496e
 def slice_columns(
     frame,           # features of the test rows
     kinds,           # {feature: "numeric" or "categorical"}

@@ -218,7 +218,7 @@ def bin_sql(
     if info["kind"] == "category" or info["distinct"] <= 200: return f"{x}::VARCHAR"
     return f"case when {x} is not null then ceil({BINS} * cume_dist() over (partition by {x} is null order by {x})) end"
 
-# %% ../nbs/12_explore.ipynb #af5ef3da
+# %% ../nbs/12_explore.ipynb #5137ce97
 def target_sql(
     con,
     problem: dict,
@@ -241,7 +241,7 @@ def rank_target(con, problem: dict, sql_type: str, sample: str = "explore_sample
     named = ", ".join(f'{y} as "slml y{j}"' for j, y in enumerate(ys))
     con.execute(f"create or replace temp table {ident(sample)} as select *, {named} from {ident(sample)}")
 
-
+# %% ../nbs/12_explore.ipynb #6b5c8d26
 def power(
     con,
     bins: str,  # SQL expression of the bin
@@ -375,7 +375,7 @@ def formulas(
         out += [([a, b], f"{a} {op} {b}", s) for (a, op, b), s in zip(pairs, shares)]
     return sorted(out, key=lambda r: -r[2])
 
-# %% ../nbs/12_explore.ipynb #7c274246
+# %% ../nbs/12_explore.ipynb #e5c589d5
 def place_power(
     con,
     ys: list[str],  # from target_sql
@@ -385,7 +385,7 @@ def place_power(
     bins = {"row_id": f"ceil({BINS} * cume_dist() over (order by row_id))", "source": "source"}
     return {name: power(con, b, ys, sample) for name, b in bins.items()}
 
-
+# %% ../nbs/12_explore.ipynb #4a6976b4
 def weighted_sum(
     con,
     target: str,
@@ -499,7 +499,7 @@ def missing_patterns(
     found = con.execute(f"select *, count(*) / sum(count(*)) over () as share from (select {flags} from {ident(sample)}) group by all order by share desc, {', '.join(f'm{i}' for i in range(len(holes)))} limit {top}").fetchall()
     return [dict(missing=[n for n, gone in zip(holes, r) if gone], share=_plain(r[-1])) for r in found]
 
-# %% ../nbs/12_explore.ipynb #3ff396e7
+# %% ../nbs/12_explore.ipynb #a9d68cb2
 def ranks(
     x,  # numpy array, no missing values
 ):  # mid-ranks, 1 is the smallest
@@ -517,7 +517,7 @@ def correlation(a, b) -> float:
     size = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / size if size else 0.0
 
-
+# %% ../nbs/12_explore.ipynb #6f4f76f3
 def correlation_ratio(
     labels,  # numpy array of codes from 0
     x,  # numpy array of numbers
@@ -608,7 +608,7 @@ def share_chance(
     spread = math.sqrt(p * (1 - p) * (1 / n + 1 / m)) if n and m else 0
     return math.erfc(abs(a / n - b / m) / spread / math.sqrt(2)) if spread else 1.0
 
-# %% ../nbs/12_explore.ipynb #2608decd
+# %% ../nbs/12_explore.ipynb #d5aeb5a9
 def ks_distance(
     a, b,  # counts of the same ordered values in two samples
 ) -> float:
@@ -622,7 +622,7 @@ def total_variation(a, b) -> float:
     import numpy as np
     return float(np.abs(a / a.sum() - b / b.sum()).sum() / 2)
 
-
+# %% ../nbs/12_explore.ipynb #b3d632fa
 def psi(a, b) -> float:
     "Population stability index of counts in the same bins (Siddiqi, 2006); half a row in each, so that an empty bin is not infinite."
     import numpy as np
@@ -692,7 +692,7 @@ def count_periods(
     found = con.execute(f"select {period}, count(*), {counts} from {ident(table)} where {period} is not null group by 1 order by {order}").fetchall()
     return [str(r[0]) for r in found], [list(r[1:]) for r in found]
 
-# %% ../nbs/12_explore.ipynb #1dfa7b18
+# %% ../nbs/12_explore.ipynb #458d68dd
 def value_matrix(
     con,
     name: str,
@@ -724,7 +724,7 @@ def new_labels(
     fresh = [(float(b[v]), int(v)) for v in ((a == 0) & (b > 0)).nonzero()[0]]
     return [values[v] for n, v in sorted(fresh, key=lambda r: (-r[0], r[1])) if (1 - n / b.sum()) ** a.sum() <= chance][:most]
 
-
+# %% ../nbs/12_explore.ipynb #14d14c22
 def compare_periods(
     a, b,  # counts of the same values in two periods
     label: bool,  # labels, or ordered values
@@ -922,7 +922,7 @@ def target_findings(
         say("info", f"{t['name']} has a long {side} tail (skewness {t['skew']:.1f}): MAE and RMSE will tell different stories.")
     return out
 
-# %% ../nbs/12_explore.ipynb #324bd7ab
+# %% ../nbs/12_explore.ipynb #23f88bd5
 def closer_findings(
     profile: dict,  # from make_profile and look_closer
 ) -> list[tuple[str, str]]:  # level, sentence
@@ -946,7 +946,7 @@ def _about(d: dict) -> str:
     "A count, or an estimate with its error (95 %)."
     return f"{d['again']:,}" if not d["error"] else f"about {d['again']:,} (± {2 * d['error']:,})"
 
-
+# %% ../nbs/12_explore.ipynb #015cd345
 def drift_findings(
     found: dict,  # from drift
     most: int = 4,  # columns to name
@@ -1075,7 +1075,7 @@ def draw_profile(
     missing = sorted(((n, c["missing"] / max(profile["rows"], 1)) for n, c in profile["columns"].items() if c["missing"]), key=lambda r: -r[1])[:10]
     draw_columns(axes[2], missing, "missing, %", [colours[0]] * len(missing))
 
-# %% ../nbs/12_explore.ipynb #a176aa77
+# %% ../nbs/12_explore.ipynb #0478f560
 def target_class(profile: dict) -> str | None:
     "The class whose share is drawn: the rarer of two, the most frequent of many; None for a number."
     if profile["task"] != "classification": return None
@@ -1092,7 +1092,7 @@ def target_bands(
     if of is None: return f"quantile_cont({y}::DOUBLE, [0.25, 0.5, 0.75])"
     return f"[null, 100.0 * avg(({y}::VARCHAR = {literal(of)})::INTEGER), null]"
 
-
+# %% ../nbs/12_explore.ipynb #e213b164
 def column_shape(
     con,
     name: str,
@@ -1123,7 +1123,7 @@ def shown_columns(profile: dict, most: int = 8) -> list[str]:
     rest = [n for n, c in profile["columns"].items() if c["role"] in ("input", "text") and c["distinct"] > 1]
     return list(dict.fromkeys([n for n, _ in strongest(profile, most)] + sorted(rest, key=lambda n: -(profile["columns"][n].get("power") or 0))))[:most]
 
-# %% ../nbs/12_explore.ipynb #09caeaf3
+# %% ../nbs/12_explore.ipynb #10721f7b
 def _ticks(ax, values: list[float], time: bool):
     "Few tick labels, of times as dates."
     low, high = values
@@ -1151,7 +1151,7 @@ def draw_column(top, bottom, con, name: str, profile: dict, colours: list):
     if labels: bottom.set_xticks(range(len(labels)), [str(v)[:9] for v in labels], rotation=90 if max(map(len, labels)) * len(labels) > 26 else 0)
     else: _ticks(bottom, [bars[0][0], bars[-1][1]], c["kind"] == "time")
 
-
+# %% ../nbs/12_explore.ipynb #f09175f6
 def draw_shapes(
     axes,  # matplotlib axes, two rows (values, target) for each row of columns
     con,
@@ -1225,7 +1225,7 @@ def draw_associations(ax, profile: dict):
     ax.set_yticks(range(len(names)), [cut(n) for n in names])
     ax.set_title("go together"); ax.grid(visible=False)
 
-# %% ../nbs/12_explore.ipynb #48ad3db0
+# %% ../nbs/12_explore.ipynb #07399a92
 def over_time(
     con,
     table: str,
@@ -1250,7 +1250,7 @@ def fill_gaps(points: list) -> list:
     for a, b in zip(points, points[1:]): out += ([(a[0] + step, 0, None), (b[0] - step, 0, None)] if b[0] - a[0] > 1.6 * step else []) + [b]
     return out
 
-
+# %% ../nbs/12_explore.ipynb #3ccec529
 def draw_time(axes, course: tuple, profile: dict, colours: list):
     "Rows per unit of time above, the target below."
     unit, points = course

@@ -221,7 +221,7 @@ def _bound_feature(view: View, f: dict, check) -> dict:
     if column not in view.columns: view.columns.append(column)
     return {**f, "value": view.columns.index(column), "type": "BIGINT" if f["aggregate"].startswith("count") else "DOUBLE" if f["aggregate"] in ("sum", "avg", "stddev") else to}
 
-# %% ../nbs/25_feature_store.ipynb #23f82d68
+# %% ../nbs/25_feature_store.ipynb #caf4046b
 def _micros_sql(view: View, expression: str) -> str:
     "SQL of a time as microseconds in UTC."
     at = f"({expression}\n)"
@@ -248,7 +248,7 @@ def events_sql(
 
 def _names(view: View) -> tuple[list[str], list[str]]: return [f"k{i}" for i in range(len(view.keys))], [f"x{i}" for i in range(len(view.columns))]
 
-
+# %% ../nbs/25_feature_store.ipynb #d2cffe04
 def make_events(
     con,  # DuckDB connection
     view: View,  # bound
@@ -336,7 +336,7 @@ def _bucket_sql(view: View, rows: str, width: int, those: list[int]) -> str:
     return f"select n, {columns} from (select *, unnest([m // {width}, m // {width} - 1]) as b from {rows}) r left join ({events}) v " \
            f"on {same} and r.b = v.b and v.known {before} r.m and v.happened {first} r.m - {width} group by n"
 
-# %% ../nbs/25_feature_store.ipynb #3705bd2a
+# %% ../nbs/25_feature_store.ipynb #13614b4d
 def historical_features(
     con,  # DuckDB connection on which `make_events` was called for each view
     rows: str,  # SELECT of the rows: key columns of all views, and a moment
@@ -361,7 +361,7 @@ def historical_features(
         columns += [f"p{i}_0.age AS {ident('age ' + view.name)}"] if ages else []
     return con.sql(f"select r.* exclude (slml_n){''.join(', ' + c for c in columns)} from \"history rows\" r{joins} order by slml_n")
 
-
+# %% ../nbs/25_feature_store.ipynb #61984a52
 def _keyed_rows(con, view: View, types: dict, moment: str):
     "Make the table `rows <view>`: n, m and the keys of the rows that have them."
     for key in view.types:
@@ -381,7 +381,7 @@ def _parts(view: View) -> list[tuple[str, list[int]]]:
     windows = [i for i in windows if not any(i in those for those in widths.values())]
     return [(_asof_sql(view, rows), latest), *[(_window_sql(view, rows, windows), windows)][:len(windows)], *((_bucket_sql(view, rows, w, those), those) for w, those in widths.items())]
 
-# %% ../nbs/25_feature_store.ipynb #7a14b8e2
+# %% ../nbs/25_feature_store.ipynb #1ea2612d
 def definition(
     view: View,  # bound
 ) -> dict:  # what the online store needs
@@ -407,7 +407,7 @@ def online_events(
             key, (happened, known, name), said = row[:len(keys)], row[len(keys):len(keys) + 3], row[len(keys) + 3:]
             yield json.dumps([plain(v) for v in key], ensure_ascii=False, separators=(",", ":")), Event(happened, known, tuple(plain(v) for v in said), name)
 
-
+# %% ../nbs/25_feature_store.ipynb #25a42a17
 def materialize(
     con,  # DuckDB connection on which `make_events` was called for each view
     online: OnlineStore,
@@ -518,7 +518,7 @@ SAMPLE = {"entities": {"carrier": {"carrier": "VARCHAR"}, "airport": {"origin": 
     "airport_weather": {"entity": "airport", "source": "weather", "time": "time_hour", "inclusive": True, "ttl": "6 hours", "fresh": "3 hours", "about": "the last report before departure",
                         "features": {"wind_now": "wind_speed", "visib_now": "visib", "rain_6h": "sum(precip) over 6 hours"}}}}
 
-# %% ../nbs/25_feature_store.ipynb #c0d4a84d
+# %% ../nbs/25_feature_store.ipynb #30e070ed
 def coverage(
     con,  # DuckDB connection with the table `joined`: the rows with `age <view>`, and the events
     views: list[View],
@@ -537,7 +537,7 @@ def coverage(
                     "age, hours (10 %)": low, "age, hours (median)": middle, "age, hours (90 %)": high, "owner": v.owner, "about": v.about})
     return out
 
-
+# %% ../nbs/25_feature_store.ipynb #61c44645
 def plot_coverage(
     axes,  # two matplotlib axes
     shares: list[tuple],  # (feature, share of rows with a value)

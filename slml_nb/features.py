@@ -167,7 +167,7 @@ def _one_row_a_key(con, join, keys, where):
     lost = before - con.execute(f"select count(*) from {t}").fetchall()[0][0]
     return [("warn" if double else "info", f"table '{join.table}': {lost:,} rows repeat a key" + (f", the {join.keep} of each was taken" if double else " with the same values"))] if lost else []
 
-# %% ../nbs/23_features.ipynb #274e50e9
+# %% ../nbs/23_features.ipynb #664de932
 def join_sql(
     query: str,  # SELECT of the rows so far
     join: Join,  # prepared
@@ -181,7 +181,7 @@ def join_sql(
     columns = "".join(f", j.{ident('v ' + new)} AS {ident(new)}" for new in join.columns)
     return f"select r.*{columns} from ({query}) r {'asof ' if join.asof else ''}left join {ident(join.relation)} j on {' and '.join(on)}"
 
-
+# %% ../nbs/23_features.ipynb #76b68506
 def join_rows(
     con,  # DuckDB connection with the table `clean`
     problem: dict,
@@ -506,7 +506,7 @@ def only_past(
             f"case when {filled} then sum(y{i}) over w end as s, case when {filled} then count(y{i}) over w end as n, avg(y{i}) over (p) as prior "
             f'from "encoding rows" window w as (partition by {keys} {frame}), p as ({frame})) r left join "other all {i}" a on a.own = r.fold').replace("over (p)", "over p")
 
-# %% ../nbs/23_features.ipynb #5b3a54cd
+# %% ../nbs/23_features.ipynb #1728ce7a
 def whole_training(
     con,  # DuckDB connection with `encoding rows`
     encoding: Encoding,
@@ -521,7 +521,7 @@ def whole_training(
     con.execute(f'create or replace temp table {ident(relation)} as select {keys}, {values} from "encoding rows" where {filled} group by {keys} order by all')
     return priors
 
-
+# %% ../nbs/23_features.ipynb #3913a817
 def encode_rows(
     con,  # DuckDB connection with `rows` and `splits`
     problem: dict,

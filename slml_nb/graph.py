@@ -15,7 +15,7 @@ from .core import (MACHINE, ParamSet, SlmlError, atomic_write, cache_folder, can
 from .engine import left_out
 from .stage import shipped_notebooks
 
-# %% ../nbs/07_graph.ipynb #0c9c6ae9
+# %% ../nbs/07_graph.ipynb #94ae2895
 @dataclass
 class Node:
     "One stage of a graph."
@@ -52,7 +52,7 @@ class Node:
         "Modules and versions that its code imports."
         return imports_of_stage(self)
 
-
+# %% ../nbs/07_graph.ipynb #f2ea6891
 def read_stage(
     stage: str,  # its name
     notebook: Path,

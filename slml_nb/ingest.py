@@ -182,7 +182,7 @@ def raw_record(
     elif not colon and project_root() / Path(source).expanduser() != path: address = Path(os.path.relpath(path, project_root())).as_posix()
     return {"source": source, "address": address, "file": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}
 
-# %% ../nbs/11_ingest.ipynb #78fdce25
+# %% ../nbs/11_ingest.ipynb #8401e4c5
 def hive_columns(
     path: Path,  # of a file
     below: Path,  # only what lies below this folder counts
@@ -192,7 +192,7 @@ def hive_columns(
     found = {k: unquote(v) for k, sign, v in folders if sign and k}
     return {k: None if v == "__HIVE_DEFAULT_PARTITION__" else str(int(v)) if re.fullmatch(r"0\d", v) else v for k, v in found.items()}
 
-
+# %% ../nbs/11_ingest.ipynb #74dcb408
 @dataclass
 class Found:
     "A plain file that a source means."
@@ -226,7 +226,7 @@ def find_files(
     raw[:] = {r["address"]: r for r in raw}.values()
     return _once(list(found.values()), notes)
 
-
+# %% ../nbs/11_ingest.ipynb #108c5171
 def _fetched(source: str, here: Path, endpoint_url: str, notes: list) -> list[Path]:
     "The files that one source means, on this machine."
     scheme, colon, rest = source.partition("://")
@@ -320,7 +320,7 @@ def _fields(text: str, more, delimiter: str) -> tuple[list[str] | None, list, st
             text += line[1].decode(errors="surrogateescape")
             if text.count('"') % 2 == 0: break
 
-# %% ../nbs/11_ingest.ipynb #2e7c1408
+# %% ../nbs/11_ingest.ipynb #2df353b4
 class Lines:
     "Numbered lines, of which some may be put back."
 
@@ -334,7 +334,7 @@ class Lines:
         "Give lines back, in their order."
         self.ahead.extendleft(reversed(taken))
 
-
+# %% ../nbs/11_ingest.ipynb #f6eeed00
 def sieve(
     lines,  # iterable of (line number, bytes with their line end)
     delimiter: str,
@@ -362,7 +362,7 @@ def sieve(
         if fields is None: lines.put_back(taken)
         yield number, fields, reason, "" if fields else bare[:500].encode(errors="surrogateescape").decode(errors="replace").replace("\x00", "\u2400")
 
-# %% ../nbs/11_ingest.ipynb #417d4d49
+# %% ../nbs/11_ingest.ipynb #e39c8146
 class Rejects:
     "What was set aside of a file, as (line, reason, text): any number, kept on disk."
 
@@ -390,7 +390,7 @@ class Rejects:
         if not self.n: return
         with open(self.path, encoding="utf-8", newline="") as f: yield from ((int(n), reason, text) for n, reason, text in csv.reader(f))
 
-
+# %% ../nbs/11_ingest.ipynb #871cc24c
 @dataclass
 class File:
     "One file that was read: where its rows are now, and what was noticed."
@@ -471,7 +471,7 @@ def column_names(
         elif not raw.strip(): said.append(f"column {i} has no name: it is '{name}' now")
     return names, said
 
-# %% ../nbs/11_ingest.ipynb #ca08e379
+# %% ../nbs/11_ingest.ipynb #a722fd83
 @dataclass
 class Counts:
     "What the bytes of a file say, apart from any parser."
@@ -485,7 +485,7 @@ def _inside(parts: list[bytes], open_: bool) -> tuple[int, int, bool]:
     found = [p.count(b"\n") for p in parts[1 - open_::2]]
     return sum(found), max(found, default=0), open_ ^ (len(parts) % 2 == 0)
 
-
+# %% ../nbs/11_ingest.ipynb #f39e69b7
 def count_lines(
     path: Path,
     skip: int = 0,  # lines that do not count
@@ -503,7 +503,7 @@ def count_lines(
     counts.records = -1 if counts.records or open_ else counts.lines - inside
     return counts
 
-
+# %% ../nbs/11_ingest.ipynb #144a3e1f
 def copy_rows(
     con,  # DuckDB connection
     query: str,  # a SELECT
@@ -757,7 +757,7 @@ def _sift_json(path: Path, out: Path, rejects) -> int:
             else: kept += g.write(text + b"\n") > 0
     return kept
 
-# %% ../nbs/11_ingest.ipynb #9ce73350
+# %% ../nbs/11_ingest.ipynb #74163f58
 def _unfold(con, path: Path, names: list[str], deepest: int = 4, most: int = 100) -> list[tuple[str, str]]:
     "The name and SQL of each column of a Parquet file of text c0, c1, …; objects are unfolded."
     under = lambda key: '$."' + key + '"'
@@ -772,7 +772,7 @@ def _unfold(con, path: Path, names: list[str], deepest: int = 4, most: int = 100
         todo[:0] = [(f"{name}.{k}", f"json_extract_string({value}, {literal(under(k))})", depth + 1) for k in keys]
     return out
 
-
+# %% ../nbs/11_ingest.ipynb #b4eca12a
 def read_jsonl(con, name: str, path: Path, how: How, folder: Path) -> File:  # every column as text
     "Read JSON lines, or one array of objects; set aside what cannot be read."
     path = as_utf8(path, name, how, folder)
@@ -796,7 +796,7 @@ def read_jsonl(con, name: str, path: Path, how: How, folder: Path) -> File:  # e
     _check_rejects(file, ["JSON lines"], How(encoding="utf-8"), None)
     return file
 
-# %% ../nbs/11_ingest.ipynb #ccbb1b39
+# %% ../nbs/11_ingest.ipynb #2718ed7e
 def plain_type(
     duckdb_type: str,
     small: bool = True,  # its whole numbers fit into 64 bits
@@ -816,7 +816,7 @@ _FOREIGN = {b"ARROW1": "an Arrow (Feather) file", b"FEA1": "a Feather file", b"O
             b"SQLite format 3": "an SQLite database", b"%PDF": "a PDF", b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy file", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
             b"7z\xbc\xaf": "a 7z archive", b"(\xb5/\xfd": "a file packed by zstd", b"Rar!": "a RAR archive", b"SIMPLE  =": "a FITS file", b"\x80\x04\x95": "a Python pickle"}
 
-
+# %% ../nbs/11_ingest.ipynb #fcb4cd15
 def read_parquet_file(con, name: str, path: Path) -> File:
     "A Parquet file where it is; a column without any value has the type ''. Whole numbers beyond 64 bits are ids: they become text, since a float would change them."
     import duckdb
@@ -840,7 +840,7 @@ def _beyond(con, table: str, described) -> dict[str, int]:
     outside = [f"count(*) filter ({ident(c)} not between '0001-01-01' and '9999-12-31 23:59:59.999999')" for c in times]
     return {c: n for c, n in zip(times, con.execute(f"select {', '.join(outside)} from {table}").fetchall()[0] if times else ()) if n}
 
-
+# %% ../nbs/11_ingest.ipynb #d7ad5ab0
 def _refuse_foreign(magic: bytes, path: Path, name: str):
     "Say what a file is that is no table of text."
     kind = next((k for m, k in _FOREIGN.items() if magic.startswith(m)), "")
@@ -953,7 +953,7 @@ _AMOUNT = r"^([+-]?)([$€£¥₹]|USD|EUR|GBP|CHF|JPY|INR)? ?([+-]?[\d.,'’]*\
 _PARTS = f"regexp_extract({_signed}, {literal(_AMOUNT)}, ['sign', 'before', 'number', 'after'])"
 UNITS = {f"{r} with unit": READINGS[r][1].replace("{v}", f"({_PARTS}.sign || {_PARTS}.number)") for r in GROUPS[1]}
 
-# %% ../nbs/11_ingest.ipynb #94404606
+# %% ../nbs/11_ingest.ipynb #1dddf310
 _MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
 _TRUTHS = "('true', 'false', 't', 'f', 'yes', 'no', 'y', 'n')"
 QUESTIONS = {
@@ -976,7 +976,7 @@ def tidy(text: str, unwrap: bool = False) -> str:
     text = f"trim({text}, ' \t\r\n\u00a0')"
     return f"regexp_replace({text}, '^=\"(.*)\"$', '\\1')" if unwrap else text
 
-
+# %% ../nbs/11_ingest.ipynb #d3ece7e1
 class Evidence:
     "What the values of one text column of one file say. What was asked once is kept in `known`, which is plain JSON."
 
@@ -1046,7 +1046,7 @@ def total_of(parts: list[Evidence], *questions: str) -> list[int]:
     "Counts over all files."
     return [sum(c) for c in zip(*(p.ask(*questions) for p in parts))]
 
-# %% ../nbs/11_ingest.ipynb #d961ea1f
+# %% ../nbs/11_ingest.ipynb #a9391152
 _GUESSES = {"integer": r"[+-]?\d{1,18}", "number": _NUMBER, "date": _YEAR + r"[-/]\d{1,2}[-/]\d{1,2}", "timestamp": _STAMP + "( ?Z| ?UTC)?"}
 _BARE = {"integer": "try_cast({v} as BIGINT)", "number": "try_cast({v} as DOUBLE)", "date": "try_cast({v} as DATE)", "timestamp": "try_cast({v} as TIMESTAMP)"}
 _PLAIN = {"timestamp": _fits(_GUESSES["timestamp"], _BARE["timestamp"])}  # DuckDB's cast knows no leap second
@@ -1083,7 +1083,7 @@ def _small_look(values, reading: str, nulls) -> dict:
     if not all(abs(float(v)) < float("inf") for v in there): return {}
     return known | ({} if any("E+" in v for v in there) else {"mangled by a spreadsheet": 0})
 
-
+# %% ../nbs/11_ingest.ipynb #ba2440a8
 def first_look(con, file: File, rows: str, columns: dict[str, str], nulls):
     "Ask all text columns of a file at once whether a simple reading fits every value."
     todo, tokens = [c for c in columns if c not in file.known], _token_case(nulls)
@@ -1143,7 +1143,7 @@ def _as_time(parts: list[Evidence], name: str, total: int) -> tuple[str, str]:
         if not reading.startswith("compact"): return "", f"column '{name}' would be times if it were {reading} since 1970: then set types: {{{name}: {reading}}}"
     return "", ""
 
-# %% ../nbs/11_ingest.ipynb #8b37fd59
+# %% ../nbs/11_ingest.ipynb #8eaed11c
 def _settle(parts: list[Evidence], name: str, total: int, delimiter: str) -> tuple[str, str]:
     "The reading of a column, '' for text; and why, where it is worth a sentence."
     if any(p.known.get("quoted") for p in parts): return "", f"column '{name}' is written as =\"…\" to keep it text, and stays text"
@@ -1162,7 +1162,7 @@ def _settle(parts: list[Evidence], name: str, total: int, delimiter: str) -> tup
         return "thousands", f"column '{name}': the comma was read as thousands (1,234 = 1234); if it is a decimal comma, set types: {{{name}: decimal comma}}"
     return "", f"column '{name}' can be read as {first} and as {rival}, with different results, and no value tells which: it stays text; set types: {{{name}: {first}}}"
 
-
+# %% ../nbs/11_ingest.ipynb #923e8c5d
 def _disagree(a: str, b: str) -> str:
     "The question where two readings make different things of the same text."
     return f"case when ({READINGS[a][1]}) <> ({READINGS[b][1]}) then 1 end"
@@ -1187,7 +1187,7 @@ def _why_text(parts: list[Evidence], name: str) -> str:
     if both >= ENOUGH * total: return f"column '{name}': {both - month:,} dates can only be day first, {both - day:,} only month first, and the others cannot be told: it stays text; bring them to one form, or read their files apart"
     return ""
 
-
+# %% ../nbs/11_ingest.ipynb #cc157018
 @dataclass
 class Column:
     "How one column of text becomes typed."
@@ -1203,7 +1203,7 @@ class Column:
     notes: list = field(default_factory=list)  # [(level, sentence)]
     trim: bool = True  # whether there are blanks to take off
 
-# %% ../nbs/11_ingest.ipynb #f1fafe79
+# %% ../nbs/11_ingest.ipynb #90d46af2
 def decide(
     parts: list[Evidence],  # of the same column, one for each file
     name: str,
@@ -1237,7 +1237,7 @@ def _examples(parts: list[Evidence], column: Column) -> list:
         found.update(dict(p.con.execute(f"select v, sum(n)::BIGINT from slml_values where not token and ({column.sql.replace('{v}', 'v')}) is null group by v order by 2 desc, 1 limit 1000").fetchall()))
     return [[v, n] for v, n in sorted(found.items(), key=lambda x: (-x[1], x[0]))[:20]]
 
-
+# %% ../nbs/11_ingest.ipynb #a5202a49
 def infer(
     con,  # DuckDB connection
     table: str,  # SQL of a table or subquery
@@ -1276,7 +1276,7 @@ def _force(parts: list[Evidence], column: Column, forced: str):
         try: column.type, column.sql = kind.upper(), max(zip(total_of(parts, *sqls), range(0, -len(sqls), -1), sqls))[2]
         except Exception: raise SlmlError(f"there is no type '{forced}'", f"ingest: types: {column.name}", suggest(forced, ["BIGINT", "DOUBLE", "BOOLEAN", "DATE", "TIMESTAMP", "VARCHAR", *READINGS])) from None
 
-# %% ../nbs/11_ingest.ipynb #ecef799f
+# %% ../nbs/11_ingest.ipynb #e1185283
 def widest(types) -> str:  # "VARCHAR" for a column without any value
     "The type that holds values of all these types."
     kinds = {t for t in types if t}
@@ -1311,7 +1311,7 @@ def renamed(files: list[File]) -> list[str]:  # sentences
                 new.remove(best)
     return said
 
-
+# %% ../nbs/11_ingest.ipynb #8ce824a0
 def differences(files: list[File]) -> list[str]:  # sentences
     "How files of one table differ in their columns: missing or added, renamed, of another type, spelt otherwise."
     met, said = _names(files), renamed(files)
@@ -1367,7 +1367,7 @@ def unite(con, view: str, files: list[File]) -> list[tuple[str, str]]:  # [(colu
     con.execute(f"create or replace temp view {ident(view)} as " + " union all ".join(parts))
     return list(columns.values())
 
-# %% ../nbs/11_ingest.ipynb #ef9ddb8e
+# %% ../nbs/11_ingest.ipynb #6154e5db
 @dataclass
 class Table:
     "A table that was read; `query` gives its typed rows."
@@ -1378,7 +1378,7 @@ class Table:
     rows: int  # after `limit`
     raw: list = field(default_factory=list)  # a `raw_record` of each file that it came from
 
-
+# %% ../nbs/11_ingest.ipynb #7424daf5
 def evidence_of(con, files: list[File], name: str, how: How) -> list[Evidence]:
     "The evidence about a text column, of each file that has it."
     key, parts = name.lower(), []
@@ -1439,7 +1439,7 @@ def add_columns(con, view: str, derived: dict[str, str]) -> str:  # SELECT
     replacing = f" replace ({', '.join(replaced)})" if replaced else ""
     return f"select *{replacing}{''.join(', ' + n for n in new)} from {ident(view)}"
 
-# %% ../nbs/11_ingest.ipynb #f6c22fb0
+# %% ../nbs/11_ingest.ipynb #31ec46b7
 _READER = sha256_text(canonical_json([READINGS, QUESTIONS, "1"]))[:16]  # "1": of how files are read
 
 
@@ -1489,7 +1489,7 @@ class Parts:
         kept = read_json(self.folder / key / "file.json")
         if kept and kept["known"] != file.known: atomic_write(self.folder / key / "file.json", json.dumps({**kept, "known": file.known}))
 
-
+# %% ../nbs/11_ingest.ipynb #2b1bcbf4
 def read_found(con, found: Found, how: How, folder: Path, parts: Parts | None) -> tuple[File, str]:
     "A file, read or remembered; the key under which it is kept."
     key = parts.key(found, how) if parts else ""
@@ -1501,7 +1501,7 @@ def read_found(con, found: Found, how: How, folder: Path, parts: Parts | None) -
     file.constants = {n: v for n, v in found.columns.items() if n.lower() not in there and n.lower() not in TAKEN}
     return file, key
 
-# %% ../nbs/11_ingest.ipynb #589fa6a1
+# %% ../nbs/11_ingest.ipynb #92e6216e
 def _entries(ledger: Path) -> list[dict]:
     "What a ledger remembers."
     if not ledger.exists(): return []
@@ -1532,7 +1532,7 @@ def appended(
     entries |= {a: (Found(e["name"], Path(a), e["sha256"], a, e["columns"]), e) for a, e in gone.items()}
     return [entries[a] for a in sorted(entries)]
 
-
+# %% ../nbs/11_ingest.ipynb #e20b3af4
 def read_appended(con, ledger: Path, found: list[Found], how: How, folder: Path, notes: list) -> tuple[list[File], list[str], Parts]:
     "Read what is new, remember the rest, and write it down."
     parts = Parts(ledger.with_suffix(".parts"), whole=True)
@@ -1580,7 +1580,7 @@ def _culprit(con, files: list[File]) -> str:
         except duckdb.Error: return f.name
     return "ingest"
 
-# %% ../nbs/11_ingest.ipynb #7df57a64
+# %% ../nbs/11_ingest.ipynb #39123ca4
 def read_files(con, sources, folder: Path, how: How, endpoint_url: str, incremental: bool, append: str, notes: list, raw: list) -> tuple[list[File], list[str], Parts | None]:
     "The files of a table, read or remembered; their keys."
     ledger = project_root() / Path(append).expanduser() if append else None
@@ -1629,7 +1629,7 @@ def read_table(
     computed = [Column(r[0], r[1], "computed", columns[r[0]]) for r in con.execute(f"describe {query}").fetchall() if r[0] in (columns or {})]
     return Table(query, files, kept + computed, notes, -(-total // step), raw)
 
-
+# %% ../nbs/11_ingest.ipynb #6ff906f9
 def _said_of(c: Column, files: list[File]) -> list[tuple[str, str]]:
     "What is to be said about a column."
     notes = c.notes + ([("warn", f"column {c.name!r} had neither a name nor a value and was dropped")] if not c.type else [])

@@ -111,7 +111,7 @@ def execution(
         parts, inputs, read = {}, {}, _raw_files({}, made)
     return {"key": key, "stage": stage, "parts": parts, "artifacts": artifacts, "inputs": inputs, "read": read, "root": made.get("root", ""), "place": str(place)}
 
-# %% ../nbs/51_lineage.ipynb #d9c5b580
+# %% ../nbs/51_lineage.ipynb #93f6c436
 def empty_graph() -> dict:  # {"nodes": {id: node}, "ahead": {id: {id}}, "behind": {id: {id}}, "runs": {name: run}, "problems": []}
     "A history in which nothing has happened yet."
     return {"nodes": {}, "ahead": {}, "behind": {}, "runs": {}, "problems": []}
@@ -131,7 +131,7 @@ def _node(graph, ident: str, run: str, **what) -> dict:
     if run: node["runs"][run] = True
     return node
 
-
+# %% ../nbs/51_lineage.ipynb #f1d18310
 def link(
     graph: dict,  # from `empty_graph`, changed in place
     done: dict,  # from `execution`

@@ -197,7 +197,7 @@ class Sampler:
     def _run(self):
         while not self.over.wait(self.every): self.look()
 
-# %% ../nbs/04_meter.ipynb #7a4e6585
+# %% ../nbs/04_meter.ipynb #bfed9d61
 def look(
     self: Sampler,
     least: float = 0,  # seconds that must have passed since the last one
@@ -214,7 +214,7 @@ def look(
         self.rows.append([now, counts[0], mb, *counts[1:]])
         if len(self.rows) > self.most: self.rows, self.every = self.rows[:-1:2] + self.rows[-1:], 2 * self.every
 
-
+# %% ../nbs/04_meter.ipynb #b70618cc
 def delayed(
     pid="self",
 ) -> float:  # seconds, of all its threads together; 0 where Linux does not tell
@@ -223,7 +223,7 @@ def delayed(
     except OSError: return 0.0
     return sum(int(found[1]) for t in threads if len(found := _proc(pid, f"task/{t}/schedstat").split()) == 3) / 1e9
 
-
+# %% ../nbs/04_meter.ipynb #3fc74b26
 def _family(pid: int, leave_out) -> tuple[float, float, int, int, float]:
     "Processor seconds, MB, bytes from and to a device, and waiting for a core, of a process and its living descendants; Linux adds most of what has ended to its parent."
     cpu, mb, read, written, late = 0.0, 0.0, 0, 0, 0.0
@@ -234,7 +234,7 @@ def _family(pid: int, leave_out) -> tuple[float, float, int, int, float]:
         late += delayed(p)
     return round(cpu, 3), round(mb, 1), read, written, round(late, 3)
 
-
+# %% ../nbs/04_meter.ipynb #5b4eb28e
 def table(
     self: Sampler,
     gpu=None,  # a `GpuSampler` that ran meanwhile

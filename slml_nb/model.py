@@ -316,7 +316,7 @@ class Model:
         "The content of weights.json."
         return json.loads((self.folder / "weights.json").read_text(encoding="utf-8"))
 
-# %% ../nbs/30_model.ipynb #f391f503
+# %% ../nbs/30_model.ipynb #ddee75c2
 def predict(
     self: Model,
     columns: dict,  # name -> (n,) list or array; numbers with nan or None, texts with None
@@ -345,7 +345,7 @@ def contestants(
     there = [(models, predictions) for models, predictions in CANDIDATES.items() if stage.has(models) and stage.has(predictions)]
     return [stage.path(models) for models, _ in there], [predictions for _, predictions in there]
 
-
+# %% ../nbs/30_model.ipynb #5fdd7842
 def load_model(
     folder,  # with a model.json
     threads: int = 1,  # a service that answers many requests at once wants one
@@ -420,7 +420,7 @@ def evaluate_rule(
     try: return [r[0] for r in con.cursor().execute(f"select {expression} from (select {rows})", list(value.values())).fetchall()]
     except duckdb.Error as e: raise SlmlError(f"{expression!r} does not work ({str(e).splitlines()[0]})", "rule", f"write SQL over {', '.join(columns)}") from None
 
-# %% ../nbs/30_model.ipynb #1d9ca2ec
+# %% ../nbs/30_model.ipynb #9afb3d52
 def save_rule(
     folder,
     spec: dict,  # task, target, classes, trained
@@ -453,7 +453,7 @@ def odds(
     counts = [1 + sum(v == c for v in labels) for c in classes]
     return [n / sum(counts) for n in counts]
 
-
+# %% ../nbs/30_model.ipynb #6b4949f9
 def rule_odds(
     answers: list,  # what the rule said
     target,  # what was true

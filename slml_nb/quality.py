@@ -1193,7 +1193,7 @@ def pandera_failures(
         for check, row in zip(e.failure_cases["check"], e.failure_cases["index"]): out.setdefault(check, set()).add(row)
     return {k: sorted(int(i) for i in v) for k, v in out.items()}
 
-# %% ../nbs/13_quality.ipynb #27c90634
+# %% ../nbs/13_quality.ipynb #c0ea19ee
 def findings(
     rows: int,
     counts: list[dict],  # from count_rules
@@ -1219,7 +1219,7 @@ def findings(
     if idle: out.append(("info", f"No row breaks {', '.join(repr(r) for r in idle[:8])}."))
     return out
 
-
+# %% ../nbs/13_quality.ipynb #7972f6d7
 def score_sentence(scores: list[dict]) -> str:
     "The score of the whole, and of its worst part."
     whole, parts = scores[0], [s for s in scores[1:] if s["rows"] >= 20]

@@ -102,7 +102,7 @@ def athena_usd(
     p = (prices or load_yaml(prices_file())[0])["athena"]
     return max(p["min_mb"], -(-size // 2**20)) / 2**20 * p["usd_per_tb"]
 
-# %% ../nbs/17_query.ipynb #83b283b4
+# %% ../nbs/17_query.ipynb #4b6568d0
 _METER = "set profiling_coverage = 'ALL'; pragma enable_profiling = 'no_output'"
 
 
@@ -139,7 +139,7 @@ def _duck(con, statement: str, tables: dict):
         try: return asked.result()
         except duckdb.Error as e: raise _in_words(e, tables) from None
 
-
+# %% ../nbs/17_query.ipynb #c0ac0ead
 def _in_words(e, tables: dict) -> SlmlError:
     "What DuckDB says, with a way out."
     text = next(l for l in str(e).splitlines() if l.strip())
@@ -196,7 +196,7 @@ def bytes_text(size: int) -> str: return next(f"{size / unit:.3g} {name}" for un
 
 def _digits(usd: float) -> str: return f"{usd:.2f}" if usd >= 0.1 else f"{usd:.2g}" if usd >= 1e-4 else f"{usd:.7f}".rstrip("0")
 
-# %% ../nbs/17_query.ipynb #316a3508
+# %% ../nbs/17_query.ipynb #a26b2e3c
 def forecast(
     statement: str,
     tables: dict[tuple, Table],
@@ -225,7 +225,7 @@ def _nodes(plan):
         yield n
         yield from _nodes(n.get("children", []))
 
-
+# %% ../nbs/17_query.ipynb #4403c6eb
 def _chunks(con, files: list[str]) -> dict[str, dict[str, int]]:
     "Compressed bytes by file and column."
     found = {}
@@ -242,7 +242,7 @@ def _of_scan(info: dict, sizes: dict) -> int:
     by_file = sorted((sum(s for c, s in columns.items() if _needed(c)) for columns in sizes.values()), reverse=True)
     return sum(by_file[:int(str(info.get("Scanning Files", len(by_file))).split("/")[0])])
 
-# %% ../nbs/17_query.ipynb #30217734
+# %% ../nbs/17_query.ipynb #de0427bd
 def renamed(
     text: str,
     names: dict[tuple, str],  # {path in the query: name on the engine}
@@ -256,7 +256,7 @@ def renamed(
         raw = raw[:r.at] + (ident(names[r.path]) + (f" AS {ident(short)}" if not r.alias else "")).encode() + raw[found.end():]
     return raw.decode()
 
-
+# %% ../nbs/17_query.ipynb #eace8846
 def translated(
     text: str,
     tables: dict[tuple, Table],
@@ -511,7 +511,7 @@ def athena_reading(
     return (f"select {values} from read_csv({literal(file)}, columns = {{{names}}}, auto_detect = false, header = true, delim = ',', quote = '\"', escape = '\"', nullstr = '', "
             "allow_quoted_nulls = false, max_line_size = 100000000, strict_mode = true)")
 
-# %% ../nbs/17_query.ipynb #2fbd5641
+# %% ../nbs/17_query.ipynb #0296e394
 ENGINES = ("duckdb", "spark", "athena")
 
 
@@ -524,7 +524,7 @@ class Elsewhere:
     workgroup: str = "primary"  # of Athena
     output: str = ""  # s3://bucket/prefix for scripts and answers; "": in the store
 
-
+# %% ../nbs/17_query.ipynb #5b61820a
 def query(
     text: str,  # one query, in DuckDB's spelling
     engine: str = "duckdb",  # duckdb, spark or athena
@@ -549,7 +549,7 @@ def query(
     meter["tables"] = {".".join(p): t.called for p, t in tables.items()}
     return answer
 
-
+# %% ../nbs/17_query.ipynb #6793c136
 def tables_of(text: str, catalog: Catalog, run: str = "") -> tuple[dict[tuple, Table], list[str]]:
     "The tables that a query names, found; and the addresses that its functions are given."
     refs, paths = references(text)
@@ -571,7 +571,7 @@ def _beside(out: str):
         os.replace(beside, place)
     finally: beside.unlink(missing_ok=True)
 
-# %% ../nbs/17_query.ipynb #4134ad19
+# %% ../nbs/17_query.ipynb #bd0828c5
 def _here(text: str, tables: dict, paths: list, memory: str, threads: int, out: str) -> Answer:
     "DuckDB answers."
     begun = time.perf_counter()
@@ -589,7 +589,7 @@ def _statement(text: str) -> str:
     shown = "SHOW_REF" in json.dumps(parsed(text)) and not re.match(r"(?is)\s*(select|with|from|\()", text)
     return f"select * from ({text}\n)" if shown else text
 
-
+# %% ../nbs/17_query.ipynb #942d7094
 def _there(text: str, tables: dict, engine: str, catalog: Catalog, where: Elsewhere, memory: str, out: str) -> Answer:
     "Another engine answers; its answer is read here."
     begun, names = time.perf_counter(), _plain_names(tables)
@@ -617,7 +617,7 @@ def _plain_names(tables: dict[tuple, Table]) -> dict[tuple, str]:
         names[path] = plain if plain not in names.values() and not plain[0].isdigit() else f"t{i}_{plain}"
     return names
 
-
+# %% ../nbs/17_query.ipynb #34ffc1d3
 def _ask_athena(own: str, columns: list, tables: dict, catalog: Catalog, where: Elsewhere, folder: Path) -> tuple[str, dict]:
     "Register the tables, ask, fetch the answer, leave nothing behind."
     if file := next((t for t in tables.values() if t.kind == "file"), None): raise SlmlError(f"'{file.name}' has no name in the catalog", "engine athena", "register it: slml tables NAME --register s3://…")

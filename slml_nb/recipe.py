@@ -148,7 +148,7 @@ def request_rows(
     got = con.execute(f"select {', '.join('r.' + ident(n) for n in names)} from rows r join splits s using (row_id) order by {order} limit {limit}").fetchall() if names else [()] * limit
     return [{n: plain(v) for n, v in zip(names, row) if v is not None} for row in got]
 
-# %% ../nbs/22_recipe.ipynb #b53658a8
+# %% ../nbs/22_recipe.ipynb #6d0b22b2
 def write_lookup(
     path: Path,  # to write
     keys: int,  # columns that are keys, the first ones
@@ -170,7 +170,7 @@ def read_lookup(path) -> tuple[int, dict, list]:  # keys, {column: type}, one li
 
 def _named(name): return f"{ident('v ' + name)} AS {ident(name)}"
 
-
+# %% ../nbs/22_recipe.ipynb #3b513bd4
 def write_lookups(
     con,  # DuckDB connection
     folder: Path,  # the recipe

@@ -27,7 +27,7 @@ from .measure import METRICS, is_share, percent, places, plain, requirement_word
 from .stage import COLOURS, STYLE, artifact_path, made_in, shipped_notebooks
 from .sweep import short_names, short_value, shown_points, sweep_record, sweep_sentences, sweep_table
 
-# %% ../nbs/58_report.ipynb #74540826
+# %% ../nbs/58_report.ipynb #88bc0dcb
 def _json_of(record):
     "The value of a JSON artifact, wherever it lies; None if it cannot be read."
     path = _path_of(record)
@@ -38,6 +38,7 @@ def _path_of(record):
     if record:
         with contextlib.suppress(OSError, SlmlError): return artifact_path(record)
 
+# %% ../nbs/58_report.ipynb #01bd6855
 def gather(
     run_folder,  # runs/<project>/<run id>
 ) -> dict:       # folder, run, order, made, artifacts, verdict, problem, service, counts
@@ -208,7 +209,7 @@ def requirement_matrix(v) -> str:
                for n in names for k in [sum(r["values"][n]["met"] for r in v["requirements"])] for ok in [k == len(rows)]]
     return table(["Requirement", *names], rows + [[Cell('<th scope="row"><strong>meets</strong></th>'), *all_met]], cls="matrix")
 
-# %% ../nbs/58_report.ipynb #8afefa53
+# %% ../nbs/58_report.ipynb #cd930919
 def scale(v):
     "(low, high) of the drawing: all intervals and the requirement, with a little air."
     m = v["metric"]
@@ -228,6 +229,7 @@ def interval_svg(c, v) -> str:
     said = f"{c['name']}: {plain(value)}" + (f", interval {plain(ends[0])} to {plain(ends[1])}" if ends else "")
     return f'<svg class="range{" pick" if c["name"] == v["candidate"] else ""}" width="100%" height="22" role="img" aria-label="{esc(said)}">{limit}{bar}<circle cx="{at(value)}" cy="11" r="3"/></svg>'
 
+# %% ../nbs/58_report.ipynb #f01e432b
 def leaderboard(v) -> str:
     "Candidates, simplest first, with the interval drawn and the numbers beside it."
     if not v or not v["candidates"]: return ""
@@ -266,7 +268,7 @@ def improvement_table(v) -> str:
     groups = f'<tr class="groups"><td></td><th colspan="{len(losses)}" scope="colgroup">better than the rule</th><th colspan="{len(losses)}" scope="colgroup">better than the linear model</th></tr>'
     return table(["Candidate", *[short(m) for m in losses * 2]], rows, "What each rung buys: the share of the loss that is gone", "gains", groups)
 
-# %% ../nbs/58_report.ipynb #2dbc76fc
+# %% ../nbs/58_report.ipynb #febbc715
 def rows_of(page, name, most=15):
     "(columns, rows) of a table that the run has made; ([], []) if there is none."
     path = _path_of(page["artifacts"].get(name))
@@ -282,6 +284,7 @@ def records_of(page, name, most=15) -> list:
     columns, rows = rows_of(page, name, most)
     return [dict(zip(columns, r)) for r in rows]
 
+# %% ../nbs/58_report.ipynb #8832f1e3
 def slice_section(page) -> str:
     "The worst slices as bars of the chosen candidate's metric, with the other candidates beside it."
     (columns, rows), v = rows_of(page, "slices"), page["verdict"]
@@ -493,7 +496,7 @@ def finding_list(page) -> str:
     rest = f'<details><summary>{len(quiet)} notes</summary><ul class="findings">{"".join(map(item, quiet))}</ul></details>' if len(quiet) > 6 else ""
     return (f'<ul class="findings">{first}</ul>' if first else "") + rest
 
-# %% ../nbs/58_report.ipynb #ad008dd7
+# %% ../nbs/58_report.ipynb #634f7725
 def _start(s, begin):
     "Seconds from the start of the run to the start of a stage."
     at = _moment(s.get("started"))
@@ -508,6 +511,7 @@ def spans(page) -> list:   # [(stage, state, start s, seconds, seconds outside i
         out.append((name, s.get("state", "made"), _start(s, begin) if fresh else 0, (s.get("seconds") or 0) if fresh else 0, s.get("outside") if fresh else None))
     return out
 
+# %% ../nbs/58_report.ipynb #f907a8d1
 def timeline(page) -> str:
     "Stages as bars on one time axis, with links to the executed notebooks."
     found = spans(page)
@@ -986,7 +990,7 @@ def what_it_cost(page) -> str:
     listed = f"Prices of {found['prices']['date']}, {found['prices']['region']}" if isinstance(found["prices"], dict) and "date" in found["prices"] else "By the price list"
     return f"<ul>{said}</ul>" + (table(["stage", "seconds", "cores busy", "peak MB", "as", "USD", "enough"], rows, listed) if rows else "")
 
-# %% ../nbs/58_report.ipynb #b4ea08ee
+# %% ../nbs/58_report.ipynb #07f8a491
 def sections(page) -> list:   # [(title, html)], empty ones left out
     "The sections of the page, in the order of reading."
     v = page["verdict"]
@@ -1015,6 +1019,7 @@ def render_report(
     took = sum(t for *_, t, _ in spans(page))
     return _page(title, hero(page), sections(page), f"run {page['run'].get('run') or page['folder'].name}{f'; {took:.0f} s of stages' if took else ''}")
 
+# %% ../nbs/58_report.ipynb #aa3d91da
 def render_sweep(run_folder) -> str:
     "The report of a sweep."
     folder, record = Path(run_folder), sweep_record(run_folder)

@@ -277,13 +277,13 @@ def regex(pattern: str, where: str = ""):  # compiled
 def _refuse_regex(what, pattern, where):
     raise SlmlError(f"{what} in the regular expression {pattern!r} has no equal in plain Python", where, "use letters, [classes], groups, |, *, +, ?, {m,n}, ^ and $; for any case: lower(x)")
 
-# %% ../nbs/20_rowwise.ipynb #90ca5968
+# %% ../nbs/20_rowwise.ipynb #f61dc90f
 def _rewrite(tree, pattern, where) -> str:
     "A parsed regular expression as text again, in words that mean one thing."
     if tree.state.flags & ~32: _refuse_regex("a flag such as (?i)", pattern, where)
     return "".join(_piece(str(op), value, pattern, where) for op, value in tree)
 
-
+# %% ../nbs/20_rowwise.ipynb #37e8f806
 def _piece(op, value, pattern, where) -> str:
     "One part of a regular expression."
     inside = lambda tree: _rewrite(tree, pattern, where)
@@ -309,7 +309,7 @@ def _repeats(tree) -> bool:
     if not isinstance(tree, (list, tuple)): return False
     return (len(tree) == 3 and str(tree[1]) == "MAXREPEAT") or any(map(_repeats, tree))
 
-
+# %% ../nbs/20_rowwise.ipynb #f2017e79
 def _class(items, pattern, where) -> str:
     "A class of characters."
     negated, parts, others = False, "", []
@@ -609,7 +609,7 @@ def lay_down(
         return place[key]
     return {"format": 1, "features": {name: step(tree) for name, tree in trees.items()}, "steps": steps}
 
-# %% ../nbs/20_rowwise.ipynb #dd419413
+# %% ../nbs/20_rowwise.ipynb #2a69c897
 @dataclass
 class Value:
     "A piece of Python, and what is known of its value."
@@ -625,7 +625,7 @@ class Value:
     @property
     def missing(self) -> bool: return self.constant is None
 
-
+# %% ../nbs/20_rowwise.ipynb #b27e7daf
 @dataclass
 class Piece:
     "What an operator makes of its arguments."
@@ -637,7 +637,7 @@ class Piece:
     finite: bool = False
     known: bool = False
 
-
+# %% ../nbs/20_rowwise.ipynb #1ecc48f8
 REALS = ("DOUBLE", "FLOAT")
 def is_int(kind): return kind in BOUNDS or kind in UNSIGNED
 def is_exact(kind): return is_int(kind) or kind.startswith("DECIMAL")
@@ -737,7 +737,7 @@ def _compared(word, real, swap=False):
         return Piece(f"({a.code} {word} {b.code})")
     return compare
 
-# %% ../nbs/20_rowwise.ipynb #4a7daef7
+# %% ../nbs/20_rowwise.ipynb #e8a4c0fa
 def _real_function(name):
     return lambda step, kind, kinds, *v: _real(f"{name}({', '.join(x.code for x in v)})", kind)
 
@@ -745,7 +745,7 @@ def _real_function(name):
 def _text_function(name):
     return lambda step, kind, kinds, *v: Piece(f"{name}({', '.join(x.code for x in v)})")
 
-
+# %% ../nbs/20_rowwise.ipynb #8d2c6605
 def _rounded(name, way):
     "ceil, floor, trunc and round of any kind of number."
     def rounded(step, kind, kinds, x, digits=None):
@@ -763,7 +763,7 @@ def _rounded(name, way):
         return _fitted(f"{steps} * {10**-max(digits.constant, -40)}" if digits.constant < 0 else steps, kind, -INF, INF)
     return rounded
 
-
+# %% ../nbs/20_rowwise.ipynb #6e7eff07
 def _absolute(step, kind, kinds, x):
     if is_exact(kind): return _fitted(f"abs({x.code})", kind, 0 if x.low <= 0 <= x.high else min(abs(x.low), abs(x.high)), max(abs(x.low), abs(x.high)))
     return Piece(f"abs({x.code})", finite=x.finite, known=x.known)
@@ -889,7 +889,7 @@ OPS = {"+": _plus, "-": _minus, "*": _times, "/": _divided, "//": _int_divided, 
        "to_years": _interval(12, 0, 0), "to_months": _interval(1, 0, 0), "to_weeks": _interval(0, 7, 0), "to_days": _interval(0, 1, 0), "to_hours": _interval(0, 0, _PER["hour"]), "to_minutes": _interval(0, 0, _PER["minute"]),
        "to_seconds": lambda step, kind, kinds, n: Piece(f"scaled((0, 0, 1), half_even({n.code} * 1e6))", True)}
 
-# %% ../nbs/20_rowwise.ipynb #3eabb6d2
+# %% ../nbs/20_rowwise.ipynb #f7c8db6d
 class Writer:
     "Turns a program into lines of Python."
 
@@ -932,7 +932,7 @@ class Writer:
         self.scopes[-1][i] = v
         return v
 
-
+# %% ../nbs/20_rowwise.ipynb #cd58259a
 def _guard(v: Value, otherwise: str = "None") -> str:
     "A piece of code that is missing when it must be."
     if v.missing or v.code in v.nulls or not v.nulls: return v.code
@@ -1038,7 +1038,7 @@ def _condition(self: Writer, i: int) -> str:
         so_far = name
     return f"({so_far})" if " " in so_far else so_far
 
-# %% ../nbs/20_rowwise.ipynb #19265fea
+# %% ../nbs/20_rowwise.ipynb #4a5f6ed8
 def _case(self: Writer, i, op, kind, args, value) -> Value:
     "CASE: the first condition that is true."
     arms, last = [(c, r) for c, r in zip(args[:-1:2], args[1::2]) if not (self.steps[c][0] == "constant" and not self.steps[c][3])], args[-1]
@@ -1058,7 +1058,7 @@ def _case(self: Writer, i, op, kind, args, value) -> Value:
     low, high = min((v.low for v in results), default=-INF), max((v.high for v in results), default=INF)
     return Value(name, nulls, low, high, all(v.finite for v in results), all(v.known for v in results))
 
-
+# %% ../nbs/20_rowwise.ipynb #aadc6ad5
 def _arms(self, name, arms, last, result):
     "The arms of a CASE: in one line when they are short, else as if, elif, else."
     first, start, line = _condition(self, arms[0][0]), self.tab, lambda code: (self.tab, f"{name} = {code}", self.at, self.feature)
@@ -1114,7 +1114,7 @@ def _coalesce(self: Writer, i, op, kind, args, value) -> Value:
     sure = not values[-1].nulls and not values[-1].missing
     return Value(name, frozenset() if sure else frozenset({name}), min(v.low for v in there), max(v.high for v in there), all(v.finite for v in there), all(v.known for v in there))
 
-# %% ../nbs/20_rowwise.ipynb #8688fd2e
+# %% ../nbs/20_rowwise.ipynb #102a8fd8
 def contained(x, values):
     "x IN (…): true, or missing when one of the others is, or false."
     if any(v is not None and equal(x, v) for v in values): return True
@@ -1125,7 +1125,7 @@ def distinct(a, b):
     "IS DISTINCT FROM: missing equals missing."
     return (a is None) != (b is None) or (a is not None and not equal(a, b))
 
-
+# %% ../nbs/20_rowwise.ipynb #7e0f9c28
 def _common(kinds) -> str:
     "The type in which DuckDB compares values of several types; empty when this room does not know it."
     numbers = all(is_exact(k) or k in REALS or k == "BOOLEAN" for k in kinds)
@@ -1151,7 +1151,7 @@ def _constant_as(value, kind, to) -> Value | None:
     if to == "FLOAT": value = single(value)
     return Value(repr(value), constant=value, low=value, high=value, finite=True, known=True) if math.isfinite(value) else None
 
-
+# %% ../nbs/20_rowwise.ipynb #77a3c6a3
 def _same_kind(self, args, op):
     "Arguments that can be compared with ==: exact numbers counted in the same digit, beside a real number all of them real."
     values, kinds = [self.value(a) for a in args], [self.steps[a][1] for a in args]
@@ -1165,7 +1165,7 @@ def _same_kind(self, args, op):
     if None in found: self.refuse(f"{op} of {' and '.join(kinds)}", "cast both to one type")
     return found
 
-
+# %% ../nbs/20_rowwise.ipynb #8f8e21a8
 def _in(self: Writer, i, op, kind, args, value) -> Value:
     "x IN (a, b, …)."
     x, *others = _same_kind(self, args, "IN")
@@ -1176,7 +1176,7 @@ def _in(self: Writer, i, op, kind, args, value) -> Value:
         return self.keep(v) if self.uses[i] > 1 else v
     return self.keep(Value(f"contained({x.code}, ({', '.join(map(_guard, others))},))", x.nulls), True)
 
-
+# %% ../nbs/20_rowwise.ipynb #cac8e748
 def _is_null(self: Writer, i, op, kind, args, value) -> Value:
     "IS NULL and IS NOT NULL."
     v, no = self.value(args[0]), op == "is not null"
@@ -1260,7 +1260,7 @@ def check_program(program: dict, where: str = ""):
     ok = ok and all(isinstance(s, list) and len(s) == 4 and (s[0] in _WRITE or s[0] in OPS) and isinstance(s[1], str) and all(isinstance(a, int) and 0 <= a < i for a in s[2]) for i, s in enumerate(program["steps"]))
     if not ok or not all(isinstance(i, int) and 0 <= i < len(program["steps"]) for i in program["features"].values()): raise SlmlError("the compiled features are damaged", where, "make the package again")
 
-# %% ../nbs/20_rowwise.ipynb #7f861db6
+# %% ../nbs/20_rowwise.ipynb #ffe17222
 class RowFunction:
     "Features of one row, in plain Python."
 
@@ -1295,7 +1295,7 @@ class RowFunction:
 
     def __repr__(self): return f"RowFunction({len(self.columns)} columns -> {len(self.features)} features, {len(self._lines)} lines)"
 
-
+# %% ../nbs/20_rowwise.ipynb #31f4da45
 def _ended(writer, v, kind) -> str:
     "The value of a feature as it leaves the function."
     if kind.startswith("DECIMAL") and not v.missing: return _guard(replace(v, code=f"decimal({v.code}, {scale_of(kind)})"))

@@ -436,7 +436,7 @@ class Runner:
         "Whether a stage is made on another machine."
         return bool(self.away and self.away.takes(task.node))
 
-# %% ../nbs/08_run.ipynb #24c2219f
+# %% ../nbs/08_run.ipynb #135aa4dc
 def run_task(
     runner: Runner,
     task: Task,
@@ -455,7 +455,7 @@ def run_task(
     runner.emit(type="end", stage=task.id, state=state, seconds=seconds, why=why, metrics=made["metrics"])
     return {a: r["sha256"] for a, r in made["artifacts"].items()}
 
-
+# %% ../nbs/08_run.ipynb #6cc9aa64
 def _obtain(runner: Runner, task: Task, key: str, parts: dict) -> tuple[dict, str, str]:  # made.json, state, why
     "From the store, by making it, or by waiting for another run that is making it."
     name, why, told = _store_key(task.run.record["project"], key), "", False
@@ -548,7 +548,7 @@ def learned_peaks(project: Path) -> dict[str, float]:  # folder of the project's
         with contextlib.suppress(ValueError, KeyError, TypeError): found[file.parent.name.split("-")[0]] = float(json.loads(file.read_text())["peak_mb"])
     return found
 
-# %% ../nbs/08_run.ipynb #c711dc41
+# %% ../nbs/08_run.ipynb #4dd7f246
 def schedule(
     runner: Runner,
     tasks: list[Task],
@@ -580,7 +580,7 @@ def schedule(
                 task, _ = running.pop(future)
                 _over(task, _collect(runner, task, future, hashes))
 
-
+# %% ../nbs/08_run.ipynb #34116911
 AWAY = 16  # stages that may be made on other machines at the same time
 
 

@@ -7,13 +7,14 @@ __all__ = ['NOT_JUDGED', 'LEVELS', 'gather', 'flatten', 'differing', 'changed_ce
            'judged', 'Agreement', 'agree_texts', 'agree_values', 'agree_tables', 'agree_files', 'judge', 'judge_text',
            'params_of', 'unneeded', 'changed_since', 'reproduce', 'reproduce_text']
 
-# %% ../nbs/52_compare.ipynb #073ecb01
+# %% ../nbs/52_compare.ipynb #47ba8be9
 import dataclasses, difflib, fnmatch, importlib.util, json, math, os, re
 from pathlib import Path
 from .core import SlmlError, atomic_write, canonical_json, load_params, project_root, read_notebook, sha256_file, sha256_text
 from .engine import left_out
 from .graph import normal_code
 from .stage import artifact_path
+from .store import below
 
 # %% ../nbs/52_compare.ipynb #f954ad69
 def _json(path: Path, unknown: list) -> dict:
@@ -523,7 +524,7 @@ def changed_since(
         if code or versions: found[stage] = {"stage": stage, **(code or {"cells": [], "modules": [], "patch": []}), "versions": versions}
     return {s: found[s] for s in [*graph.order, *then["stages"]] if s in found}
 
-# %% ../nbs/52_compare.ipynb #af3f1fbb
+# %% ../nbs/52_compare.ipynb #f2b8de76
 def reproduce(
     run,  # folder of a run
     execute=None,  # what runs a parameter set; slml_nb.run.execute when None
@@ -537,7 +538,7 @@ def reproduce(
     base = params.store or f"{params.runs}/.store"
     infos = gather(run)["record"].get("stages", {})
     stop = next((i["why"].split()[-1] for i in infos.values() if i.get("state") == "skipped" and i.get("why", "").startswith("--to ")), None)
-    new = execute(dataclasses.replace(params, store=f"{base.rstrip('/')}/.again/{run.name}-{os.urandom(4).hex()}"), stop=stop, **how)
+    new = execute(dataclasses.replace(params, store=below(base, f".again/{run.name}-{os.urandom(4).hex()}")), stop=stop, **how)
     found = {**judge(run, new["folder"], tolerances), "changed": changed, "folder": str(new["folder"])}
     atomic_write(Path(new["folder"]) / "reproduced.json", json.dumps(found, indent=1, ensure_ascii=False, default=str))
     return found

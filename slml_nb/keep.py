@@ -7,13 +7,13 @@ __all__ = ['DAY', 'Check', 'verify', 'size_text', 'verify_text', 'duration', 'ne
            'Key', 'keys_in', 'with_inputs', 'References', 'leftovers', 'old_copies', 'lost_uploads', 'other_roots',
            'gc', 'gc_text']
 
-# %% ../nbs/53_keep.ipynb #8e55a036
+# %% ../nbs/53_keep.ipynb #4e995e09
 import contextlib, json, os, re, shutil, socket, time
 from dataclasses import dataclass
 from pathlib import Path
 from .core import SlmlError, cache_folder, canonical_json, project_root, read_json, sealed, sha256_file, sha256_text, size_of
 from .graph import key_of
-from .store import FolderStore, S3Store, open_store
+from .store import FolderStore, S3Store, abort_uploads, broken_uploads, open_store
 
 # %% ../nbs/53_keep.ipynb #01634edd
 class Check:
@@ -519,7 +519,7 @@ def gc(
              *(_sweep_bucket(open_store(store), dry_run) if far else [])]
     return {"dry_run": dry_run, "keep": keep, "count": len(freed), "bytes": sum(f["bytes"] for f in freed), "old_runs": 0 if runs else len(old), "freed": freed}
 
-# %% ../nbs/53_keep.ipynb #3d1bdba1
+# %% ../nbs/53_keep.ipynb #cbac28c6
 def _sweep(kind: str, paths: list[Path], dry_run: bool, why: str) -> list[dict]:
     "Remove files and folders; what was there."
     found = [(p, _entry(kind, p, size_of(p), why)) for p in paths]
@@ -540,7 +540,10 @@ def _sweep_bucket(store: S3Store, dry_run: bool, age: float = DAY) -> list[dict]
         found = {n: g for n, g in lost_uploads(store, age).items() if n in found}  # a record may have come
         for names, _ in found.values():
             for name in names: store.delete(name)
-    return [_entry("upload", f"{store}/{n}", size, "an upload that was broken off") for n, (_, size) in found.items()]
+    parts = broken_uploads(store, age)
+    if not dry_run: abort_uploads(store, parts)
+    return [*(_entry("upload", f"{store}/{n}", size, "an upload that was broken off") for n, (_, size) in found.items()),
+            *(_entry("upload", f"{store}/{u['key']}", u["bytes"], "parts that nobody goes on with") for u in parts)]
 
 
 def gc_text(

@@ -694,7 +694,7 @@ def away_for(params: ParamSet, graph: Graph, away=None):
         if (on := node.machine.get("on", "here")) != "here":
             raise SlmlError(f"{stage} runs on {on}, but nothing was given that takes it there", params.lines.get((stage, "on"), params.file), f"from slml_nb.jobs import away; execute(…, away=away); or -p {stage}.on=here")
 
-# %% ../nbs/08_run.ipynb #c03a2e59
+# %% ../nbs/08_run.ipynb #dccf2159
 def task_of(node: Node, values: dict, run: Run, graph: Graph, forced: bool, gate: str = "") -> Task:
     "The task of a stage in a plain run."
     def _note(**what): run.update(node.stage, **what)
@@ -702,7 +702,9 @@ def task_of(node: Node, values: dict, run: Run, graph: Graph, forced: bool, gate
 
 
 def store_of(params: ParamSet):
-    "The store that a parameter set names."
+    "The store that a parameter set names; in a bucket its objects are encrypted with the key of `sagemaker: {kms: …}`, unless the address has one."
+    key = params.sagemaker.get("kms")
+    if key and params.store.startswith("s3://") and "kms=" not in params.store: return open_store(f"{params.store}{'&' if '?' in params.store else '?'}kms={key}")
     return open_store(params.store if "://" in params.store else project_root() / (params.store or f"{params.runs}/.store"))
 
 

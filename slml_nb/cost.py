@@ -22,10 +22,11 @@ from .query import athena_usd, prices_file
 from .run import load_run
 from .stage import list_runs
 
-# %% ../nbs/54_cost.ipynb #db5ff3e5
+# %% ../nbs/54_cost.ipynb #073d5006
 SERVICES = {"lambda": ("usd_per_gb_second_x86", "usd_per_gb_second_arm", "usd_per_million_requests", "min_mb", "max_mb", "max_seconds", "mb_per_vcpu"),
             "fargate": ("usd_per_vcpu_hour", "usd_per_gb_hour", "min_seconds"),
-            "s3": ("usd_per_gb_month",), "athena": ("usd_per_tb", "min_mb")}
+            "s3": ("usd_per_gb_month",), "athena": ("usd_per_tb", "min_mb"), "volume": ("usd_per_gb_month",), "http_api": ("usd_per_million",),
+            "balancer": ("usd_per_hour", "usd_per_unit_hour"), "serverless": ("usd_per_gb_second",)}
 TABLES = {"sagemaker": "SageMaker instances", "ec2": "EC2 instances"}
 INSTANCE = ("vcpu", "memory_gb", "gpus", "usd_per_hour")  # of every instance type; those with a GPU have gpu_gb too, of all its GPUs
 ABOUT = {"date": dt.date, "region": str, "source": str}

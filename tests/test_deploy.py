@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from slml_nb.core import SlmlError
-from slml_nb.deploy import container_template, deploy, execute, function_files, lambda_template, made_by, plan, plan_text, propose, sagemaker_template, stack_now, storage_template, undo, write_image, write_zip
+from slml_nb.deploy import batch_template, container_template, deploy, deploy_batch, execute, function_files, lambda_template, made_by, plan, plan_text, propose, run_batch, same_answer, sagemaker_template, stack_now, storage_template, undo, undo_batch, write_edge, write_image, write_zip
 from slml_nb.stage import made_in, sample_folder
 
 RECORD = made_in(sample_folder())["package"]
 FLIGHTS = Path(RECORD["root"]) / RECORD["file"]
 SAMPLE = json.loads((FLIGHTS / "sample.json").read_text())
-TEMPLATES = {"storage": storage_template(), "lambda": lambda_template("a" * 64), "open": lambda_template("a" * 64, "NONE", online="features"), "container": container_template(), "serverless": sagemaker_template(), "instances": sagemaker_template("ml.m5.large")}
+TEMPLATES = {"storage": storage_template(), "lambda": lambda_template("a" * 64), "open": lambda_template("a" * 64, "NONE", online="features"), "container": container_template(), "serverless": sagemaker_template(), "instances": sagemaker_template("ml.m5.large"), "batch": batch_template("s3://rows/trips", "s3://answers/trips")}
 
 
 def lint(folder, templates):
@@ -52,12 +52,50 @@ def answer_alone(folder, package_request):
     return [json.loads(l.replace("'", '"')) for l in done.stdout.splitlines()]
 
 
-def test_the_zip_answers_where_nothing_is_installed(tmp_path):
-    made = write_zip(function_files(FLIGHTS), tmp_path / "function.zip")
-    assert made["zip_mb"] < 25 and made["unzipped_mb"] < 80
+def test_the_zip_of_a_linear_model_is_a_few_kilobytes_and_answers_where_nothing_is_installed(tmp_path):
+    files = function_files(FLIGHTS)
+    code = write_zip({k: v for k, v in files.items() if not k.startswith("package/")}, tmp_path / "code.zip")
+    made = write_zip(files, tmp_path / "function.zip")
+    assert code["zip_mb"] < 0.016 and made["zip_mb"] < 0.04, (code, made)
     zipfile.ZipFile(made["file"]).extractall(tmp_path / "task")
     answer, loaded = answer_alone(tmp_path / "task", SAMPLE["request"])
-    assert answer["prediction"] == pytest.approx(SAMPLE["response"]["prediction"], rel=1e-12) and loaded == ["numpy"]
+    assert answer["prediction"] == pytest.approx(SAMPLE["response"]["prediction"], rel=1e-12) and loaded == []
+
+
+ODD = [SAMPLE["request"], [SAMPLE["request"]] * 70, {}, [], "text", [SAMPLE["request"], {}], {**SAMPLE["request"], "unheard": 1}, *({**SAMPLE["request"], n: v} for n in list(SAMPLE["request"])[:3] for v in (None, "", -1e300, "Ö", True, {}, [1]))]
+
+
+def test_the_small_zip_says_what_the_whole_code_says(tmp_path):
+    from slml_nb.serve import lambda_handler
+    zipfile.ZipFile(write_zip(function_files(FLIGHTS), tmp_path / "function.zip")["file"]).extractall(tmp_path / "task")
+    event = lambda body, kind="application/json", method="POST", path="/predict": {"rawPath": path, "headers": {"Content-Type": kind}, "requestContext": {"http": {"method": method}}, "body": body}
+    fields = [f["name"] for f in json.loads((FLIGHTS / "signature.json").read_text())["inputs"]]
+    csv = ",".join(fields) + "\n" + ",".join(str(SAMPLE["request"].get(f, "")) for f in fields) + "\n"
+    events = [*ODD, *(event(json.dumps(o)) for o in ODD), event("{no"), event("", method="GET"), event("", path="/x"), event("", method="GET", path="/healthz"), event(csv, "text/csv"), event(csv + "1\n", "text/csv"),
+              event(csv, "image/png"), event("\n".join(json.dumps(SAMPLE["request"]) for _ in range(3)), "application/jsonlines"), event("x" * 6_100_000)]
+    code = "import json, sys; sys.path.insert(0, '.'); sys.modules['numpy'] = None; import app; [print(json.dumps(app.handler(json.loads(l)))) for l in sys.stdin]"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], input="".join(json.dumps(e) + "\n" for e in events), cwd=tmp_path / "task", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole = lambda_handler(FLIGHTS)
+    def plain(answer):
+        if not isinstance(answer, dict) or "headers" not in answer: return answer
+        return {**answer, "headers": {k: v for k, v in answer["headers"].items() if k != "server-timing"}, "body": json.loads(answer["body"]) if answer["headers"]["content-type"] == "application/json" else answer["body"]}
+    for event, said in zip(events, done.stdout.splitlines(), strict=True): assert same_answer(plain(json.loads(said)), plain(json.loads(json.dumps(whole(event))))), (str(event)[:300], said[:300])
+
+
+def test_one_folder_and_one_file_of_code_at_the_edge(tmp_path):
+    from slml_nb.package import load_package, predict_table
+    made = write_edge(FLIGHTS, tmp_path / "edge")
+    assert made["needs"] == [] and made["zip_mb"] < 0.016 and {p.name for p in (tmp_path / "edge").iterdir()} == {"package", "predict.pyz"}
+    fields = list(SAMPLE["request"])
+    rows = [",".join(str(SAMPLE["request"][f]) for f in fields), ",".join("?" for f in fields)]
+    (tmp_path / "rows.csv").write_text("\n".join([",".join(fields), *rows * 50]) + "\n")
+    alone = lambda *args: subprocess.run([sys.executable, "-I", "-S", tmp_path / "edge/predict.pyz", *map(str, args)], capture_output=True, text=True, cwd=tmp_path)
+    done = alone(tmp_path / "rows.csv", tmp_path / "there.csv")
+    assert done.returncode == 0 and json.loads(done.stdout)["errors"] == 50, done.stderr
+    predict_table(load_package(FLIGHTS), tmp_path / "rows.csv", tmp_path / "here.csv")
+    assert (tmp_path / "there.csv").read_text() == (tmp_path / "here.csv").read_text()
+    assert "needs DuckDB" in alone(tmp_path / "edge/predict.pyz", tmp_path / "x.parquet").stderr  # a file that is no CSV, where there is only Python
 
 
 @pytest.mark.slow
@@ -101,6 +139,8 @@ def test_the_container_serves_as_its_dockerfile_says(tmp_path):
                 break
             except OSError: time.sleep(0.05)
         assert reply.status == 200 and json.loads(reply.read()) == SAMPLE["response"]
+        c.request("POST", "/invocations", json.dumps([SAMPLE["request"]] * 300), {"Content-Type": "application/json"})  # many rows take arrays, and so NumPy: it is in the image
+        assert len(json.loads(c.getresponse().read())) == 300 and "numpy==" in (tmp_path / "Dockerfile").read_text()
     finally:
         process.terminate()
         process.wait(10)
@@ -159,3 +199,51 @@ def test_a_plan_needs_no_account(monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_REGION", "AWS_DEFAULT_REGION"): monkeypatch.delenv(name, raising=False)
     text = plan_text(plan(FLIGHTS, "container", rps=5))
     assert "AWS::ECS::Service" in text and "secretsmanager:GetSecretValue" in text and "a month at 5 requests a second" in text
+
+
+def test_a_transform_job_is_asked_for_as_it_was_shown(aws, tmp_path):
+    import boto3
+    client, storage = aws
+    there = "s3://rows/trips", "s3://answers/trips"
+    job = lambda **given: deploy_batch(FLIGHTS, *there, "flights", out=tmp_path, given=given)
+    execute(client, storage, "slml-storage", job()["changeset"])
+    assert job()["notes"][0].startswith("docker build")
+    image = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/slml@sha256:0"
+    role = job(Image=image)
+    assert role["stack"] == "flights-batch" and [c[2] for c in role["changes"]] == ["AWS::IAM::Role"]
+    execute(client, storage, "flights-batch", role["changeset"])
+    shown, sagemaker = job(Image=image), boto3.client("sagemaker")
+    assert sagemaker.list_models()["Models"] == [] and shown["file"].endswith("batch.json")
+    asked = json.loads(Path(shown["file"]).read_text())
+    name = run_batch(sagemaker, shown["file"])
+    made = sagemaker.describe_transform_job(TransformJobName=name)
+    for key, value in asked["job"].items(): assert made[key] == value, key
+    model = sagemaker.describe_model(ModelName=made["ModelName"])
+    assert model["PrimaryContainer"]["Image"] == image and model["ExecutionRoleArn"].startswith("arn:aws:iam::") and asked["model"]["EnableNetworkIsolation"] is True
+    assert "stopped" in undo_batch(sagemaker, shown["file"]) and sagemaker.list_models()["Models"] == []
+
+
+def test_what_a_transform_job_sends_is_answered():
+    """Pieces of files, cut at line ends: with a header in the first of them only, one line, many, and none."""
+    from slml_nb.package import load_package
+    from slml_nb.serve import invoke
+    package, request = load_package(FLIGHTS), SAMPLE["request"]
+    fields = [i["name"] for i in package.function.inputs if not i["from"]]
+    line = ",".join(str(request.get(f, "")) for f in fields)
+    for body, rows in ((line, 1), (line + "\n", 1), ("\n".join([line] * 40), 40), (",".join(fields) + "\n" + line, 2)):
+        status, headers, text = invoke(package, body.encode(), "text/csv", "text/csv")
+        assert (status, headers["content-type"].split(";")[0], len(text.splitlines())) == (200, "text/csv", rows)
+        assert float(text.splitlines()[-1].split(",")[0]) == pytest.approx(SAMPLE["response"]["prediction"])
+    for rows in (1, 40):
+        status, _, text = invoke(package, "\n".join([json.dumps(request)] * rows).encode(), "application/jsonlines", "application/jsonlines")
+        assert status == 200 and [json.loads(l)["prediction"] for l in text.splitlines()] == [pytest.approx(SAMPLE["response"]["prediction"])] * rows
+    assert invoke(package, json.dumps(request).encode(), "application/json", "application/json")[0] == 200
+
+
+def test_the_command_line_plans_a_transform_job(capsys):
+    from slml_nb.cli import main
+    assert main(["deploy", str(FLIGHTS), "--to", "sagemaker", "--batch", "s3://rows/trips", "s3://answers", "--plan", "--rows", "1e7"]) == 0
+    said = capsys.readouterr().out
+    assert "s3:GetObject" in said and "s3://rows/trips to s3://answers" in said and "once, for 10,000,000 rows" in said
+    assert main(["deploy", str(FLIGHTS), "--batch", "s3://rows/trips", "s3://answers", "--plan"]) != 0
+    assert "--to sagemaker" in capsys.readouterr().err

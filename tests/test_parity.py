@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from slml_nb.model import fit_encoding, load_model, read_columns, save_rule
-from slml_nb.package import TOLERANCE, differences, write_package
+from slml_nb.package import PLAIN, TOLERANCE, differences, predict_table, write_package
 from slml_nb.sql import columns_of as columns_of_sql
 
 ROWS = 10_000
@@ -124,6 +124,35 @@ def make_encoder(world, folder, classes, y, metric):
     return lambda c: np.array([value[cut(said(t))].mean() for t in c["review"]])
 
 
+def in_a_file(package, ask, fields, classes, want, allowed, folder):
+    "The same rows as a typed Parquet file: nothing is lost, nothing changes places."
+    import duckdb, pandas as pd
+    rows = [{**r, "place": i} for i, r in enumerate(ask)]
+    table = pd.DataFrame({k: pd.Series([r.get(k) for r in rows], dtype=object) for k in [*fields, "place"]})
+    for c in set(fields) & {"x", "n", "open"}: table[c] = table[c].astype({"x": "Float64", "n": "Int64", "open": "boolean"}[c])
+    con = duckdb.connect()
+    con.register("given", table)
+    con.execute(f"copy (select {', '.join(f'CAST({c} AS {FIELDS[c]}) AS {c}' for c in fields)}{', ' if fields else ''} CAST(place AS INTEGER) as place from given) to '{folder}/rows.parquet' (format parquet)")
+    done = predict_table(package, folder / "rows.parquet", folder / "answers.parquet", chunk=1000)
+    got = con.execute(f"select * from '{folder}/answers.parquet'").df()
+    assert done["rows"] == len(got) == len(rows) and done["errors"] == 0 and got["place"].tolist() == list(range(len(rows)))
+    ours = got[[f"probability of {c}" for c in classes]].to_numpy() if classes else got["prediction"].to_numpy()
+    gaps = differences(ours.astype(float), want)
+    assert gaps.max() <= allowed, rows[int(gaps.argmax())]
+    if classes: assert (got["prediction"].to_numpy() == np.array(classes)[ours.argmax(1)]).all()
+
+
+def alone(package, asked, answers, folder):
+    "The code that travels, in a process that has nothing but Python: the same answers, digit by digit where the order of adding is the same."
+    import subprocess, sys
+    from slml_nb.deploy import write_edge
+    write_edge(package.folder, folder / "edge")
+    done = subprocess.run([sys.executable, "-I", "-S", folder / "edge/predict.pyz"], input="".join(json.dumps(r) + "\n" for r in asked), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    say = lambda a: list(a["probabilities"].values()) if "probabilities" in a else [a["prediction"]]
+    assert differences([say(json.loads(l)) for l in done.stdout.splitlines()], [say(a) for a in answers]).max() <= 1e-9
+
+
 KINDS = {"rule": make_rule, "linear": make_linear, "trees": make_trees, "network": make_network, "quantiles": make_quantiles, "fleet": make_fleet, "ensemble": make_ensemble, "tfidf": make_tfidf, "encoder": make_encoder}
 CASES = [(k, []) for k in KINDS] + [(k, ["far", "near"]) for k in KINDS if k not in ("quantiles", "encoder")]
 
@@ -148,4 +177,32 @@ def test_the_package_says_what_was_trained(world, tmp_path, kind, classes):
         one = package.predict([asked[i]])[0]
         assert differences([list(one["probabilities"].values()) if classes else one["prediction"]], want[i:i + 1]).max() <= allowed, asked[i]
     assert ("interval" in answers[0]) == (kind in ("network", "quantiles") and not classes)
+    in_a_file(package, world["ask"][:3000], fields, classes, want[:3000], allowed, tmp_path)
+    if kind in PLAIN: alone(package, asked[::5], answers[::5], tmp_path)
     if "interval" in answers[0]: assert all(a["interval"][0] <= a["prediction"] <= a["interval"][1] for a in answers) and package.predict([asked[3]])[0]["interval"] == pytest.approx(answers[3]["interval"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_file_of_any_size_needs_the_memory_of_a_few_blocks(world, tmp_path):
+    "Two hundred thousand rows, then two million, every thousandth refused: each in its place, with its reason, and hardly more memory."
+    import duckdb, subprocess, sys
+    make_trees(world, tmp_path / "trees", [], world["y"], "mae")
+    (tmp_path / "recipe").mkdir()
+    told = {**world["recipe"], "inputs": [{**i, "required": i["name"] == "x"} for i in world["recipe"]["inputs"]], "task": "regression", "classes": []}
+    (tmp_path / "recipe/recipe.json").write_text(json.dumps(told))
+    package = write_package(tmp_path / "package", tmp_path / "trees", tmp_path / "recipe", PROBLEM, VERDICT)
+    code = "import json, resource, sys; from slml_nb.package import load_package, predict_table; done = predict_table(load_package(sys.argv[1]), sys.argv[2], sys.argv[3]); print(json.dumps([done['rows'], done['errors'], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))"
+    peaks = []
+    for rows in (200_000, 2_000_000):
+        sql = "select i::INTEGER as place, case when i % 1000 = 7 then null else (hash(i) % 1000)::DOUBLE / 30 end as x, i % 50 as n, ['Oslo', 'Rome', 'Lima'][i % 3 + 1] as town, i % 2 = 0 as open, TIMESTAMP '2024-01-01' + to_minutes(i % 100000) as moment"
+        duckdb.connect().execute(f"copy ({sql} from range({rows}) t(i)) to '{tmp_path}/rows.parquet' (format parquet)")
+        run = subprocess.run([sys.executable, "-c", code, package.folder, tmp_path / "rows.parquet", tmp_path / "answers.parquet"], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        *counted, peak = json.loads(run.stdout)
+        peaks.append(peak)
+        said = duckdb.sql(f"select count(*), count(distinct place), count(prediction), count(error), count(*) filter ((error is null) = (place % 1000 = 7)), any_value(error) from '{tmp_path}/answers.parquet'").fetchall()[0]
+        assert counted == [rows, rows // 1000] and said == (rows, rows, rows - rows // 1000, rows // 1000, 0, "field 'x' is missing: send a number"), (counted, said)
+    assert peaks[1] < peaks[0] + 150, peaks
+    some = duckdb.sql(f"select place, x, n, town, open, strftime(moment, '%Y-%m-%dT%H:%M:%S') as moment, prediction from '{tmp_path}/answers.parquet' where place % 9973 = 1").fetchall()
+    one = package.predict([dict(zip(("x", "n", "town", "open", "moment"), r[1:6])) for r in some])
+    assert [r[6] for r in some] == pytest.approx([a["prediction"] for a in one], rel=1e-12)

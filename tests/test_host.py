@@ -1,11 +1,12 @@
 """The host under faults: workers that are killed, leak, hang or die at once; packages that come, change and go under load; clients that are slow or have no key."""
 import asyncio, http.client, json, os, shutil, signal, socket, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from slml_nb.host import Host, host, hosting, looked
-from slml_nb.package import seal
+from slml_nb.package import load_package, seal
 from slml_nb.serve import running_code
 from slml_nb.stage import made_in, sample_folder
 from tiny import until
@@ -13,7 +14,7 @@ from tiny import until
 RECORD = made_in(sample_folder())["package"]
 FLIGHTS = Path(RECORD["root"]) / RECORD["file"]
 SAMPLE = json.loads((FLIGHTS / "sample.json").read_text())
-ASK, RIGHT = json.dumps(SAMPLE["request"]).encode(), SAMPLE["response"]
+ASK, RIGHT = json.dumps(SAMPLE["request"]).encode(), load_package(FLIGHTS).predict([SAMPLE["request"]])[0]
 
 # What a bad model does, by a field that no model reads: the worker itself is not changed
 EVIL = """import os, time
@@ -148,24 +149,46 @@ def test_packages_come_change_and_go_under_load(tmp_path):
     assert until(lambda: not workers(), 10)
 
 
-def test_a_version_is_swapped_again_and_again(tmp_path):
-    versions = [changed(tmp_path / f"v{i}", f"version {i}") for i in range(2)]
+FOLLOWS = "from slml_nb.host import Host, Guard, Limits, run_app; run_app(Guard(Host(watch=sys.argv[2], every=0.02, most=1), Limits()), sock)"
+
+
+@pytest.mark.parametrize("swaps", [4, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_package_is_swapped_under_load_again_and_again(tmp_path, swaps):
+    shelf, versions = tmp_path / "shelf", [changed(tmp_path / f"v{i}", f"version {i}") for i in range(2)]
+    shutil.copytree(versions[0][0], shelf / "one")
+    with running_code(FOLLOWS, shelf) as port:
+        hash_now = lambda: call(port, "GET", "/one/healthz", None)[1]["package"][:12]
+        with Load(port, "/one/predict", clients=2) as load:
+            for i in range(1, swaps + 1):
+                folder, digest = versions[i % 2]
+                shutil.copytree(folder, tmp_path / "draft")
+                (shelf / "one").rename(tmp_path / "away")
+                (tmp_path / "draft").rename(shelf / "one")
+                assert until(lambda: hash_now() == digest, 20), i
+                shutil.rmtree(tmp_path / "away")
+        state = call(port, "GET", "/", None)[1]
+    assert len(load.said) > 5 * swaps and not load.failed(), load.failed()[:3]
+    assert not {n: why for n, why in state["trouble"].items() if n == "one"}
+    assert until(lambda: not workers(), 10)  # those of all the versions before are gone, too
+
+
+def test_a_version_that_cannot_be_opened_changes_nothing(tmp_path):
+    version, digest = changed(tmp_path / "v1", "version 1")
 
     async def swap():
-        house, said, over = Host({"flights": versions[0][0]}, most=1), [], asyncio.Event()
+        house, said, over = Host({"flights": FLIGHTS}, most=1), [], asyncio.Event()
         await house.start()
         async def asking():
             while not over.is_set(): said.append((await house.pools["flights"].ask("", "", ASK))[0])
-        clients, hashes = [asyncio.ensure_future(asking()) for _ in range(3)], []
-        for i in range(1, 9): hashes.append((await house.add("flights", versions[i % 2][0]))[:12])
+        clients = [asyncio.ensure_future(asking()) for _ in range(3)]
         with pytest.raises(Exception, match="no such folder"): await house.add("flights", tmp_path / "nowhere")
+        before, after = house.pools["flights"].hash, await house.add("flights", version)
         over.set()
         await asyncio.gather(*clients)
         await house.stop()
-        return said, hashes
-    said, hashes = asyncio.run(swap())
-    assert set(said) == {200} and len(said) > 20
-    assert hashes == [versions[i % 2][1] for i in range(1, 9)]
+        return said, before, after
+    said, before, after = asyncio.run(swap())
+    assert set(said) == {200} and before == load_package(FLIGHTS).hash and after.startswith(digest)
     assert until(lambda: not workers(), 10)
 
 
@@ -179,6 +202,22 @@ def test_workers_follow_the_load_and_go_to_zero(evil):
         assert not load.failed(), load.failed()[:3]
         assert until(lambda: count() == 0 and not workers(), 10)
         assert call(port)[:2] == (200, RIGHT)  # and back again
+
+
+@pytest.mark.slow
+def test_load_rises_in_steps_and_ends():
+    with hosting({"a": FLIGHTS, "b": FLIGHTS}, most=2, idle=1.0) as port:
+        count = lambda: sum(p["workers"] for p in call(port, "GET", "/", None)[1]["packages"].values())
+        said = []
+        def ask(path, due):
+            time.sleep(max(0.0, due - time.monotonic()))
+            said.append(call(port, path=path)[:2])
+        for rate in (1, 20, 100):
+            begin = time.monotonic()
+            with ThreadPoolExecutor(16) as pool: list(pool.map(ask, ["/a/predict", "/b/predict"] * rate, [begin + i / rate for i in range(2 * rate)]))
+            assert 1 <= count() <= 4
+        assert len(said) == 242 and set(map(str, said)) == {str((200, RIGHT))}, [s for s in said if s != (200, RIGHT)][:3]
+        assert until(lambda: count() == 0 and not workers(), 10)
 
 
 def test_slow_clients_hold_nobody_up():
@@ -212,7 +251,7 @@ def test_a_public_door_is_locked(monkeypatch):
 
 def test_ten_megabytes_and_other_bad_bodies():
     with hosting({"flights": FLIGHTS}, most=1) as port:
-        for body, kind, status in ((b" " * 10_000_000, "application/json", 413), (b"\x00\xff", "text/csv", 400), (b"", "application/json", 400), (b'{"a": NaN}', "application/json", 422), (b"[[]]", "application/jsonlines", 422), (ASK, "multipart/form-data", 415)):
+        for body, kind, status in ((b" " * 10_000_000, "application/json", 413), (b"\x00\xff", "text/csv", 400), (b"", "application/json", 400), (b'{"a": NaN}', "application/json", 422), (b"[[]]", "application/jsonlines", 422), (b'{"carrier": "\\ud800"}', "application/json", 422), (ASK, "multipart/form-data", 415)):
             got = call(port, body=body, content_type=kind)
             assert (got[0], sorted(got[1]["error"])) == (status, ["allowed", "field", "request", "value", "what"]), (body[:20], got)
         assert call(port)[:2] == (200, RIGHT)

@@ -378,7 +378,7 @@ def picture(
     draw_history(ax, found, Stage.colours)
     fig.savefig(file, dpi=150)
 
-# %% ../nbs/46_experiment.ipynb #a4699245
+# %% ../nbs/46_experiment.ipynb #88836341
 def draw_history(
     ax,  # matplotlib axes
     found: dict,  # from `Traffic.status`
@@ -389,4 +389,4 @@ def draw_history(
     x, y = [h[1] for h in lines], np.array([h[2] for h in lines]).T
     for row, share, colour in zip(found["variants"], y, colours): ax.step(x, 100 * share, where="post", color=colour, label=row["variant"])
     ax.set(xlabel="rewards", ylabel="share, %", ylim=(0, 100), title=f"{found['name']}: {found['policy']}")
-    ax.legend(loc="center right")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)  # beside: lines that wander leave no corner free

@@ -168,7 +168,7 @@ def run_data(
             found.append({"name": "raw", "digest": raw["sha256"][:36], "source": "raw", "schema": [{"name": n, "type": t} for n, t in raw.get("columns", [])], "rows": raw.get("rows")})
     return found
 
-# %% ../nbs/55_track.ipynb #86b727c6
+# %% ../nbs/55_track.ipynb #b740cca7
 class PackagedModel:
     "A package as MLflow wants a model."
 
@@ -180,16 +180,14 @@ class PackagedModel:
         self,
         model_input,  # DataFrame, or anything that makes one
         params=None,  # MLflow hands it over; there is none
-    ):  # DataFrame: prediction, the probability of each class, error
+    ):  # DataFrame: prediction, both ends of its interval or the probability of each class, error
         "Answer each row."
         import pandas as pd
-        from slml_nb.package import answer_all, answer_columns
+        from slml_nb.package import answer_all, answer_row, file_columns
         table = model_input if isinstance(model_input, pd.DataFrame) else pd.DataFrame(model_input)
-        answers = answer_all(self.predictor, table_requests(table, self.predictor.function.inputs))
-        chances = {f"probability of {c}": [(a.get("probabilities") or {}).get(c) for a in answers] for c in self.predictor.classes}
-        columns = {"prediction": [a["prediction"] for a in answers], **chances, "error": [a.get("error") for a in answers]}
-        kinds = {"VARCHAR": object, "DOUBLE": float}
-        return pd.DataFrame({n: pd.Series(columns[n], index=table.index, dtype=kinds[t]) for n, t in answer_columns(self.predictor).items()})
+        answers, columns = answer_all(self.predictor, table_requests(table, self.predictor.function.inputs)), file_columns(self.predictor)
+        rows, kinds = [answer_row(self.predictor, a) for a in answers], {"VARCHAR": object, "DOUBLE": float}
+        return pd.DataFrame({n: pd.Series([r[i] for r in rows], index=table.index, dtype=kinds[t]) for i, (n, t) in enumerate(columns.items())})
 
 
 def _load_pyfunc(path): return PackagedModel(path)  # the name that MLflow looks for
@@ -209,7 +207,7 @@ def table_requests(
     return [{n: int(v) if n in whole and isinstance(v, float) and v.is_integer() else plain(v) for n, v, known in zip(fields, row, mask) if known}
             for row, mask in zip(values.itertuples(index=False, name=None), there.itertuples(index=False, name=None))]
 
-# %% ../nbs/55_track.ipynb #d787ac76
+# %% ../nbs/55_track.ipynb #baf6a114
 def write_model(
     package: Path,
     folder: Path,  # to fill; not there yet
@@ -222,9 +220,9 @@ def write_model(
     from mlflow.types.schema import AnyType, ColSpec, Schema
     contract = read_json(package / "signature.json", {})
     fields = Schema([ColSpec(AnyType(), f["name"], required=bool(f["required"])) for f in contract["inputs"]])  # the package itself checks types, and says more
-    text = contract["outputs"][0]["type"] == "string"
-    chances = [ColSpec("double", f"probability of {c}") for c in contract["outputs"][-1].get("values", [])] if text else []
-    answers = Schema([ColSpec("string" if text else "double", "prediction"), *chances, ColSpec("string", "error", required=False)])
+    text, more = contract["outputs"][0]["type"] == "string", {o["name"]: o for o in contract["outputs"][1:]}
+    names = ["interval low", "interval high"] if "interval" in more else [f"probability of {c}" for c in more.get("probabilities", {}).get("values", [])]
+    answers = Schema([ColSpec("string" if text else "double", "prediction"), *(ColSpec("double", n) for n in names), ColSpec("string", "error", required=False)])
     needs = [f"{n}=={importlib.metadata.version(n)}" for n in ("slml_nb", "duckdb", "numpy", "onnxruntime")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -232,14 +230,14 @@ def write_model(
                                  signature=ModelSignature(fields, answers))
     return folder
 
-# %% ../nbs/55_track.ipynb #f4ede997
+# %% ../nbs/55_track.ipynb #58691f0f
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 class TrackingFailed(SlmlError):
     "MLflow did not take a run; the run itself is untouched."
 
-
+# %% ../nbs/55_track.ipynb #4397d9e0
 def _let_go(uri: str):
     "Make MLflow forget a database that has been deleted: it would go on writing into the file that is no more."
     with contextlib.suppress(ImportError, AttributeError):
@@ -248,7 +246,7 @@ def _let_go(uri: str):
         if engine := SqlAlchemyStore._engine_map.pop(uri, None): engine.dispose()
         _tracking_store_registry._get_store_with_resolved_uri.cache_clear()
 
-
+# %% ../nbs/55_track.ipynb #1e27bb7c
 @contextlib.contextmanager
 def mlflow_client(
     uri: str,  # from `tracking_uri`
@@ -386,7 +384,7 @@ def _shared(folders: list[Path]) -> set[str]:
     real = [{(f.name, f.resolve()) for f in folder.glob("*") if f.is_dir()} for folder in folders if folder.is_dir()]
     return {name for name, _ in set.intersection(*real)} if len(real) > 1 else set()
 
-# %% ../nbs/55_track.ipynb #546f4877
+# %% ../nbs/55_track.ipynb #c0302859
 def _seal_of(record: dict) -> str: return record.get("seal") or sha256_text(canonical_json({k: v for k, v in record.items() if k != "folder"}))
 
 
@@ -394,7 +392,7 @@ def _verdict(made: dict) -> dict:
     found = next((m for m in made.values() if "verdict" in m["artifacts"]), None)
     return read_json(artifact_path({**found["artifacts"]["verdict"], "root": found["root"]}), {}) if found else {}
 
-
+# %% ../nbs/55_track.ipynb #6501cfb8
 def _log_run(client, experiment, there: dict, key: str, record: dict, folder: Path, made: dict, verdict: dict, parent: str = "") -> dict:
     "One run, or one point of a sweep, into MLflow, as far as it is not there yet."
     known, sealed = there.get(key), _seal_of(record)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['POLICIES', 'LEARNING', 'DEFAULTS', 'CLAIM_DAYS', 'read_spec', 'context_names', 'chance_best', 'beta_chance',
            'student_chance', 'anytime_radius', 'spread_of', 'difference', 'Reward', 'fresh_state', 'better', 'learned',
-           'context_of', 'Linear', 'alarm', 'shares', 'SqliteState', 'DynamoState', 'open_state', 'learn_into',
+           'context_of', 'Linear', 'alarm', 'shares', 'SqliteState', 'DynamoState', 'swap', 'open_state', 'learn_into',
            'Choice', 'spot', 'Traffic', 'refresh', 'choose', 'learn', 'check', 'reward_of', 'forget', 'simulate',
            'status', 'traffic_text']
 
-# %% ../nbs/44_traffic.ipynb #369c2b8c
-import base64, hashlib, json, math, os, random, threading, time
+# %% ../nbs/44_traffic.ipynb #3b04c3dd
+import base64, hashlib, json, math, os, random, re, threading, time
 from bisect import bisect_right
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import numpy as np
 from .core import SlmlError, suggest
 from .online import DynamoEvents, SqliteEvents, micros, moment_of
 
-# %% ../nbs/44_traffic.ipynb #79394705
+# %% ../nbs/44_traffic.ipynb #13e1976e
 POLICIES = {"shares": "fixed shares, an A/B test", "canary": "a little first, more by steps, back to nothing when it is worse",
             "shadow": "the others answer too, and nobody sees it", "thompson": "each by the chance that it is the best one", "ucb": "the one that could be the best", "greedy": "the best one so far",
             "linear": "each by the chance that it is the best one for this request"}
@@ -40,12 +40,14 @@ DEFAULTS = {
     "alpha": 0.05,       # of `canary`: chance to send back one that is as good
     "context": {},       # of `linear`: {field: {"min", "max"}} or {field: {"values"}}
     "state": "traffic.db",  # a SQLite file or dynamodb://TABLE
-    "endpoint_url": "",  # of a DynamoDB other than Amazon's
-    "log": "traffic_log",  # folder for predictions and feedback
+    "endpoint_url": "",  # of a DynamoDB or a Kinesis other than Amazon's
+    "log": "traffic_log",  # folder for predictions and feedback; or kinesis://STREAM, firehose://STREAM: there, too
+    "stream": "",        # kinesis://STREAM or firehose://STREAM, beside the folder
+    "keep": True,        # False: what the stream has taken is deleted here once nobody waits for it
     "log_request": True,  # False: of a request only what the context reads is kept
     "refresh_s": 1.0}    # how often a server looks what others have learned
 
-# %% ../nbs/44_traffic.ipynb #52dbd273
+# %% ../nbs/44_traffic.ipynb #6714f3a2
 def read_spec(
     spec,  # a dictionary, or the path of a JSON or YAML file
 ) -> dict:  # with every default filled in; variants is {name: package or ""}
@@ -57,6 +59,7 @@ def read_spec(
     if not variants: raise SlmlError("there are no variants", f"traffic '{given['name']}'", "variants: {champion: packages/a, challenger: packages/b}")
     by_reward = {"error": {"kind": "number", "goal": "min"}}.get(given.get("reward"), {})
     out = {**DEFAULTS, **by_reward, **given, "variants": variants}
+    if "://" in str(out["log"]): out["stream"], out["log"] = str(out["log"]), DEFAULTS["log"]
     _check_spec(out)
     return out
 
@@ -69,7 +72,7 @@ def _spec_file(path):
     from slml_nb.core import load_yaml
     return load_yaml(path)[0]
 
-# %% ../nbs/44_traffic.ipynb #36037a43
+# %% ../nbs/44_traffic.ipynb #65576ee2
 def _check_spec(s):
     "The first thing that is wrong with a spec."
     def wrong(what, fix): raise SlmlError(what, f"traffic '{s['name']}'", fix)
@@ -82,6 +85,7 @@ def _check_spec(s):
     if any(not w >= 0 for w in weights) or not sum(weights) > 0: wrong("shares are not positive", "give each variant a weight of 0 or more")
     if not 0.001 <= s["explore"] <= 1: wrong(f"explore is {s['explore']}", "a share from 0.001 to 1: without it a change is never seen")
     if s["half_life"] < 0: wrong(f"half_life is {s['half_life']}", "a number of rewards, or 0")
+    if s["stream"] and not re.fullmatch(r"(kinesis|firehose)://[\w.-]+", s["stream"]): wrong(f"stream is '{s['stream']}'", "kinesis://NAME or firehose://NAME")
     if s["policy"] == "canary" and (len(s["variants"]) != 2 or not all(0 < x < 1 for x in s["steps"]) or sorted(s["steps"]) != list(s["steps"]) or not s["steps"]):
         wrong("a canary has two variants and rising steps", "variants: [champion, challenger], steps: [0.01, 0.1, 0.5]")
     if s["policy"] == "linear" and not s["context"]: wrong("linear has no context", "context: {km: {min: 0, max: 30}, zone: {values: [Bronx, Queens]}}")
@@ -442,10 +446,18 @@ class SqliteState(SqliteEvents):
             if version % 1000 == 0: db.execute("delete from claims where name = ? and at < ?", [name, micros() - CLAIM_DAYS * 86400 * 1_000_000])
         return True
 
-# %% ../nbs/44_traffic.ipynb #c1a1c3fc
+# %% ../nbs/44_traffic.ipynb #f52fc228
 class DynamoState(DynamoEvents):
     "Policies' states in a DynamoDB table with keys pk and sk."
     batch = 90  # a transaction of DynamoDB holds 100 items
+    answer_s = 5.0  # an answer is waited for, twice: whoever looks every second need not wait for minutes
+
+    def __init__(self, table: str, endpoint_url: str = "", create: bool = False):
+        import boto3
+        from botocore.config import Config
+        super().__init__(table, endpoint_url, create)
+        patience = Config(connect_timeout=2, read_timeout=self.answer_s, retries={"mode": "standard", "total_max_attempts": 2})
+        with self.errors(): self.client = boto3.session.Session().client("dynamodb", endpoint_url=endpoint_url or None, config=patience)
 
     def _key(self, pk, sk): return {"pk": {"S": pk}, "sk": {"S": sk}}
 
@@ -465,20 +477,28 @@ class DynamoState(DynamoEvents):
             asked = answer.get("UnprocessedKeys")
         return found
 
-    def swap(self, name: str, version: int, state: dict, claims=()) -> bool:
-        "Write the next state if this version is still the one that is there."
-        expected = dict(ConditionExpression="attribute_not_exists(sk)") if not version else dict(
-            ConditionExpression="#v = :v", ExpressionAttributeNames={"#v": "version"}, ExpressionAttributeValues={":v": {"N": str(version)}})
-        item = {**self._key("traffic", name), "version": {"N": str(version + 1)}, "state": {"S": json.dumps(state)}}
-        puts = [{"Put": {"TableName": self.table, "Item": item, **expected}}]
-        expires = {"expires": {"N": str(int(time.time()) + CLAIM_DAYS * 86400)}}
-        puts += [{"Put": {"TableName": self.table, "Item": {**self._key(f"claims|{name}", i), **expires}, "ConditionExpression": "attribute_not_exists(sk)"}} for i in claims]
-        with self.errors():
-            try: self.client.transact_write_items(TransactItems=puts)
-            except self.client.exceptions.TransactionCanceledException as e:
-                if any(r.get("Code") == "ValidationError" for r in e.response.get("CancellationReasons", [])): raise
-                return False
-        return True
+# %% ../nbs/44_traffic.ipynb #3ade9859
+def _swap_puts(self: DynamoState, name, version, state, claims) -> list[dict]:
+    "What a transaction writes: the state, on the condition of its version, and each claim, on the condition that it is new."
+    expected = dict(ConditionExpression="attribute_not_exists(sk)") if not version else dict(
+        ConditionExpression="#v = :v", ExpressionAttributeNames={"#v": "version"}, ExpressionAttributeValues={":v": {"N": str(version)}})
+    item = {**self._key("traffic", name), "version": {"N": str(version + 1)}, "state": {"S": json.dumps(state)}}
+    expires, new = {"expires": {"N": str(int(time.time()) + CLAIM_DAYS * 86400)}}, {"ConditionExpression": "attribute_not_exists(sk)"}
+    puts = [{"TableName": self.table, "Item": item, **expected}]
+    puts += [{"TableName": self.table, "Item": {**self._key(f"claims|{name}", i), **expires}, **new} for i in claims]
+    return [{"Put": p} for p in puts]
+
+# %% ../nbs/44_traffic.ipynb #b00fd4ad
+def swap(self: DynamoState, name: str, version: int, state: dict, claims=()) -> bool:
+    "Write the next state if this version is still the one that is there."
+    with self.errors():
+        try: self.client.transact_write_items(TransactItems=self._swap_puts(name, version, state, claims))
+        except self.client.exceptions.TransactionCanceledException as e:
+            if any(r.get("Code") == "ValidationError" for r in e.response.get("CancellationReasons", [])): raise
+            return False
+    return True
+
+DynamoState._swap_puts, DynamoState.swap = _swap_puts, swap
 
 # %% ../nbs/44_traffic.ipynb #04f94e43
 def open_state(
@@ -577,7 +597,7 @@ def _line(shares: dict):
     names = [v for v in reversed(shares) if shares[v] > 0]
     return names, np.cumsum([shares[v] for v in names]).tolist()[:-1], [shares[v] for v in names]
 
-# %% ../nbs/44_traffic.ipynb #95db5ddc
+# %% ../nbs/44_traffic.ipynb #c7327198
 class Traffic:
     "Chooses who answers, and learns with all others who share its state."
 
@@ -596,30 +616,37 @@ class Traffic:
 
     def __repr__(self): return f"Traffic({self.spec['name']}, {self.spec['policy']}: {', '.join(f'{v} {x:.1%}' for v, x in self.shares.items())})"
 
-    @classmethod
-    def open(cls, spec, background: bool = True, wait_s: float = 2.0):
-        "A traffic that looks at its store now, and from time to time in a thread of its own. A store that hangs is waited for `wait_s`, no longer."
-        self = cls(spec)
-        if not background: self.refresh(); return self
-        looked = threading.Event()
-        threading.Thread(target=self._watch, args=(looked,), daemon=True, name="traffic").start()
-        if not looked.wait(wait_s): self.away = self.away or f"no answer in {wait_s:g} s"
-        return self
-
-    def _watch(self, looked):
-        self.refresh()
-        looked.set()
-        while not self._stop.wait(self.spec["refresh_s"] * random.uniform(0.8, 1.2)): self.refresh()
-
-    def close(self): self._stop.set()
-
     @property
     def store(self):
         "The state store, opened when it is first asked."
         if self._store is None: self._store = open_state(self.spec["state"], self.spec["endpoint_url"])
         return self._store
 
-# %% ../nbs/44_traffic.ipynb #76ac4c7d
+# %% ../nbs/44_traffic.ipynb #0f8dd5b6
+def _opened(
+    cls,
+    spec,  # a dictionary, or the path of a JSON or YAML file
+    background: bool = True,  # look at the store again and again, in a thread
+    wait_s: float = 2.0,  # for a store that hangs, before one goes on without it
+):  # Traffic
+    "A traffic that has looked at its store."
+    self = cls(spec)
+    if not background: self.refresh(); return self
+    looked = threading.Event()
+    threading.Thread(target=self._look_on, args=(looked,), daemon=True, name="traffic").start()
+    if not looked.wait(wait_s): self.away = self.away or f"no answer in {wait_s:g} s"
+    return self
+
+
+def _look_on(self: Traffic, looked):
+    "Look at the store until the traffic is closed."
+    self.refresh()
+    looked.set()
+    while not self._stop.wait(self.spec["refresh_s"] * random.uniform(0.8, 1.2)): self.refresh()
+
+Traffic.open, Traffic._look_on, Traffic.close = classmethod(_opened), _look_on, lambda self: self._stop.set()
+
+# %% ../nbs/44_traffic.ipynb #4384ea81
 def _take(self: Traffic, state):
     "Make a state the one by which is chosen."
     self.state, self.shares = state, shares(state, self.spec)
@@ -627,19 +654,29 @@ def _take(self: Traffic, state):
     self._now = _line(self.shares)
 
 
+def _found(self: Traffic) -> tuple[int, dict | None]:
+    "Version and state of the store. One that has forgotten (its version is lower than the one that was seen) is told what is known here, if that is more."
+    name, (version, state) = self.spec["name"], self.store.load(self.spec["name"])
+    if version >= self.version or version and _seen(state) >= _seen(self.state): return version, state
+    return (version + 1, self.state) if self.store.swap(name, version, self.state) else self.store.load(name)
+
+
+def _seen(state) -> int: return state["rewards"] + sum(a["answers"] for a in state["arms"].values())
+
+# %% ../nbs/44_traffic.ipynb #544944cd
 def refresh(self: Traffic) -> bool:
     "Look what others have learned; False when the store is away, then everything stays as it is."
     try:
-        version, state = self.store.load(self.spec["name"])
-        if not version and self.version > 0 and self.store.swap(self.spec["name"], 0, self.state): version, state = 1, self.state  # the store was lost: this is what was in it
+        version, state = self._found()
+        self.away = ""  # before the shares move: whoever is told that the store is away has the old ones
         if version != self.version: self._take(state or fresh_state(self.spec))
-        self.version, self.away, self.seen = version, "", time.time()
+        self.version, self.seen = version, time.time()
     except Exception as e:  # whatever it is: predictions go on
         self._store = None
         self.away = f"{e} (since {moment_of(micros()).isoformat(' ', 'seconds')} UTC)" if not self.away else self.away
     return not self.away
 
-# %% ../nbs/44_traffic.ipynb #d8456ecd
+# %% ../nbs/44_traffic.ipynb #dd83936a
 def choose(
     self: Traffic,
     request: dict | None = None,  # read by the policy linear, and for the field `unit` of the spec
@@ -652,7 +689,7 @@ def choose(
     i = bisect_right(ends, spot(self._salt, unit))
     return Choice(id, names[i], parts[i], self.shadows)
 
-Traffic._take, Traffic.refresh, Traffic.choose = _take, refresh, choose
+Traffic._take, Traffic._found, Traffic.refresh, Traffic.choose = _take, _found, refresh, choose
 
 # %% ../nbs/44_traffic.ipynb #0b176d44
 def learn(

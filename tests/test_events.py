@@ -321,3 +321,168 @@ def test_results_in_s3_never_start_the_function_again(tmp_path, bucket):
     assert [handler(news("in/a.csv", tag))["done"] for _ in "ab"] == [1, 0]
     (made,) = [o["Key"] for o in bucket.list_objects_v2(Bucket="trips", Prefix="answers/a.")["Contents"]]
     assert handler(news(made, "x"))["ignored"] == 1
+
+
+# -- the function in the account: template, zip, exactly once
+
+@pytest.fixture(scope="module")
+def aws():
+    from test_kinesis import KEYS, moto_server
+    before = {k: os.environ.get(k) for k in KEYS}
+    os.environ.update(KEYS)
+    with moto_server() as (_, url): yield url
+    for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+
+
+@pytest.fixture(scope="module")
+def function(aws, tmp_path_factory):
+    "The function's zip, unpacked where nothing else can be imported but what Lambda's Python has: boto3."
+    import boto3, zipfile
+    from pathlib import Path
+    from slml_nb.deploy import write_zip
+    from slml_nb.events import events_files
+    home = tmp_path_factory.mktemp("function")
+    zipfile.ZipFile(write_zip(events_files(package(home / "p")), home / "events.zip")["file"]).extractall(home / "task")
+    site = Path(boto3.__file__).parent.parent
+    (home / "runtime").mkdir()
+    for name in ("boto3", "botocore", "s3transfer", "jmespath", "dateutil", "urllib3", "six.py"): (home / "runtime" / name).symlink_to(site / name)
+    boto3.client("dynamodb", endpoint_url=aws).create_table(TableName="happened", BillingMode="PAY_PER_REQUEST", KeySchema=[{"AttributeName": "event", "KeyType": "HASH"}], AttributeDefinitions=[{"AttributeName": "event", "AttributeType": "S"}])
+    return home
+
+
+@pytest.fixture
+def files(aws, function, request):
+    "A bucket of its own, versioned: what is written twice can be counted."
+    import boto3
+    s3, name = boto3.client("s3", endpoint_url=aws), "b" + hashlib.sha1(request.node.name.encode()).hexdigest()[:12]
+    s3.create_bucket(Bucket=name)
+    s3.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+
+    class Files:
+        bucket, client = name, s3
+
+        def put(self, key, text):
+            "A new object; the message that brings the news."
+            tag = s3.put_object(Bucket=name, Key=key, Body=text)["ETag"].strip('"')
+            body = {"source": "aws.s3", "detail-type": "Object Created", "detail": {"bucket": {"name": name}, "object": {"key": key, "etag": tag, "sequencer": "1"}}}
+            return {"Records": [{"messageId": f"m {key}", "eventSource": "aws:sqs", "body": json.dumps(body)}]}
+
+        def look(self): return {"Records": [{"messageId": "look", "eventSource": "aws:sqs", "body": json.dumps({"look": f"s3://{name}/in/"})}]}
+
+        def answers(self):
+            "Every version of every answer."
+            found = s3.list_object_versions(Bucket=name, Prefix="answers/")
+            return [(v["Key"], v["VersionId"]) for v in found.get("Versions", [])]
+
+        def start(self, *events, wait_for=None, before=""):
+            "An instance of the function, in a process of its own; it handles the events one after the other."
+            code = f"""import json, os, sys, time; sys.path[:0] = [{str(function / 'task')!r}, {str(function / 'runtime')!r}]
+{before}
+import app; print('up', flush=True)
+while sys.argv[2] and not os.path.exists(sys.argv[2]): time.sleep(0.001)
+class Context:
+    def get_remaining_time_in_millis(self): return 30_000
+print(json.dumps([app.handler(e, Context()) for e in json.loads(sys.argv[1])])); print(json.dumps(sorted(set(sys.modules) & {{'duckdb', 'pandas', 'sklearn', 'slml_nb.run', 'slml_nb.deploy'}})))"""
+            env = {"PATH": os.environ["PATH"], "AWS_ENDPOINT_URL": aws, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1",
+                   "SLML_OUT": f"s3://{name}/answers", "SLML_SUFFIX": ".csv", "SLML_LEDGER": "happened"}
+            return subprocess.Popen([sys.executable, "-I", "-S", "-c", code, json.dumps(events), str(wait_for or "")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+        def said(self, process):
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == 0, err
+            lines = [l for l in out.splitlines() if l != "up"]
+            assert json.loads(lines[1]) == []  # nothing heavy was loaded
+            return [{k: v for k, v in told.items() if v and k not in ("batchItemFailures", "why")} for told in json.loads(lines[0])]
+    return Files()
+
+
+@pytest.mark.slow
+def test_the_template_passes_the_linter_and_the_linter_looks(tmp_path):
+    from slml_nb.events import events_template
+    from test_deploy import lint
+    code, said = lint(tmp_path, {"events": events_template(), "large": events_template(memory_mb=3008, seconds=900, suffix=".parquet")})
+    assert code == 0, said
+    wrong = events_template()
+    wrong["Resources"]["Takes"]["Properties"]["FunctionResponseTypes"] = ["ReportFailures"]
+    assert lint(tmp_path, {"wrong": wrong})[0] != 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Tried to parse")
+def test_a_new_object_comes_to_the_function_through_what_the_template_makes(tmp_path, monkeypatch):
+    "Change sets, the rule, the queue, the table, by moto; its CloudFormation leaves out the bucket's notifications, which are set by hand here."
+    import boto3
+    from moto import mock_aws
+    from slml_nb.deploy import execute, made_by, stack_now
+    from slml_nb import events
+    from slml_nb.events import TableLedger, deploy_events, events_template
+    def alone(**size): (t := events_template(**size))["Resources"].pop("Takes"); return t  # moto would start docker; here the test takes the messages
+    monkeypatch.setattr(events, "events_template", alone)
+    for name, value in {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "eu-central-1"}.items(): monkeypatch.setenv(name, value)
+    with mock_aws():
+        client, s3, sqs = (boto3.client(s) for s in ("cloudformation", "s3", "sqs"))
+        folder = package(tmp_path / "p")
+        for _ in "ab":  # first the bucket for the code, then the function
+            proposed = deploy_events(folder, "files", out=tmp_path, given={"Every": "rate(15 minutes)"})
+            assert stack_now(client, proposed["stack"]) is None
+            execute(client, s3, proposed["stack"], proposed["changeset"])
+        made = made_by(client, "files")
+        assert stack_now(client, "files")["parameters"]["Every"] == "rate(15 minutes)"
+        s3.put_bucket_notification_configuration(Bucket=made["Inbox"], NotificationConfiguration={"EventBridgeConfiguration": {}})
+        s3.put_object(Bucket=made["Inbox"], Key="in/my trips (1).csv", Body="km\n9\n")
+        came = [m for _ in range(3) for m in sqs.receive_message(QueueUrl=made["Queue"], MaxNumberOfMessages=10).get("Messages", [])]
+        assert came
+        handler = events_handler(folder, f"s3://{made['Inbox']}/answers", ".csv", s3, TableLedger(made["Happened"]))
+        told = [handler({"Records": [{"messageId": m["MessageId"], "eventSource": "aws:sqs", "body": m["Body"]}]}) for m in came]
+        assert sum(t["done"] for t in told) == 1 and not any(t["failed"] for t in told)
+        (answer,) = s3.list_objects_v2(Bucket=made["Inbox"], Prefix="answers/")["Contents"]
+        assert b"9,long" in s3.get_object(Bucket=made["Inbox"], Key=answer["Key"])["Body"].read()
+        targets = {t["Arn"] for r in ("News", "Look") for t in boto3.client("events").list_targets_by_rule(Rule=made[r])["Targets"]}
+        assert len(targets) == 1 and made["Queue"].rpartition("/")[2] in targets.pop()
+
+
+@pytest.mark.slow
+def test_the_same_news_twice_and_by_two_at_once(tmp_path, files):
+    "The function as its zip has it: one answer, written once."
+    news = files.put("in/a.csv", "km\n9\n")
+    assert files.said(files.start(news, news)) == [{"done": 1}, {"held": 1}] and len(files.answers()) == 1
+    big = [files.put(f"in/big {i}.csv", "km\n" + "9\n" * 4000) for i in range(3)]
+    both = [files.start(*big, *big, wait_for=tmp_path / "go") for _ in "ab"]
+    for p in both: assert p.stdout.readline() == "up\n"
+    (tmp_path / "go").touch()
+    told = [t for p in both for t in files.said(p)]
+    assert sum(t.get("done", 0) for t in told) == 3 and len(files.answers()) == 4
+    assert len(told) == 12 and all(t in ({"done": 1}, {"held": 1}, {"failed": 1}) for t in told)  # failed: the other one has it, and the queue sends it again
+    assert files.said(files.start(*big)) == [{"held": 1}] * 3
+
+
+@pytest.mark.slow
+def test_a_function_that_is_killed_and_news_that_were_lost(tmp_path, files, aws):
+    "Killed in the middle: nobody may begin before its time is over, then the next one does; what nobody heard of is found by the timetable."
+    from slml_nb.events import TableLedger
+    import boto3
+    news = files.put("in/a.csv", "km\n9\n")
+    dying = files.start(news, before="import slml_nb.package as p\ndef stuck(*a): print('stuck', flush=True); time.sleep(60)\np.predict_table = stuck")
+    assert [dying.stdout.readline() for _ in "ab"] == ["up\n", "stuck\n"]
+    dying.kill(); dying.communicate()
+    assert files.said(files.start(news)) == [{"failed": 1}] and files.answers() == []  # the message stays in the queue
+    db = boto3.client("dynamodb", endpoint_url=aws)
+    key = f"s3://{files.bucket}/in/a.csv@" + hashlib.md5(b"km\n9\n").hexdigest()
+    item = db.get_item(TableName="happened", Key={"event": {"S": key}})["Item"]
+    assert 60 < float(item["until"]["N"]) - time.time() < 95 and item["state"]["S"] == "claimed"  # 30 s that it had, and a minute
+    db.update_item(TableName="happened", Key={"event": {"S": key}}, UpdateExpression="SET #u = :z", ExpressionAttributeNames={"#u": "until"}, ExpressionAttributeValues={":z": {"N": "0"}})
+    files.put("in/lost.csv", "km\n1\n"); files.put("in/bad.csv", "miles\n1\n"); files.put("in/a.txt", "km\n1\n"); files.put("answers/in/x.csv", "km\n1\n")
+    assert files.said(files.start(files.look(), files.look(), news)) == [{"done": 2, "failed": 1}, {"failed": 1}, {"held": 1}]
+    assert sorted(k.split(".")[0] for k, _ in files.answers()) == ["answers/a", "answers/in/x", "answers/lost"]
+    (made,) = [k for k, _ in files.answers() if k.startswith("answers/lost")]
+    files.client.delete_object(Bucket=files.bucket, Key=made)  # somebody takes the answer away: it is not made again
+    assert files.said(files.start(files.look())) == [{"held": 1, "failed": 1}]
+    assert TableLedger("happened", db).begin(key)[1] == "done"
+
+
+def test_the_plan_from_the_command_line(tmp_path, capsys):
+    "`slml deploy PACKAGE --to events --plan` needs no account."
+    from slml_nb.cli import main
+    assert main(["deploy", str(package(tmp_path / "p")), "--to", "events", "--plan", "--rps", "0.01"]) == 0
+    said = capsys.readouterr().out
+    assert "AWS::SQS::Queue" in said and "dynamodb:UpdateItem" in said and "a month at 0.01" in said

@@ -428,3 +428,28 @@ def test_a_managed_server_by_its_arn(monkeypatch):
 def test_nothing_heavy_is_imported():
     code = "import slml_nb.track, sys; print([m for m in ('mlflow', 'pandas', 'numpy', 'duckdb', 'sqlalchemy', 'requests') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_mlflow_answers_with_intervals_and_with_chances(tmp_path):
+    "What the package serves beside a prediction, MLflow serves too, and its signature says so."
+    import mlflow.pyfunc
+    import pandas as pd
+    from slml_nb.model import save_model
+    from slml_nb.package import load_package, write_package
+    from slml_nb.track import write_model
+    from test_cascade import package
+    km = {"name": "km", "type": "DOUBLE", "required": True, "missing": 0.0, "min": 0.0, "max": 30.0, "values": [], "example": 2.5, "from": ""}
+    recipe = {"target": "fare", "task": "regression", "unit": "USD", "classes": [], "time": "", "inputs": [km], "features": [{"name": "km", "kind": "numeric", "sql": "km", "reads": ["km"]}], "lookups": [], "examples": [{"km": 2.5}]}
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe/recipe.json").write_text(json.dumps(recipe))
+    sure = {"level": 0.8, "low": -1.0, "high": 2.0, "method": "split conformal", "of": "prediction", "rows": 100}
+    save_model(tmp_path / "rule", {"kind": "rule", "task": "regression", "target": "fare", "features": ["km"], "expression": "3 * km", "interval": sure})
+    verdict = {"candidate": "rule", "best": "rule", "sentence": "", "metric": "mae", "requirements": [], "candidates": [], "rows_test": 0}
+    priced = write_package(tmp_path / "fares", tmp_path / "rule", tmp_path / "recipe", {"target": "fare", "task": "regression"}, verdict).folder
+    table = pd.DataFrame({"km": [1.0, None, 10.0]})
+    for name, folder, columns in (("priced", priced, ["prediction", "interval low", "interval high", "error"]), ("trip", package(tmp_path / "trip"), ["prediction", "probability of long", "probability of short", "error"])):
+        loaded = mlflow.pyfunc.load_model(str(write_model(folder, tmp_path / f"mlflow {name}")))
+        said = loaded.predict(table)
+        assert list(said) == columns == loaded.metadata.signature.outputs.input_names()
+        assert said["prediction"].tolist()[::2] == [a["prediction"] for a in load_package(folder).predict([{"km": 1.0}, {"km": 10.0}])] and said["error"].notna().tolist() == [False, True, False]
+        if name == "priced": assert said[["interval low", "interval high"]].to_numpy()[::2].tolist() == [[2.0, 5.0], [29.0, 32.0]] and said["interval low"].isna().tolist() == [False, True, False]

@@ -190,3 +190,128 @@ def test_command(tmp_path, capsys):
     assert main(["traffic", str(tmp_path / "spec.json"), "--compact", "--forget"]) == 0
     assert "0 rewards" in capsys.readouterr().out
     assert main(["traffic", str(tmp_path / "nothing.json")]) == 2
+
+
+# -- the state store gone, under load
+
+LOAD = """import json, os, sys, time
+from slml_nb.feedback import open_traffic
+from slml_nb.traffic import DynamoState
+DynamoState.answer_s = 1.5
+spec, who, end = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+traffic, log = open_traffic(spec)
+i = 0
+while not os.path.exists(end):
+    choice = traffic.choose({}, f"{who}-{i}"); i += 1
+    log.prediction(choice, {}, 1.0)
+    status, _ = log.answer(json.dumps({"id": choice.id, "reward": float(choice.variant == "new")}).encode())
+    print(json.dumps([choice.id, choice.variant, choice.probability, status, bool(traffic.away)]), flush=True)
+    time.sleep(float(sys.argv[4]))
+log.close(); traffic.close()"""
+
+
+class Loaded:
+    "Processes that choose, log and take feedback without a pause; what each of them said."
+
+    def __init__(self, folder, specs, pause_s=0.003):
+        self.end, self.told = folder / "end", [folder / f"told {i}" for i in range(len(specs))]
+        self.workers = [subprocess.Popen([sys.executable, "-c", LOAD, json.dumps(s), f"{i}", str(self.end), str(pause_s)], stdout=open(t, "w")) for i, (s, t) in enumerate(zip(specs, self.told))]
+
+    def lines(self): return [[json.loads(l) for l in t.read_text().splitlines(keepends=True) if l.endswith("\n")] for t in self.told]
+
+    def until(self, enough, what):
+        "Wait until every worker has said enough since now."
+        start, stop = [len(l) for l in self.lines()], time.monotonic() + 60
+        while not all(enough(l[n:]) for l, n in zip(self.lines(), start)): assert time.monotonic() < stop and all(w.poll() is None for w in self.workers), what; time.sleep(0.05)
+
+    def close(self):
+        self.end.touch()
+        try: return [w.wait(60) for w in self.workers]
+        finally: [w.kill() for w in self.workers]
+
+
+def away(n): return lambda lines: sum(l[4] for l in lines) >= n
+def there(n): return lambda lines: sum(not l[4] for l in lines) >= n
+
+
+def went_on(loaded, specs):
+    "All was answered, without a store by the last known shares; all of it was learned in the end, once."
+    assert loaded.close() == [0] * len(specs)
+    said = loaded.lines()
+    assert all(l[3] == 202 for lines in said for l in lines)
+    for lines in said:
+        spans, before = [], False
+        for l in lines:
+            if l[4]: spans = spans if before else [*spans, {}]; spans[-1].setdefault(l[1], set()).add(l[2])
+            before = l[4]
+        assert spans and all(len(p) == 1 for span in spans for p in span.values())  # nothing moved while nobody could know better
+    for log in {s["log"] for s in specs}:
+        traffic = Traffic.open(next(s for s in specs if s["log"] == log), background=False)
+        assert Learner(log, traffic).step(), traffic.away
+    state = Traffic.open(specs[0], background=False).state
+    total = sum(map(len, said))
+    assert state["rewards"] == total == sum(a["answers"] for a in state["arms"].values())
+    assert state["arms"]["new"]["total"] == sum(l[1] == "new" for lines in said for l in lines)
+
+
+@pytest.mark.slow
+def test_the_table_hangs_under_load(tmp_path):
+    "DynamoDB takes connections and answers nothing for a while; two machines share it."
+    from test_kinesis import KEYS, moto_server
+    with moto_server() as (server, url), pytest.MonkeyPatch.context() as patch:
+        for k, v in KEYS.items(): patch.setenv(k, v)
+        specs = [spec_in(tmp_path, state="dynamodb://traffic", endpoint_url=url, refresh_s=0.2, log=str(tmp_path / f"log {i}")) for i in range(2)]
+        loaded = Loaded(tmp_path, specs, 0.03)  # moto copies a whole table for each transaction
+        try:
+            loaded.until(there(30), "started")
+            server.send_signal(signal.SIGSTOP)
+            loaded.until(away(30), "went on without it")
+            server.send_signal(signal.SIGCONT)
+            loaded.until(there(30), "came back")
+            went_on(loaded, specs)
+        finally: server.send_signal(signal.SIGCONT); loaded.close()
+
+
+@pytest.mark.slow
+def test_the_table_is_lost_under_load(tmp_path):
+    "DynamoDB is killed and comes back with nothing in it: what was known is written again, and goes on from there."
+    from test_kinesis import KEYS, free_port, moto_server
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for k, v in KEYS.items(): patch.setenv(k, v)
+        specs = [spec_in(tmp_path, state="dynamodb://traffic", endpoint_url=f"http://127.0.0.1:{port}", refresh_s=0.2)] * 2
+        with moto_server(port):
+            loaded = Loaded(tmp_path, specs, 0.03)
+            try: loaded.until(there(30), "started")
+            except BaseException: loaded.close(); raise
+        try:
+            loaded.until(away(30), "went on without it")
+            with moto_server(port):
+                loaded.until(there(30), "came back")
+                went_on(loaded, specs)
+        finally: loaded.close()
+
+
+@pytest.mark.slow
+def test_the_disk_of_the_state_is_away_and_locked_under_load(tmp_path):
+    "First the folder of the SQLite file is gone, then somebody else holds its lock and is killed."
+    import sqlite3
+    (tmp_path / "disk").mkdir()
+    specs = [spec_in(tmp_path, state=str(tmp_path / "disk/state.db"), refresh_s=0.2)] * 2
+    loaded = Loaded(tmp_path, specs)
+    try:
+        loaded.until(there(60), "started")
+        (tmp_path / "disk").rename(tmp_path / "kept"); (tmp_path / "disk").touch()
+        loaded.until(away(60), "went on without it")
+        (tmp_path / "disk").unlink(); (tmp_path / "kept").rename(tmp_path / "disk")
+        loaded.until(there(60), "came back")
+        code = f"import sqlite3, time; c = sqlite3.connect({specs[0]['state']!r}, timeout=60, isolation_level=None); c.execute('begin exclusive'); print('mine', flush=True); time.sleep(600)"
+        holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert holder.stdout.readline() == "mine\n"
+        with sqlite3.connect(f"file:{specs[0]['state']}?mode=ro", uri=True) as c: before = c.execute("select version from traffic").fetchone()
+        loaded.until(lambda lines: len(lines) >= 150, "went on while it was locked")
+        with sqlite3.connect(f"file:{specs[0]['state']}?mode=ro", uri=True) as c: assert c.execute("select version from traffic").fetchone() == before
+        holder.kill(); holder.wait(); holder.stdout.close()
+        loaded.until(there(60), "unlocked")
+        went_on(loaded, specs)
+    finally: loaded.close()

@@ -6,10 +6,10 @@ BIN    := $(VENV)/bin
 pip = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check bench sample readme lab clean
+.PHONY: help demo test slow test-aws check bench sample readme lab clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## from raw flights to a gated, packaged, served model and its report
 	@$(BIN)/slml run params/flights.yaml || { s=$$?; test $$s -eq 3 && echo "(the run itself went well: the verdict is that no model is good enough)"; }
@@ -20,6 +20,9 @@ test: $(VENV)/.tested check ## the export is fresh, the notebooks are clean, eve
 
 slow: $(VENV)/.tested ## the long suites: faults of the store, Papermill's own tests, strangers' notebooks, MLflow, many random kills
 	$(BIN)/python -m pytest tests -q -m slow
+
+test-aws: $(VENV)/.tested ## what only an account can show: `make test-aws YES=--yes` costs less than a dollar; without it, nothing is done
+	$(BIN)/python tests/aws_account.py $(YES)
 
 check: $(VENV)/.installed ## slml_nb/ is what nbs/ exports, and the notebooks are clean
 	@set -e; copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \

@@ -6,12 +6,13 @@
 __all__ = ['DONE', 'FAILED', 'WRONG', 'NOT_MET', 'INTERRUPTED', 'EXIT_CODES', 'COMMANDS', 'MARKS', 'TINTS', 'RUN', 'STORE',
            'Outcome', 'arg', 'command', 'duration', 'bar', 'Line', 'counted', 'reason', 'stage_line', 'terminal',
            'Progress', 'update', 'draw', 'tick', 'close', 'overrides_of', 'verdict_of', 'plan_text', 'failure_of',
-           'finished', 'run_command', 'exec_command', 'parameter_help', 'new_command', 'runs_command', 'report_command',
-           'cost_command', 'profile_command', 'lineage_command', 'cascade_command', 'watch_command', 'diff_command',
-           'verify_command', 'gc_command', 'traffic_command', 'track_command', 'tune_command', 'registry_command',
-           'sql_command', 'tables_command', 'described_text', 'package_of', 'serve_command', 'served',
-           'package_command', 'place_command', 'deploy_command', 'as_ingested', 'predict_command', 'Check',
-           'check_packages', 'check_machine', 'check_reach', 'doctor_command', 'make_parser', 'guarded', 'main']
+           'finished', 'run_command', 'stop_command', 'pipeline_command', 'exec_command', 'parameter_help',
+           'new_command', 'runs_command', 'report_command', 'cost_command', 'profile_command', 'lineage_command',
+           'cascade_command', 'watch_command', 'diff_command', 'verify_command', 'gc_command', 'traffic_command',
+           'track_command', 'tune_command', 'registry_command', 'sql_command', 'tables_command', 'described_text',
+           'package_of', 'serve_command', 'served', 'package_command', 'place_command', 'deploy_command', 'as_ingested',
+           'predict_command', 'Check', 'check_packages', 'check_machine', 'check_reach', 'doctor_command',
+           'make_parser', 'guarded', 'main']
 
 # %% ../nbs/69_cli.ipynb #561d66ad
 import argparse, json, os, re, shutil, socket, sys, tempfile, threading, time
@@ -321,7 +322,7 @@ def _short(path) -> str:
     try: return str(Path(path).resolve().relative_to(Path.cwd()))
     except ValueError: return str(path)
 
-# %% ../nbs/69_cli.ipynb #a3093798
+# %% ../nbs/69_cli.ipynb #cca45a9f
 @command("run a parameter set, from raw rows to report",
          arg("params", metavar="PARAMS", nargs="?", default="", help="parameter set, a YAML file; one with matrix: is a sweep"),
          arg("-p", "--param", action="append", metavar="STAGE.NAME=VALUE", help="set one parameter for this run; may be repeated"),
@@ -334,12 +335,15 @@ def _short(path) -> str:
          arg("--workers", type=int, default=0, metavar="N", help="stages at the same time (default: two)"),
          arg("--memory", default="", metavar="SIZE", help="what all stages together may take, e.g. 8GB (default: 80 %% of what is free)"),
          arg("--cold", action="store_true", help="a fresh Jupyter kernel for each stage, instead of one forked from a warm process"),
+         arg("--on", default="", metavar="WHERE", help="run stages as jobs: sagemaker (each on a machine it needs), or a type such as ml.m5.xlarge; one stage: -p STAGE.on=TYPE"),
+         arg("--store", default="", metavar="URI", help="where artifacts go, for this run: a folder or s3://bucket/prefix"),
          arg("--log", action="store_true", help="show every line that the stages print"),
          arg("--dry-run", action="store_true", help="check everything, show what would run, run nothing"))
 def run_command(args) -> Outcome:
     "`slml run PARAMS`."
     if bool(args.params) == bool(args.reproduce): raise SlmlError("one of PARAMS and --reproduce RUN is needed", "command line", "slml run params/flights.yaml")
     overrides, how = overrides_of(args.param), dict(workers=args.workers, cold=args.cold, memory=args.memory)
+    if args.reproduce and args.on: raise SlmlError("a run is reproduced here, so --on has no meaning", "command line", "leave out --on")
     progress, plan = Progress(log=args.log), []
     def _on_event(event):
         if event["type"] == "plan": plan[:] = event["stages"]
@@ -347,23 +351,38 @@ def run_command(args) -> Outcome:
     how["on_event"] = _on_event
     try:
         if args.reproduce: return _reproduced(args.reproduce, how)
-        record = _executed(args, overrides, dict(how, start=args.start, stop=args.stop, dry_run=args.dry_run, force=args.force))
+        record = _executed(args, overrides, dict(how, start=args.start, stop=args.stop, dry_run=args.dry_run, force=args.force, away=_away(args.on)))
     finally: progress.close()
     if args.dry_run: return Outcome(plan_text(plan), {"plan": plan})
     outcome = finished(record)
     if outcome.code == FAILED and not args.json: _say(outcome.value["error"])
     return outcome
 
-# %% ../nbs/69_cli.ipynb #895d90fc
+# %% ../nbs/69_cli.ipynb #73ca4e30
 def _executed(args, overrides: dict, how: dict) -> dict:
     "Run a parameter set, or the sweep that it is."
     from slml_nb.core import load_params
     params = load_params(args.params)
     params.climb |= args.climb
+    if args.store: params.store = args.store
     for name, text in overrides_of(args.matrix).items(): params.matrix[name] = _values(name, text)
     if params.matrix: from slml_nb.sweep import sweep as execute
-    else: from slml_nb.run import execute
+    else:
+        from slml_nb.run import execute
+        if said := _cost_first(params, overrides, how): print(said + "\n", file=sys.stderr)
     return execute(params, overrides, **how)
+
+
+def _cost_first(params, overrides: dict, how: dict) -> str:
+    "What the stages that run away will cost, by a dry run; '' when none does."
+    from slml_nb.run import execute, outside_data, plan
+    graph, values = plan(params, overrides)
+    if not (how.get("away") and (away := how["away"](params, graph))): return ""
+    from slml_nb.aws import cost_first
+    from slml_nb.jobs import stays
+    states = execute(params, overrides, **{**how, "dry_run": True, "on_event": None})["plan"]
+    made = [s["stage"] for s in states if s["state"] == "made"]
+    return cost_first(params, graph, made, away, lambda node: stays(node, outside_data(node, values[node.stage])))[0]
 
 
 def _values(name: str, text: str) -> list:
@@ -375,12 +394,46 @@ def _values(name: str, text: str) -> list:
     return values
 
 
+def _away(on: str):
+    "What makes stages on SageMaker, for the runner; nothing of it is imported when every stage stays here."
+    def _for(params, graph):
+        if not on and all(n.machine.get("on", "here") == "here" for n in graph.nodes.values()): return None
+        from slml_nb.jobs import away
+        return away(params, graph, on)
+    return _for
+
+
 def _reproduced(run: str, how: dict) -> Outcome:
     "A run made again, and judged."
     from slml_nb.compare import reproduce, reproduce_text
     from slml_nb.run import find_run
     found = reproduce(find_run(run), **how)
     return Outcome("\n" + reproduce_text(found), found, NOT_MET if found["verdict"] == "different" else DONE)
+
+# %% ../nbs/69_cli.ipynb #1eb3d081
+@command("stop the jobs that a run has started on SageMaker",
+         arg("run", metavar="RUN|JOB", nargs="?", default="latest", help="latest, a run id, a project, a path, or the name of a job (default: latest)"))
+def stop_command(args) -> Outcome:
+    "`slml stop RUN`."
+    from slml_nb.jobs import stop
+    stopped = stop(args.run)
+    return Outcome("\n".join(f"{name} is being stopped" for name in stopped) or "there is no job to stop", {"jobs": stopped})
+
+# %% ../nbs/69_cli.ipynb #6c70e565
+@command("a parameter set as a SageMaker pipeline: look at it, create it, start it, watch it",
+         arg("what", metavar="WHAT", choices=["render", "create", "start", "status", "stop", "tune"], help="render (needs no account), create (or bring up to date), start, status, stop; tune: SageMaker's own search for tune:"),
+         arg("params", metavar="PARAMS", help="parameter set, a YAML file with store: s3://bucket/prefix"),
+         arg("execution", metavar="EXECUTION", nargs="?", default="", help="with status and stop: which (default: the newest)"),
+         arg("-p", "--param", action="append", metavar="STAGE.NAME=VALUE", help="with create: another default; with start: for this execution; may be repeated"),
+         arg("--plan", action="store_true", help="with create and tune: only say what would change"),
+         arg("--again", action="store_true", help="with start: once more, though the same is under way"),
+         arg("--out", default="", metavar="FILE", help="with render: write the definition, JSON"),
+         arg("--store", default="", metavar="URI", help="s3://bucket/prefix instead of the set's"))
+def pipeline_command(args) -> Outcome:
+    "`slml pipeline WHAT PARAMS`."
+    from slml_nb.pipeline import pipeline_do
+    text, value, failed = pipeline_do(args.what, args.params, args.execution, overrides_of(args.param), args.store, args.plan, args.again, args.out)
+    return Outcome(text, value, FAILED if failed else DONE)
 
 # %% ../nbs/69_cli.ipynb #66e8191b
 @command("execute any notebook with parameters",
@@ -516,7 +569,7 @@ def report_command(args) -> Outcome:
         webbrowser.open(path.resolve().as_uri())
     return Outcome(_short(path), {"report": str(path.resolve())})
 
-# %% ../nbs/69_cli.ipynb #5e668b4d
+# %% ../nbs/69_cli.ipynb #e6492263
 RUN = dict(metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project or a path (default: latest)")
 
 
@@ -532,8 +585,9 @@ def cost_command(args) -> Outcome:
     if args.by:
         rows = bill(by=args.by)
         return Outcome(before + bill_text(rows), rows)
-    found = cost(find_run(args.run))
-    return Outcome(before + cost_text(found), found)
+    from slml_nb.aws import billed, billed_text
+    found, away = cost(run := find_run(args.run)), billed(run)
+    return Outcome(before + "\n\n".join(filter(None, [cost_text(found), billed_text(away)])), {**found, "away": away})
 
 
 @command("what held each stage of a run up, and what would help",
@@ -612,7 +666,7 @@ def watch_command(args) -> Outcome:
     try: watched.watch(on_step=lambda told: (text := told_text(told)) and _say(text))
     except KeyboardInterrupt: return Outcome("stopped", watched.ledger.counts())
 
-# %% ../nbs/69_cli.ipynb #3bcce9df
+# %% ../nbs/69_cli.ipynb #73986623
 @command("what differs between two runs: parameters, code, data, metrics, environment",
          arg("one", metavar="RUN", help="latest, a run id, a project or a path"),
          arg("other", metavar="RUN", nargs="?", default="latest", help="the run to compare it with (default: latest)"))
@@ -649,17 +703,19 @@ def gc_command(args) -> Outcome:
          arg("spec", metavar="SPEC", help="JSON or YAML file with name, policy and variants"),
          arg("--picture", metavar="FILE", default="", help="also draw how the shares have changed: .png or .svg"),
          arg("--compact", action="store_true", help="first gather what nobody waits for any more into Parquet"),
+         arg("--collect", action="store_true", help="first bring what came into the stream of the spec into its folder, as Parquet"),
          arg("--forget", action="store_true", help="forget what was learned: a challenger that was sent back begins anew"),
          arg("--size", nargs=2, type=float, metavar=("BASE", "GAP"), help="instead: how many answers it takes to see a gap from a base rate"))
 def traffic_command(args) -> Outcome:
     "`slml traffic SPEC`."
     from slml_nb.experiment import picture, size_text, traffic_report
-    from slml_nb.feedback import tidy
+    from slml_nb.feedback import collect, tidy
     from slml_nb.traffic import Traffic, read_spec
     spec = read_spec(args.spec)
     if args.size: return Outcome(size_text(*args.size))
     if args.forget: Traffic(spec).forget()
     if args.compact: _say("{segments:,} segments with {rows:,} lines are Parquet now".format(**tidy(spec)))
+    if args.collect: _say("{lines:,} lines came from {shards:,} shards".format(**collect(spec)))
     text, found = traffic_report(spec)
     if args.picture: picture(found, args.picture)
     return Outcome(text, found)
@@ -856,7 +912,7 @@ def described_text(
     if len(found["versions"]) > 1: out += ["", "versions:", *(f"  {v['version']:<9} {v['made'].replace('T', ' ')}  {v['rows'] or 0:>12,} rows  {v.get('run') or v.get('by', '')}" for v in found["versions"])]
     return "\n".join(out)
 
-# %% ../nbs/69_cli.ipynb #7d229846
+# %% ../nbs/69_cli.ipynb #14307aae
 def package_of(
     run: str,  # latest, a run id, a project or a path
 ) -> Path:  # folder of its package
@@ -873,30 +929,54 @@ def package_of(
          arg("run", metavar="RUN", nargs="*", help="latest, a run id, a project, a path, or the folder of a package (default: latest); several: [NAME=]RUN …; or a folder of packages, followed as it changes"),
          arg("--port", type=int, default=8000, help="default: 8000"),
          arg("--host", default="127.0.0.1", help="default: this machine only; where others can reach it, keys are asked for (SLML_KEYS)"),
+         arg("--jwt", default="", metavar="RULES", help="tokens that are good, too: 'alg=RS256 jwks=URL_OR_FILE iss=ISSUER aud=AUDIENCE' (or key=FILE; RS256, ES256, HS256); default: the variable SLML_JWT"),
          arg("--open", action="store_true", help="ask for no keys, though others can reach it: something in front of it does"),
          arg("--rate", type=float, metavar="N", help="requests a second of one caller (default: 50 where others can reach it)"),
          arg("--workers", type=int, default=0, metavar="N", help="processes of each package at most (default: one a core; a single package without this answers in the server's own process)"),
+         arg("--replicas", type=int, default=1, metavar="N", help="a single package: server processes that share the port (default: 1)"),
+         arg("--idle", type=float, default=300.0, metavar="SECONDS", help="without a request after which the processes of a package go (default: 300)"),
          arg("--traffic", action="append", default=[], metavar="SPEC", help="a name whose requests are shared among variants: a YAML or JSON file (name, policy, variants, state, log); may be repeated"),
+         arg("--log", default="", metavar="WHERE", help="where predictions go (with --traffic: and feedback), a folder; or kinesis://STREAM, beside it"),
          arg("--online", default="", metavar="STORE", help="feature store to ask for what a request leaves out: the SQLite file of the stage feature_store, or dynamodb://TABLE"))
 def serve_command(args) -> Outcome:
     "`slml serve RUN …`."
     from slml_nb.serve import limits_for, serve
     packages, watch = served(args.run or ([] if args.traffic else ["latest"]))
-    traffic = [_variants(spec, packages) for spec in args.traffic]
-    limits = limits_for(args.host, args.open, args.rate)
+    traffic = [_variants(spec, packages, args.log) for spec in args.traffic]
+    limits = limits_for(args.host, args.open, args.rate, args.jwt)
     if not args.json: print(f"serving {', '.join(filter(None, [*packages, watch and f'what is in {watch}']))}\n  http://{args.host}:{args.port}/{'docs' if len(packages) == 1 and not watch else ''}   Ctrl-C stops", flush=True)
-    if len(packages) == 1 and not (watch or traffic or args.workers): serve(*packages.values(), host=args.host, port=args.port, online=args.online, limits=limits)
+    alone = len(packages) == 1 and not (watch or traffic or args.workers)
+    if not alone and (args.replicas > 1 or args.log and not traffic): raise SlmlError("--replicas, and --log without --traffic, are for a single package without --workers", "command line", "serve one, or name a --traffic")
+    if alone:
+        noted = _noted(args.log, *packages) if args.log else None
+        serve(*packages.values(), host=args.host, port=args.port, online=args.online, limits=limits, replicas=max(1, args.replicas), noted=noted)
     else:
         from slml_nb.host import host
-        host(packages, watch, address=args.host, port=args.port, limits=limits, traffic=traffic, online=args.online, most=args.workers)
+        try: host(packages, watch, address=args.host, port=args.port, limits=limits, traffic=traffic, online=args.online, most=args.workers, idle=args.idle)
+        finally:
+            for variants, log in traffic: variants.close(); log.close()  # what is left goes to disk, and into the stream
     return Outcome()
 
 
-def _variants(spec: str, packages: dict) -> tuple:  # Traffic, FeedbackLog
+def _noted(log: str, name: str):  # noted() -> a note, as `invoke` takes it
+    "Write each prediction of a single package into a log."
+    def begin():
+        from slml_nb.feedback import FeedbackLog
+        from slml_nb.traffic import Choice
+        kept = FeedbackLog.open({"name": name, "variants": [name], "stream" if "://" in log else "log": log})
+        def note(requests, answers, seconds, one):
+            choice = Choice(os.urandom(9).hex(), name, 1.0)
+            for i, (request, answer) in enumerate(zip(requests, answers)): kept.prediction(choice if one else choice.part(i), request, answer, 1000 * seconds)
+            return choice.id
+        return note
+    return begin
+
+
+def _variants(spec: str, packages: dict, log: str = "") -> tuple:  # Traffic, FeedbackLog
     "Open a traffic, and add the packages of its variants."
     from slml_nb.feedback import FeedbackLog
-    from slml_nb.traffic import Traffic
-    traffic = Traffic.open(spec)
+    from slml_nb.traffic import Traffic, read_spec
+    traffic = Traffic.open({**read_spec(spec), **({"stream" if "://" in log else "log": log} if log else {})})
     packages |= {f"{traffic.spec['name']}.{v}": _package_or_run(p) for v, p in traffic.spec["variants"].items() if p}
     return traffic, FeedbackLog.open(spec, traffic)
 
@@ -925,7 +1005,7 @@ def _package_or_run(run: str) -> Path:
     "The folder of a package, or the package of a run."
     return Path(run) if (Path(run) / "manifest.json").is_file() else package_of(run)
 
-# %% ../nbs/69_cli.ipynb #b580d316
+# %% ../nbs/69_cli.ipynb #9073cb84
 @command("take the package of a run away: a folder that answers where there is only Python",
          arg("run", metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project, a path, or the folder of a package (default: latest)"),
          arg("--out", default="package", metavar="FOLDER", help="folder to make (default: package)"),
@@ -958,29 +1038,44 @@ def place_command(args) -> Outcome:
 
 @command("bring a model to AWS: show the plan, make a change set, execute it, undo it",
          arg("run", metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project, a path, or the folder of a package (default: latest)"),
-         arg("--to", default="lambda", metavar="TARGET", help="lambda, container or sagemaker (default: lambda)"),
+         arg("--to", default="lambda", metavar="TARGET", help="lambda, container, sagemaker, or events: a function that answers every new file of a bucket (default: lambda)"),
          arg("--plan", action="store_true", help="show every resource, its permissions and its monthly cost; needs no account"),
-         arg("--rps", type=float, default=1.0, metavar="N", help="with --plan: requests a second, on average (default: 1)"),
+         arg("--rps", type=float, default=1.0, metavar="N", help="with --plan: requests (of events: files) a second, on average (default: 1)"),
          arg("--stack", default="", metavar="NAME", help="of the CloudFormation stack (default: slml- and the name of the project)"),
          arg("--region", default="", help="default: as AWS is configured"),
          arg("--share", type=float, default=1.0, metavar="SHARE", help="of the traffic for the new version of a function (default: 1)"),
-         arg("--instance", default="", metavar="TYPE", help="with --to sagemaker: on instances of this type (default: serverless)"),
+         arg("--instance", default="", metavar="TYPE", help="with --to sagemaker: on instances of this type (default: serverless; with --batch: ml.m5.large)"),
+         arg("--batch", nargs=2, default=None, metavar=("FROM", "TO"), help="with --to sagemaker: answer the files of s3://FROM into s3://TO by a transform job, once"),
+         arg("--rows", type=float, default=1e6, metavar="N", help="with --batch --plan: rows of those files (default: 1,000,000)"),
          arg("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the template, such as Image; may be repeated"),
-         arg("--execute", default="", metavar="STACK/CHANGESET", help="execute a change set that was shown"),
-         arg("--undo", default="", metavar="STACK", help="put a stack back as it was before the last execution"))
+         arg("--execute", default="", metavar="STACK/CHANGESET", help="execute a change set that was shown, or the requests of a transform job: FILE.json"),
+         arg("--undo", default="", metavar="STACK", help="put a stack back as it was before the last execution, or stop the transform job of FILE.json"))
 def deploy_command(args) -> Outcome:
     "`slml deploy RUN --to TARGET`."
     from slml_nb import deploy as d
     if args.execute or args.undo: return _deployed(d, args)
     package, size = _package_or_run(args.run), {"instance": args.instance} if args.instance and args.to == "sagemaker" else {}
-    if args.plan: return Outcome(d.plan_text(found := d.plan(package, args.to, args.rps, **size)), found)
+    if args.batch and args.to != "sagemaker": raise SlmlError("--batch is a transform job of SageMaker", "deploy", "--to sagemaker --batch s3://FROM s3://TO; on this machine: slml predict RUN FILE")
+    if args.plan:
+        from slml_nb.events import events_plan
+        if args.to == "events": found = events_plan(package, args.rps)
+        else: found = d.plan_batch(package, *args.batch, args.rows, **size) if args.batch else d.plan(package, args.to, args.rps, **size)
+        return Outcome(d.plan_text(found), found)
     stack = args.stack or "slml-" + re.sub(r"[^A-Za-z0-9-]+", "-", package.name if package == Path(args.run) else _project_of(args.run)).strip("-")
-    found = d.deploy(package, args.to, stack, args.region, args.share, Path("deploy"), overrides_of(args.set, "--set NAME=VALUE"), **size)
+    given = overrides_of(args.set, "--set NAME=VALUE")
+    if args.to == "events":
+        from slml_nb.events import deploy_events
+        found = deploy_events(package, args.stack or f"{stack}-events", args.region, Path("deploy"), given)
+    elif args.batch: found = d.deploy_batch(package, *args.batch, stack, args.region, Path("deploy"), given, **size)
+    else: found = d.deploy(package, args.to, stack, args.region, args.share, Path("deploy"), given, **size)
     return Outcome(d.changes_text(found), found)
 
 
 def _deployed(d, args) -> Outcome:
     "Execute or undo."
+    if (what := args.execute or args.undo).endswith(".json"):  # a transform job: its requests as they were written
+        done = (d.run_batch if args.execute else d.undo_batch)(d.cloud("sagemaker", args.region), what)
+        return Outcome(f"{done} has begun\nback again: slml deploy --undo {what}" if args.execute else done, {"file": what, "done": done})
     client, storage = d.cloud("cloudformation", args.region), d.cloud("s3", args.region)
     if args.undo: return Outcome(done := d.undo(client, storage, args.undo, d.kept_bucket(client)), {"stack": args.undo, "done": done})
     stack, _, changeset = args.execute.partition("/")
@@ -1083,15 +1178,44 @@ def check_reach() -> list[Check]:
     return [Check("jupyter kernel", "python3" if kernel else "missing", kernel, "python -m ipykernel install --sys-prefix"),
             Check("aws credentials", f"from {keys}" if keys else "none: s3:// is closed, everything else works")]
 
-# %% ../nbs/69_cli.ipynb #0c1929ff
-@command("what is installed, what is missing, what to type")
+# %% ../nbs/69_cli.ipynb #69ee57cc
+@command("what is installed, what is missing, what to type; with --on sagemaker, of an account on AWS",
+         arg("params", metavar="PARAMS", nargs="?", default="", help="with --on: the parameter set that shall run there"),
+         arg("--on", default="", metavar="PLACE", help="sagemaker: look at an account instead of this machine"),
+         arg("--policy", nargs="?", const="run", default="", metavar="WHO", help="print only the smallest IAM policy: of who starts a run (run, the default), of its jobs (job), or trust, doctor, bucket"),
+         arg("--make-bucket", action="store_true", help="make the bucket of the store first: private, encrypted; of one that is there, mend what is missing"),
+         arg("--store", default="", metavar="URI", help="another store than that of the parameter set"),
+         arg("-p", "--param", action="append", metavar="STAGE.NAME=VALUE", help="set one parameter; may be repeated"))
 def doctor_command(args) -> Outcome:
     "`slml doctor`."
+    if args and (args.on or args.policy or args.make_bucket): return _account_doctor(args)
     checks = check_machine() + check_reach() + check_packages()
     wide, bad = max(len(c.name) for c in checks), [c for c in checks if not c.ok]
     text = [f"{'✓' if c.ok else '✗'} {c.name:<{wide}}  {c.found}" + (f"   -> {c.fix}" if not c.ok else "") for c in checks]
     text.append(f"\n{len(bad)} thing{'s' if len(bad) > 1 else ''} to mend" if bad else "\neverything is here")
     return Outcome("\n".join(text), [vars(c) for c in checks], FAILED if bad else DONE)
+
+# %% ../nbs/69_cli.ipynb #d872afed
+def _account_doctor(args) -> Outcome:
+    "`slml doctor --on sagemaker`."
+    from slml_nb.aws import examine, printed_policy
+    if args.on not in ("", "sagemaker"): raise SlmlError(f"there is no place '{args.on}' to look at", "--on", "write --on sagemaker")
+    if args.policy.endswith((".yaml", ".yml")) and not args.params: args.params, args.policy = args.policy, "run"  # --policy params/x.yaml
+    params = None
+    if args.params:
+        from slml_nb.core import load_params
+        params = load_params(args.params)
+        params.store = args.store or params.store
+    overrides = overrides_of(args.param)
+    if args.policy: return Outcome(*printed_policy(params, args.policy, overrides, _job_image))
+    text, found, fine = examine(params, overrides, args.make_bucket, _job_image)
+    return Outcome(text, found, DONE if fine else FAILED)
+
+
+def _job_image(account, machine) -> str:
+    "The image that a job would have."
+    from slml_nb.jobs import image_of
+    return image_of(account, machine)
 
 # %% ../nbs/69_cli.ipynb #b13782a2
 class _Parser(argparse.ArgumentParser):

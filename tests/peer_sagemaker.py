@@ -1,0 +1,439 @@
+"""An account of one's own for the tests: what AWS does with a training job, done on this machine.
+
+`with peer() as p:` starts an HTTP server in front of moto. Requests to SageMaker are held against botocore's service model first (types, enums, patterns,
+limits; moto takes `ml.banana`). A training job is recorded in moto and executed: its channels are downloaded as SageMaker does, /opt/ml is a mount of
+its own, the entry point is process 1 of a namespace of its own, what it prints goes to CloudWatch Logs, checkpoints are kept in step with S3,
+the status goes its way, and StopTrainingJob is SIGTERM, a while later SIGKILL. Switches: `fail`, `no_capacity`, `interrupt`, `expire`, `down`.
+
+    with peer() as p:
+        subprocess.run([...], env={**os.environ, **p.env})        # boto3, the SageMaker SDK and pyarrow talk to it
+        job = p.run_job(request)                                  # what CreateTrainingJob does, for a request made elsewhere (a step of a pipeline)
+        job.thread.join(); job.status, job.secondary, job.reason  # "Completed", "Completed", ""
+        p.logs(job.name)                                          # what it printed
+
+The image is a virtual environment that sees the packages of this one, but not slml_nb: that must come with the job, as it must there.
+"""
+import contextlib, json, os, re, signal, shutil, subprocess, sys, tarfile, tempfile, threading, time, venv
+from pathlib import Path
+
+REGION, ACCOUNT = "us-east-1", "123456789012"
+CAPACITY = "CapacityError: Unable to provision requested ML compute capacity. Please retry using a different ML instance type."
+
+
+def wrong(shape, value, where=""):
+    "What a service's model has against a value: unknown members, missing ones, enums, patterns, limits."
+    kind = shape.type_name
+    if kind == "structure":
+        if not isinstance(value, dict): return [f"{where}: not a structure"]
+        found = [f"{where}.{m}: unknown" for m in value if m not in shape.members] + [f"{where}.{m}: missing" for m in shape.required_members if m not in value]
+        return found + [w for m, v in value.items() if m in shape.members for w in wrong(shape.members[m], v, f"{where}.{m}")]
+    least, most = (shape.metadata.get(k) for k in ("min", "max"))
+    size = len(value) if kind in ("string", "list", "map") and value is not None else value
+    if kind == "string" and not isinstance(value, str) or kind == "list" and not isinstance(value, list) or kind == "map" and not isinstance(value, dict): return [f"{where}: {value!r} is no {kind}"]
+    if kind in ("integer", "long") and (isinstance(value, bool) or not isinstance(value, int)) or kind == "boolean" and not isinstance(value, bool): return [f"{where}: {value!r} is no {kind}"]
+    found = [f"{where}: {value!r:.80} is outside of {least}..{most}"] if kind not in ("timestamp", "blob", "boolean") and (least is not None and size < least or most is not None and size > most) else []
+    if kind == "string" and getattr(shape, "enum", None) and value not in shape.enum: found.append(f"{where}: {value!r} is none of its values")
+    pattern = shape.metadata.get("pattern")
+    if kind == "string" and pattern:
+        with contextlib.suppress(re.error):  # a pattern of Java's that Python does not know
+            if not re.search(f"^(?:{pattern})$", value, re.S): found.append(f"{where}: {value!r:.120} does not match {pattern}")
+    if kind == "list": found += [w for i, v in enumerate(value) for w in wrong(shape.member, v, f"{where}[{i}]")]
+    if kind == "map": found += [w for k, v in value.items() for w in wrong(shape.key, k, f"{where}.{k}") + wrong(shape.value, v, f"{where}.{k}")]
+    return found
+
+
+def image(place):
+    "A container's Python: the packages of this environment, without slml_nb; torchrun and pip on its PATH."
+    home = Path(place) / "image"
+    if (home / "ready").exists(): return home
+    venv.create(home, with_pip=False, symlinks=True)
+    site = next(home.glob("lib/python3*/site-packages"))
+    theirs = next(p for p in sys.path if p.endswith("site-packages") and Path(p, "boto3").is_dir())
+    (site / "image.pth").write_text(theirs + "\n")  # a path that a .pth adds does not have its own .pth files read: no editable install comes along
+    for name, module in (("pip", "pip"), ("pip3", "pip"), ("torchrun", "torch.distributed.run")):
+        (home / "bin" / name).write_text(f'#!/bin/sh\nexec {home}/bin/python3 -m {module} "$@"\n')
+        (home / "bin" / name).chmod(0o755)
+    (home / "ready").touch()
+    return home
+
+
+class Job:
+    "A training job: its request, where it stands, and the processes of its containers."
+
+    def __init__(self, request, record):
+        self.name, self.request, self.record = request["TrainingJobName"], request, record
+        self.containers, self.thread, self.asked, self.attempts, self.begun, self.hosts = [], None, "", 0, None, []
+        self.moved("InProgress", "Starting", "Starting the training job")
+
+    def moved(self, status, secondary, message="", reason=""):
+        "Take the next status, on moto's record too."
+        r, now = self.record, _now()
+        self.status, self.secondary, self.reason = status, secondary, reason
+        if not isinstance(getattr(r, "peer", None), list): r.secondary_status_transitions = r.peer = []
+        if r.peer: r.peer[-1]["EndTime"] = now
+        r.peer.append({"Status": secondary, "StartTime": now, "StatusMessage": message or reason})
+        r.training_job_status, r.secondary_status, r.last_modified_time = status, secondary, now
+        r.training_start_time, r.training_end_time = self.begun, None if status in ("InProgress", "Stopping") else now
+        if reason: r.failure_reason = reason
+        if r.training_end_time and self.begun: r.training_time_in_seconds = r.billable_time_in_seconds = max(1, int((now - self.begun).total_seconds()))
+
+
+def _now():
+    from moto.core.utils import utcnow
+    return utcnow()
+
+
+class Peer:
+    "The server, its jobs and its switches."
+
+    def __init__(self, place, grace=120.0):
+        self.place, self.grace, self.jobs, self.calls, self.faults = Path(place), grace, {}, [], []
+        self.clients, self.expired, self.dead, self.capacity_missing, self.lock, self.over = {}, set(), False, 0, threading.RLock(), False
+
+    def start(self):
+        "Serve."
+        import botocore.session
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+        from werkzeug.serving import make_server
+        import logging
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self.models = {"SageMaker": botocore.session.get_session().get_service_model("sagemaker")}
+        self.moto = DomainDispatcherApplication(create_backend_app)
+        self.server = make_server("127.0.0.1", 0, self.answer, threaded=True, request_handler=MotoRequestHandler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.role = f"arn:aws:iam::{ACCOUNT}:role/slml"
+        self.env = {"AWS_ENDPOINT_URL": self.url, "AWS_ACCESS_KEY_ID": "AKIDCLIENT", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": REGION, "AWS_REGION": REGION, "AWS_EC2_METADATA_DISABLED": "true",
+                    "SLML_SAGEMAKER_ROLE": self.role}
+        self.client("s3").create_bucket(Bucket="shop")
+        trust = json.dumps({"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}, "Action": "sts:AssumeRole"}]})
+        with contextlib.suppress(Exception): self.client("iam").create_role(RoleName="slml", AssumeRolePolicyDocument=trust)
+        with contextlib.suppress(Exception): self.client("logs").create_log_group(logGroupName="/aws/sagemaker/TrainingJobs")
+
+    def client(self, service):
+        "A client with the rights of the house."
+        import boto3
+        from botocore.config import Config
+        with self.lock:
+            if service not in self.clients: self.clients[service] = self.new_client(boto3, Config, service)
+            return self.clients[service]
+
+    def new_client(self, boto3, Config, service):
+        "One that was not there yet: that takes a while."
+        return boto3.session.Session("AKIDPEER", "test", region_name=REGION).client(service, endpoint_url=self.url, config=Config(s3={"addressing_style": "path"}, max_pool_connections=30))
+
+    # what comes in
+
+    def answer(self, environ, start):
+        "One request: faults first, then SageMaker's jobs, then moto."
+        target, key = environ.get("HTTP_X_AMZ_TARGET", ""), re.search(r"Credential=(\w+)/\d+/[\w-]+/([\w-]+)/", environ.get("HTTP_AUTHORIZATION", ""))
+        who, service = (key[1], key[2]) if key else ("", "")
+        name = target if target else f"{service}.{environ['REQUEST_METHOD']}"
+        if self.dead and who == "AKIDCLIENT": return self.hang_up(environ, start)
+        if who != "AKIDPEER":
+            with self.lock: self.calls.append((name, environ.get("PATH_INFO", ""), who))
+            if who in self.expired: return _refuse(start, service, "ExpiredToken" if service == "s3" else "ExpiredTokenException", "The security token included in the request is expired", 403 if service != "s3" else 400)
+            for fault in list(self.faults):
+                if fault["times"] and re.search(fault["on"], f"{name} {environ.get('PATH_INFO', '')}") and fault["who"] in (who, ""):
+                    fault["times"] -= 1
+                    fault["hits"] += 1
+                    return self.hang_up(environ, start) if fault["code"] == "hang up" else _refuse(start, service, fault["code"], fault["message"], fault["status"])
+        if target.startswith("SageMaker."): return self.sagemaker(target.partition(".")[2], environ, start)
+        return self.moto(environ, start)
+
+    def hang_up(self, environ, start):
+        "The network is gone."
+        import socket
+        with contextlib.suppress(OSError, KeyError): environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+        start("500 gone", [])
+        return [b""]
+
+    def sagemaker(self, operation, environ, start):
+        "A call of SageMaker: held against the model; training jobs are run."
+        import io
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        environ["wsgi.input"], request = io.BytesIO(body), json.loads(body or b"{}")
+        if operation not in self.models["SageMaker"].operation_names: return _refuse(start, "sagemaker", "UnknownOperationException", operation, 400)
+        shape = self.models["SageMaker"].operation_model(operation).input_shape
+        if problems := wrong(shape, request) if shape is not None else []:
+            return _refuse(start, "sagemaker", "ValidationException", f"{len(problems)} validation error(s) detected: {'; '.join(problems)}", 400)
+        if operation == "StopTrainingJob": return self.stop_job(request["TrainingJobName"], start)
+        if operation != "CreateTrainingJob": return self.moto(environ, start)
+        with self.lock:
+            if request["TrainingJobName"] in self.jobs:
+                return _refuse(start, "sagemaker", "ResourceInUse", "Training job names must be unique within an AWS account and region, or Training job already exists", 400)
+            status = []
+            said = self.moto(environ, lambda s, h, *a: (status.append(s), start(s, h, *a))[1])
+            if status and status[0].startswith("200"): self.run_job(request)
+        return said
+
+    def run_job(self, request):
+        "Execute what CreateTrainingJob was asked for; a request that moto has no record of is put on record first."
+        record = self.records.get(request["TrainingJobName"])
+        if record is None:
+            self.client("sagemaker").create_training_job(**request)  # comes back here
+            return self.jobs[request["TrainingJobName"]]
+        with self.lock:
+            job = self.jobs[request["TrainingJobName"]] = Job(request, record)
+            job.thread = threading.Thread(target=self.live, args=(job,), daemon=True)
+            job.thread.start()
+        return job
+
+    @property
+    def records(self):
+        "moto's own record of training jobs."
+        from moto.sagemaker.models import sagemaker_backends
+        return sagemaker_backends[ACCOUNT][REGION].training_jobs
+
+    def stop_job(self, name, start):
+        "StopTrainingJob."
+        job = self.jobs.get(name)
+        if not job: return _refuse(start, "sagemaker", "ValidationException", "Requested resource not found.", 400)
+        if job.status not in ("InProgress", "Stopping"): return _refuse(start, "sagemaker", "ValidationException", f"The request was rejected because the training job is in status {job.status}.", 400)
+        if job.status == "InProgress":
+            job.asked = "stop"
+            job.moved("Stopping", "Stopping", "Stopping the training job")
+        start("200 OK", [("Content-Type", "application/x-amz-json-1.1")])
+        return [b"{}"]
+
+    # a job's life
+
+    def live(self, job):
+        "From Starting to its end, with as many interruptions as there are."
+        try:
+            if self.capacity_missing:
+                self.capacity_missing -= 1
+                return job.moved("Failed", "Failed", reason=CAPACITY)
+            while True:
+                job.attempts += 1
+                code, said = self.attempt(job)
+                if job.asked != "interrupt": break
+                job.asked = ""
+                job.moved("InProgress", "Interrupted", "Training job interrupted")
+                time.sleep(0.2)
+                job.moved("InProgress", "Starting", "Starting the training job")
+            if job.asked == "stop": return job.moved("Stopped", "Stopped", "Training job stopped")
+            if job.asked == "time": return job.moved("Stopped", "MaxRuntimeExceeded", "Training job exceeded MaxRuntimeInSeconds")
+            self.model(job)
+            if code == 0: return job.moved("Completed", "Completed", "Training job completed")
+            job.moved("Failed", "Failed", reason=f"AlgorithmError: {said[:900] or 'framework error'}, exit code: {code}")
+        except Exception as e:
+            import traceback
+            traceback.print_exc()
+            job.moved("Failed", "Failed", reason=f"InternalServerError: {e}")
+
+    def attempt(self, job):
+        "The containers, once: exit code, and what stands in /opt/ml/output/failure."
+        r, resources = job.request, job.request["ResourceConfig"]
+        hosts = [f"algo-{i + 1}" for i in range(resources.get("InstanceCount", 1))]
+        job.moved(job.status, "Downloading", "Downloading input data")
+        job.hosts = [self.furnish(job, host, hosts) for host in hosts]
+        if job.asked: return 143, ""
+        job.begun = job.begun or _now()
+        job.moved(job.status, "Training", "Training image download completed. Training in progress.")
+        over, job.containers = threading.Event(), [self.container(job, ml, host) for ml, host in zip(job.hosts, hosts)]
+        readers = [threading.Thread(target=self.read, args=(job, c, host)) for c, host in zip(job.containers, hosts)]
+        keeper = threading.Thread(target=self.in_step, args=(job, over))
+        for t in (*readers, keeper): t.start()
+        limit, told = time.monotonic() + r["StoppingCondition"].get("MaxRuntimeInSeconds", 86400), None
+        while any(c.poll() is None for c in job.containers) and not self.over:
+            if time.monotonic() > limit and not job.asked: job.asked = "time"
+            if any(c.poll() not in (None, 0) for c in job.containers) and not told: told = time.monotonic() - self.grace + 5  # one host has failed: the others are ended
+            if job.asked and told is None:
+                told = time.monotonic()
+                self.tell(job, signal.SIGTERM)
+            if told is not None and time.monotonic() > told + self.grace: self.tell(job, signal.SIGKILL)
+            time.sleep(0.03)
+        if self.over: self.tell(job, signal.SIGKILL)
+        for c in job.containers: c.wait()
+        over.set()
+        for t in (*readers, keeper): t.join()
+        job.moved(job.status, "Uploading", "Uploading generated training model")
+        failed = [(c.returncode, _text(ml / "output/failure")) for c, ml in zip(job.containers, job.hosts) if c.returncode]
+        return next((f for f in failed if f[1]), failed[0]) if failed else (0, "")
+
+    def furnish(self, job, host, hosts):
+        "/opt/ml of a host, as SageMaker fills it."
+        r = job.request
+        ml = self.place / "jobs" / job.name / str(job.attempts) / host
+        for folder in ("input/config", "input/data", "output/data", "model", "checkpoints"): (ml / folder).mkdir(parents=True, exist_ok=True)
+        for c in r.get("InputDataConfig", []): self.download(c["DataSource"]["S3DataSource"]["S3Uri"], ml / "input/data" / c["ChannelName"])
+        if r.get("CheckpointConfig"): self.download(r["CheckpointConfig"]["S3Uri"], self.checkpoints(job, ml))
+        kind = r["ResourceConfig"].get("InstanceType", "")
+        config = {"hyperparameters": r.get("HyperParameters", {}), "inputdataconfig": {c["ChannelName"]: {"TrainingInputMode": "File", "S3DistributionType": "FullyReplicated", "RecordWrapperType": "None"} for c in r.get("InputDataConfig", [])},
+                  "resourceconfig": {"current_host": host, "current_instance_type": kind, "current_group_name": "homogeneousCluster", "hosts": hosts, "network_interface_name": "lo",
+                                     "instance_groups": [{"instance_group_name": "homogeneousCluster", "instance_type": kind, "hosts": hosts}]}}
+        for name, what in config.items(): (ml / f"input/config/{name}.json").write_text(json.dumps(what))
+        (ml / "hosts").write_text("127.0.0.1 localhost " + " ".join(hosts) + "\n")
+        return ml
+
+    def checkpoints(self, job, ml):
+        "The folder that is kept in step with S3."
+        return ml / job.request["CheckpointConfig"].get("LocalPath", "/opt/ml/checkpoints").removeprefix("/opt/ml/")
+
+    def download(self, uri, to):
+        "Every object whose name begins so, as SageMaker places them."
+        to.mkdir(parents=True, exist_ok=True)
+        s3, (bucket, _, prefix) = self.client("s3"), uri.removeprefix("s3://").partition("/")
+        for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for o in page.get("Contents", []):
+                rest = o["Key"].removeprefix(prefix) if prefix.endswith("/") or o["Key"].removeprefix(prefix).startswith("/") else o["Key"][prefix.rfind("/") + 1:]
+                if rest.endswith("/") or not rest.strip("/"): continue
+                file = to / rest.lstrip("/")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                s3.download_file(bucket, o["Key"], str(file))
+
+    def container(self, job, ml, host):
+        "Process 1 of a namespace of its own, with /opt/ml, a host name and little else."
+        spec, home = job.request["AlgorithmSpecification"], image(self.place)
+        env = {"PATH": f"{home}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8", "AWS_ENDPOINT_URL": self.url, "AWS_ACCESS_KEY_ID": "AKIDROLE", "AWS_SECRET_ACCESS_KEY": "test",
+               "AWS_REGION": REGION, "AWS_DEFAULT_REGION": REGION, "TRAINING_JOB_NAME": job.name, "TRAINING_JOB_ARN": job.record.arn, "CURRENT_HOST": host, "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1", **job.request.get("Environment", {})}
+        return self.in_namespace(ml, [*spec.get("ContainerEntrypoint", ["train"]), *spec.get("ContainerArguments", [])], env, host)
+
+    def in_namespace(self, ml, command, env, host="algo-1"):
+        "A command as process 1 of a namespace in which a folder is /opt/ml; its output is a pipe."
+        Path("/opt/ml").mkdir(parents=True, exist_ok=True)
+        (Path(ml) / "hosts").exists() or (Path(ml) / "hosts").write_text(f"127.0.0.1 localhost {host}\n")
+        inside = f'mount --bind "{ml}" /opt/ml && mount --bind "{ml}/hosts" /etc/hosts && hostname {host} && cd / && exec "$@"'
+        unshare = ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child", "bash", "-c", inside, "container"]
+        return subprocess.Popen([*unshare, *command], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def tell(self, job, sig):
+        "A signal to process 1 of each container; one without a handler does not hear SIGTERM, there as here."
+        for c in job.containers:
+            if c.poll() is None:
+                for child in _children(c.pid):
+                    with contextlib.suppress(ProcessLookupError): os.kill(child, sig)
+
+    def read(self, job, container, host):
+        "What a container prints, to CloudWatch Logs, in batches."
+        logs, stream, batch, lock, ended = self.client("logs"), f"{job.name}/{host}-{job.attempts}", [], threading.Lock(), threading.Event()
+        with contextlib.suppress(Exception): logs.create_log_stream(logGroupName="/aws/sagemaker/TrainingJobs", logStreamName=stream)
+        def _send():
+            while not ended.wait(0.25) or batch:
+                with lock: now, batch[:] = batch[:1000], batch[1000:]
+                if now: logs.put_log_events(logGroupName="/aws/sagemaker/TrainingJobs", logStreamName=stream, logEvents=now)
+        sender = threading.Thread(target=_send)
+        sender.start()
+        for line in container.stdout:
+            text = line.decode(errors="replace").rstrip("\n")
+            with lock: batch.append({"timestamp": int(time.time() * 1000), "message": text[:250_000] or " "})
+        ended.set()
+        sender.join()
+
+    def in_step(self, job, over):
+        "Checkpoints to S3 while it runs, and once more at the end."
+        if not (where := job.request.get("CheckpointConfig")): return
+        s3, (bucket, _, prefix), sent = self.client("s3"), where["S3Uri"].removeprefix("s3://").partition("/"), {}
+        while True:
+            last = over.wait(0.2)
+            for ml in job.hosts:
+                folder = self.checkpoints(job, ml)
+                for f in [p for p in folder.rglob("*") if p.is_file()]:
+                    with contextlib.suppress(FileNotFoundError):
+                        mark = f.stat().st_mtime_ns, f.stat().st_size
+                        if sent.get(f) == mark: continue
+                        s3.upload_file(str(f), bucket, "/".join(p for p in (prefix.strip("/"), f.relative_to(folder).as_posix()) if p))
+                        sent[f] = mark
+            if last: return
+
+    def model(self, job):
+        "model.tar.gz, as SageMaker keeps it."
+        if not any((job.hosts[0] / "model").iterdir()): return
+        bucket, _, prefix = job.request["OutputDataConfig"]["S3OutputPath"].removeprefix("s3://").partition("/")
+        with tempfile.NamedTemporaryFile(suffix=".tar.gz") as f:
+            with tarfile.open(f.name, "w:gz") as tar: tar.add(job.hosts[0] / "model", ".")
+            self.client("s3").upload_file(f.name, bucket, f"{prefix.strip('/')}/{job.name}/output/model.tar.gz".lstrip("/"))
+
+    # switches and looks
+
+    def fail(self, on, code, message="planted by a test", status=400, times=1, who="AKIDCLIENT"):
+        "Answer the next calls whose `Service.Operation path` matches with an error; code 'hang up': not at all."
+        fault = {"on": on, "code": code, "message": message, "status": status, "times": times, "who": who, "hits": 0}
+        self.faults.append(fault)
+        return fault
+
+    def no_capacity(self, times=1):
+        "The next jobs find no machine."
+        self.capacity_missing = times
+
+    def interrupt(self, name, hard=False):
+        "Take a spot machine away: SIGTERM, then SIGKILL after the grace (at once when hard); the job starts again from its checkpoints."
+        job = self.jobs[name]
+        assert job.request.get("EnableManagedSpotTraining"), "not a spot job"
+        job.asked = "interrupt"
+        if hard: self.tell(job, signal.SIGKILL)
+
+    def expire(self, who="AKIDCLIENT"):
+        "Credentials that are not valid any more; `p.expired.clear()` renews them."
+        self.expired.add(who)
+
+    def down(self, seconds=None):
+        "No network for the client, for a while or until `p.dead = False`."
+        self.dead = True
+        if seconds: threading.Timer(seconds, lambda: setattr(self, "dead", False)).start()
+
+    def logs(self, name=""):
+        "The lines that jobs have printed."
+        logs, lines = self.client("logs"), []
+        for s in logs.describe_log_streams(logGroupName="/aws/sagemaker/TrainingJobs", logStreamNamePrefix=name)["logStreams"] if name else logs.describe_log_streams(logGroupName="/aws/sagemaker/TrainingJobs")["logStreams"]:
+            lines += [e["message"] for e in logs.get_log_events(logGroupName="/aws/sagemaker/TrainingJobs", logStreamName=s["logStreamName"], startFromHead=True)["events"]]
+        return lines
+
+    def count(self, what):
+        "How many calls the client or a job has made, by `Service.Operation`."
+        return sum(bool(re.search(what, f"{name} {path}")) for name, path, _ in list(self.calls))
+
+    def stop(self):
+        "End every job and the server."
+        self.over = True
+        for job in list(self.jobs.values()):
+            self.tell(job, signal.SIGKILL)
+            job.thread.join(20)
+        self.server.shutdown()
+
+
+def _refuse(start, service, code, message, status):
+    "An error as AWS words it: XML from S3, JSON from the rest."
+    if service == "s3":
+        body, kind = f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>{message}</Message></Error>', "application/xml"
+    else: body, kind = json.dumps({"__type": code, "message": message}), "application/x-amz-json-1.1"
+    start(f"{status} X", [("Content-Type", kind), ("Content-Length", str(len(body.encode())))])
+    return [body.encode()]
+
+
+def _text(path): return path.read_text(errors="replace").strip() if path.is_file() else ""
+
+
+def _children(pid):
+    try: return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError: return []
+
+
+def possible():
+    "'' when jobs can be run here, else why not: namespaces need root (or user namespaces)."
+    if sys.platform != "linux" or not shutil.which("unshare"): return "needs Linux and unshare"
+    r = subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"], capture_output=True)
+    return "" if r.returncode == 0 else "needs the right to make namespaces"
+
+
+@contextlib.contextmanager
+def peer(grace=120.0):
+    "An account; `grace` is the time between SIGTERM and SIGKILL in seconds (120 there)."
+    from moto.core.base_backend import BaseBackend  # noqa: F401
+    import moto.backends
+    with tempfile.TemporaryDirectory(prefix="peer", ignore_cleanup_errors=True) as place:
+        from moto.sagemaker.models import sagemaker_backends
+        from moto.logs.models import logs_backends
+        for backends in (sagemaker_backends, logs_backends): backends[ACCOUNT][REGION].reset()
+        p = Peer(place, grace)
+        p.start()
+        _empty(p)
+        try: yield p
+        finally: p.stop()
+
+
+def _empty(p):
+    "A bucket that earlier tests of this process have not filled."
+    s3 = p.client("s3")
+    for o in s3.list_objects_v2(Bucket="shop").get("Contents", []): s3.delete_object(Bucket="shop", Key=o["Key"])

@@ -1,0 +1,396 @@
+"""Stages that run as training jobs: on an account that is played by this machine (see peer_sagemaker), with the drivers of SageMaker's own SDK."""
+import json, os, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+from conftest import Project, root
+from peer_sagemaker import peer, possible
+from tiny import HEAD, notebook, states, use_case
+
+pytestmark = pytest.mark.skipif(bool(possible()), reason=possible() or "")
+
+DIG = notebook("dig", "", "ore", "depth: int = 3\nslow: float = 0.0", HEAD.format(stage="dig") + "import time\nprint('digging', depth)\ntime.sleep(slow)", "stage.save('ore', {'kg': depth * 2})\nstage.metric(kg=depth * 2)\nstage.done()")
+MELT = notebook("melt", "ore", "iron", "heat: float = 1.0\nbreaks: bool = False", HEAD.format(stage="melt") + "from mine import melted\nif breaks: 1 / 0", "stage.save('iron', melted(stage.json('ore'), heat))\nstage.done()")
+
+# What a user's own program would do, with shorter waits
+PROGRAM = """
+import json, os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from slml_nb.core import SlmlError
+from slml_nb.jobs import Away, away
+from slml_nb.run import execute
+options = json.loads(sys.argv[2])
+for name, value in options.pop('waits', {}).items(): setattr(Away, name, value)
+on = options.pop('on', '')
+if os.environ.get('SLML_TEST_BEAT'):
+    from slml_nb.store import S3Store
+    S3Store.beat = float(os.environ['SLML_TEST_BEAT'])
+def told(event): print('@ ' + json.dumps(event, default=str), flush=True)
+try: record = execute(sys.argv[1], on_event=told, away=lambda p, g: away(p, g, on), **options)
+except KeyboardInterrupt: sys.exit(130)
+except SlmlError as e: sys.exit(str(e))
+print('= ' + json.dumps(record, default=str), flush=True)
+"""
+WAITS = {"poll": 0.2, "pause": 0.1, "patience": 20.0}
+
+
+@pytest.fixture(scope="module")
+def account():
+    with peer(grace=2) as p: yield p
+
+
+@pytest.fixture
+def place(account, tmp_path):
+    "A project of two notebooks and a module, whose store is a bucket."
+    p = Project(tmp_path)
+    p.write("params/mine.py", "def melted(ore, heat): return {'kg': ore['kg'] * heat}\n")
+    p.name = "m" + re.sub(r"\W", "", os.urandom(4).hex())
+    p.params = use_case(p, {"dig": DIG, "melt": MELT}, p.name, store="s3://shop/slml")
+    account.faults.clear(), account.expired.clear(), account.calls.clear()
+    account.dead = False
+    return p
+
+
+@pytest.fixture
+def inside(account, place, monkeypatch):
+    "The same in this process, which has the SDK: run(…) gives the record and the events."
+    from slml_nb.jobs import Away, away
+    from slml_nb.run import execute
+    for name, value in {**account.env, "SLML_CACHE": str(place.folder / "cache"), "OMP_NUM_THREADS": "1", "SLML_TRACKING": "off"}.items(): monkeypatch.setenv(name, value)
+    for name, value in WAITS.items(): monkeypatch.setattr(Away, name, value)
+    monkeypatch.chdir(place.folder)
+    def run(params="", on="ml.m5.large", then=lambda event: None, **options):
+        events = []
+        def told(event): events.append(event), then(event)
+        return execute(params or place.params, options.pop("overrides", None), on_event=told, away=lambda p, g: away(p, g, on), **options), events
+    return run
+
+
+def at(text, do):
+    "Do something once, when a line of the log says so."
+    left = [do]
+    def then(event):
+        if left and event["type"] == "log" and any(text in line for line in event["lines"]): left.pop()()
+    return then
+
+
+def begin(place, account, params="", env=None, waits=None, **options):
+    "The program in a process of its own."
+    env = {**place.environment(**account.env, SLML_CACHE=str(place.folder / "cache"), OMP_NUM_THREADS="1"), **(env or {})}
+    command = [sys.executable, "-c", PROGRAM, params or place.params, json.dumps({"waits": {**WAITS, **(waits or {})}, **options})]
+    return subprocess.Popen(command, cwd=place.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def ended(process, timeout=150):
+    "Its record and its events."
+    out, err = process.communicate(timeout=timeout)
+    said = [line for line in out.splitlines() if line.startswith("= ")]
+    assert said, f"{process.returncode} {err[-3000:]} {out[-3000:]}"
+    return json.loads(said[-1][2:]), [json.loads(line[2:]) for line in out.splitlines() if line.startswith("@ ")]
+
+
+def lines(events): return [line for e in events if e["type"] == "log" for line in e["lines"]]
+
+
+def jobs(account, place): return sorted(n for n in account.jobs if f"-{place.name}-" in n)
+
+
+def wait_for(what, seconds=60):
+    "Until something is so."
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.slow
+def test_two_stages_run_away(account, place, inside):
+    "As it is typed. Artifacts, keys, logs, meters and notebooks come back; here and there are the same; the second job uploads no code."
+    code, out, err = place.slml("run", place.params, "--on", "ml.m5.large", "--log", **account.env, SLML_CACHE=str(place.folder / "cache"))
+    assert code == 0 and "digging 3" in out + err and "about $" in out + err, (out[-2000:], err[-2000:])
+    from slml_nb.run import find_run, load_run
+    record = load_run(find_run(place.name, place.folder / "runs"))
+    for s in ("notebook.ipynb", "meter.json", "made.json"): assert (Path(record["folder"]) / "melt" / s).is_file()
+    assert record["stages"]["dig"]["metrics"] == {"kg": 6} and record["stages"]["dig"]["job"] in account.jobs and record["stages"]["dig"]["environment"]["packages"]["duckdb"]
+    assert record["stages"]["dig"]["bill"]["usd"] > 0 and record["stages"]["dig"]["estimate"]["instance"] == "ml.m5.large"
+    here, _ = inside(on="")  # no job is wanted
+    assert states(here) == {"dig": "reused", "melt": "reused"} and [s["key"] for s in here["stages"].values()] == [s["key"] for s in record["stages"].values()]
+    requests = [account.jobs[n].request for n in jobs(account, place)]
+    channels = [{c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3Uri"] for c in r["InputDataConfig"]} for r in requests]
+    assert len(requests) == 2 and [channels[0][c] == channels[1][c] for c in ("code", "sm_drivers", "job")] == [True, True, False]  # the package and the drivers are there already
+    there, events = inside(overrides={"dig.depth": "4", "dig.on": "here"}, on="ml.m5.large")  # made here, then there
+    assert states(there) == {"dig": "made", "melt": "made"} and "job" not in there["stages"]["dig"]
+    assert len(jobs(account, place)) == 3 and any(e["type"] == "cell" and e["stage"] == "melt" for e in events)
+
+
+def test_a_plain_run_imports_nothing_of_aws(place):
+    "Neither boto3 nor the SDK, nor the rooms about them."
+    code = f"import sys; from slml_nb.cli import main; code = main(['run', '{place.params}', '--store', 'runs/.store', '--json']); print([m for m in ('boto3', 'botocore', 'sagemaker', 'slml_nb.jobs', 'slml_nb.aws') if m in sys.modules]); sys.exit(code)"
+    r = subprocess.run([sys.executable, "-c", code], cwd=place.folder, env=place.environment(), capture_output=True, text=True)
+    assert r.returncode == 0 and r.stdout.splitlines()[-1] == "[]", (r.stdout[-500:], r.stderr[-2000:])
+
+
+def test_a_store_on_this_machine_is_refused_with_the_way_out(place, account):
+    code, out, err = place.slml("run", place.params, "--store", "runs/.store", "--on", "sagemaker", **account.env)
+    assert code != 0 and "set  store: s3://bucket/prefix" in err
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_brings_back_message_cell_and_notebook(account, place, inside):
+    record, _ = inside(overrides={"dig.on": "here", "melt.breaks": "true"})
+    error, job = record["stages"]["melt"]["error"], record["stages"]["melt"]["job"]
+    assert "ZeroDivisionError: division by zero" in error["what"] and error["where"].startswith("melt, cell 4") and job in error["where"]
+    nb = json.loads((Path(record["folder"]) / "melt/notebook.ipynb").read_text())
+    assert any(o["output_type"] == "error" for c in nb["cells"] for o in c.get("outputs", [])) and "melt/notebook.ipynb" in error["fix"]
+    assert "ZeroDivisionError" in account.jobs[job].reason  # and the console of AWS says so
+    again, _ = inside(overrides={"dig.on": "here"})
+    assert states(again) == {"dig": "reused", "melt": "made"}
+
+
+@pytest.mark.slow
+def test_throttling_and_a_server_in_trouble(account, place, inside):
+    faults = [account.fail("CreateTrainingJob", "ThrottlingException", "Rate exceeded", times=2), account.fail("s3.PUT", "SlowDown", status=503, times=2), account.fail("s3.GET", "InternalError", status=500, times=2),
+              account.fail("DescribeTrainingJob", "ThrottlingException", times=2), account.fail("GetLogEvents", "ServiceUnavailableException", status=503, times=1)]
+    assert inside(stop="dig")[0]["state"] == "done" and all(f["hits"] and not f["times"] for f in faults)
+
+
+@pytest.mark.slow
+def test_no_machine_is_asked_for_again_and_said(account, place, inside):
+    account.no_capacity(1)
+    record, events = inside(stop="dig")
+    assert record["state"] == "done" and record["stages"]["dig"]["job"].endswith("-2") and any("CapacityError" in line and "asked for again" in line for line in lines(events))
+    account.no_capacity(9)
+    error = inside(overrides={"dig.depth": "7"}, stop="dig")[0]["stages"]["dig"]["error"]
+    account.no_capacity(0)
+    assert "AWS has no ml.m5.large to give" in error["what"] and "-p dig.on=ml." in error["fix"] and len(jobs(account, place)) == 2 + 3
+    account.fail("CreateTrainingJob", "ResourceLimitExceeded", "The account-level service limit 'ml.m5.large for training job usage' is 0 Instances", times=1)
+    error = inside(overrides={"dig.depth": "8"}, stop="dig")[0]["stages"]["dig"]["error"]
+    assert "service limit" in error["what"] and "Service Quotas" in error["fix"]
+
+
+@pytest.mark.slow
+def test_the_network_and_the_credentials_go_away_and_come_back(account, place, inside):
+    import threading
+    def renew(): account.expire(), threading.Timer(1.5, account.expired.clear).start()
+    record, events = inside(overrides={"dig.slow": "6"}, stop="dig", then=at("digging", lambda: account.down(1.5)))
+    assert record["state"] == "done" and any("out of sight" in line for line in lines(events)) and any("found again" in line for line in lines(events))
+    record, events = inside(overrides={"dig.slow": "5"}, stop="dig", then=at("digging", renew))
+    assert record["state"] == "done" and any("out of sight (ExpiredToken" in line for line in lines(events))
+    assert len(jobs(account, place)) == 2 and sum("digging" in line for line in lines(events)) == 1  # nothing is told twice
+
+
+@pytest.mark.slow
+def test_credentials_that_stay_expired_say_so_and_the_job_goes_on(account, place, inside, monkeypatch):
+    from slml_nb.jobs import Away
+    monkeypatch.setattr(Away, "patience", 0.3)
+    error = inside(overrides={"dig.slow": "4"}, stop="dig", then=at("digging", account.expire))[0]["stages"]["dig"]["error"]
+    assert "xpired" in error["message"] and "goes on" in error["message"] and "again" in error["fix"]
+    account.expired.clear()
+    record, events = inside(overrides={"dig.slow": "4"}, stop="dig")
+    assert states(record)["dig"] in ("made", "reused") and len(jobs(account, place)) == 1
+
+
+@pytest.mark.slow
+def test_a_job_stopped_by_somebody_else(account, place, inside):
+    record, events = inside(overrides={"dig.slow": "60"}, stop="dig", then=at("digging", lambda: account.client("sagemaker").stop_training_job(TrainingJobName=jobs(account, place)[0])))
+    assert "it was stopped" in record["stages"]["dig"]["error"]["what"]
+
+
+STEPS = notebook("dig", "", "ore", "steps: int = 30", HEAD.format(stage="dig") + """import time
+from pathlib import Path
+file = stage.place / 'checkpoint.txt'
+step = first = int(file.read_text()) if file.exists() else 0
+while step < steps:
+    time.sleep(0.15)
+    step += 1
+    (stage.place / 'beside').write_text(str(step))
+    (stage.place / 'beside').replace(file)
+    stage.progress(step, valid_mae=100 - step)
+    print('step', step)""", "stage.save('ore', {'kg': step})\nstage.metric(first=first)\nstage.done()")
+
+
+@pytest.mark.slow
+def test_a_spot_machine_is_taken_away_and_the_next_goes_on(account, place, inside):
+    params = use_case(place, {"dig": STEPS}, place.name, store="s3://shop/slml", dig=f"{{on: ml.m5.large, spot: true}}")
+    record, events = inside(params, on="", then=at("step 12", lambda: account.interrupt(jobs(account, place)[0])))
+    assert record["state"] == "done" and record["stages"]["dig"]["metrics"]["first"] >= 10 and account.jobs[jobs(account, place)[0]].attempts == 2
+    assert [e["step"] for e in events if e["type"] == "progress"][-1] == 30 and any("interrupted" in line for line in lines(events))
+    assert not account.client("s3").list_objects_v2(Bucket="shop", Prefix=f"slml/{place.name}/jobs/{record['stages']['dig']['key']}/checkpoints").get("Contents")
+
+
+@pytest.mark.slow
+def test_two_that_ask_at_the_same_moment_have_one_job(account, place, inside):
+    "Two machines whose claims do not hold each other off: SageMaker's names do."
+    import threading
+    from slml_nb import jobs as room
+    gate, asked, describe = threading.Barrier(2), [], room.describe
+    def both(client, name):
+        found = describe(client, name)
+        if found is None and name.endswith("-1"): gate.wait(30)
+        return found
+    room.describe = both
+    try:
+        from slml_nb.store import Claim, S3Store
+        claim, S3Store.claim = S3Store.claim, lambda self, key: Claim(key, lambda: None)
+        done = []
+        threads = [threading.Thread(target=lambda: done.append(inside(stop="dig")[0])) for _ in range(2)]
+        for t in threads: t.start()
+        for t in threads: t.join(120)
+    finally: room.describe, S3Store.claim = describe, claim
+    assert [r["state"] for r in done] == ["done", "done"] and len(jobs(account, place)) == 1 and account.count("CreateTrainingJob") == 2
+
+
+@pytest.mark.slow
+def test_the_laptop_is_closed_and_the_same_command_goes_on(account, place):
+    "kill -9 of the client: the job goes on, the same command finds it; then Ctrl-C leaves it running, and slml stop ends it."
+    options = dict(overrides={"dig.slow": "12"}, stop="dig", on="ml.m5.large", env={"SLML_TEST_BEAT": "0.5"})
+    first = begin(place, account, **options)
+    wait_for(lambda: jobs(account, place) and account.jobs[jobs(account, place)[0]].secondary == "Training")
+    os.killpg(first.pid, signal.SIGKILL), first.communicate()
+    second, events = ended(begin(place, account, **options))
+    assert second["state"] == "done" and len(jobs(account, place)) == 1 and any("under way: watching it" in line for line in lines(events)), lines(events)
+    third = begin(place, account, **{**options, "overrides": {"dig.slow": "61"}})
+    name = wait_for(lambda: next((n for n in jobs(account, place) if account.jobs[n].secondary == "Training" and account.jobs[n].status == "InProgress"), None))
+    time.sleep(1)
+    third.send_signal(signal.SIGINT)
+    out, err = third.communicate(timeout=60)
+    assert third.returncode == 130 and f"{name} goes on" in out and account.jobs[name].status == "InProgress"
+    code, out, err = place.slml("stop", **account.env)
+    assert code == 0 and f"{name} is being stopped" in out, err
+    wait_for(lambda: account.jobs[name].status == "Stopped")
+
+
+def test_what_only_this_machine_has_stays_here_or_is_refused(account, place, inside):
+    reads = notebook("dig", "", "ore", "source: str = 'ore.csv'", HEAD.format(stage="dig") + "stage.save('ore', {'kg': len(open(source).read())})\nstage.done()", reads="source")
+    place.write("ore.csv", "a\n1\n")
+    params = use_case(place, {"dig": reads}, place.name, store="s3://shop/slml")
+    record, events = inside(params, on="ml.m5.large")
+    assert record["state"] == "done" and any("stays here: it reads ore.csv" in line for line in lines(events)) and not jobs(account, place)
+    place.write("ore.csv", "a\n2\n")
+    assert "cannot run on ml.m5.large" in inside(params, overrides={"dig.on": "ml.m5.large"})[0]["stages"]["dig"]["error"]["what"]
+
+
+COOK = notebook("cook", "", "problem, features, recipe", "n: int = 0", "from slml_nb.stage import Stage, artifact_path, made_in, sample_folder\nimport json\nstage = Stage('cook', run)\nfound = made_in(sample_folder())",
+                "for name in ('problem', 'features', 'recipe'):\n    path = artifact_path(found[name])\n    stage.save(name, json.loads(path.read_text()) if path.suffix == '.json' else path)\nstage.done()")
+
+
+def shared_train():
+    "The train notebook, whose training meets the other processes."
+    nb = json.loads((root / "nbs/32_train.ipynb").read_text())
+    for c in nb["cells"]:
+        text = "".join(c["source"])
+        if "encoder, network, learnt = train_table(" in text and "with gathered(place)" not in text and "export" not in text:
+            c["source"] = text.replace("encoder, network, learnt = train_table(", "with gathered(place) as place: encoder, network, learnt = train_table(")
+    return json.dumps(nb)
+
+
+@pytest.mark.slow
+def test_two_machines_train_together_by_torchrun_and_the_notebook_runs_once(account, place, inside):
+    "The real torchrun driver; the weights are those of one process, up to rounding."
+    use_case(place, {"cook": COOK}, place.name, store="s3://shop/slml", train="{epochs: 2, hidden: [16], threads: 1, device: cpu}")
+    place.write("params/train.ipynb", shared_train())
+    place.write(params := place.params, (place.folder / place.params).read_text().replace("  train: false", "  train: train.ipynb"))
+    alone, _ = inside(params, on="")
+    both, events = inside(params, on="", overrides={"train.on": "ml.m5.large", "train.instances": "2"}, start="train")
+    assert both["state"] == "done", [s.get("error") for s in both["stages"].values()]
+    job = account.jobs[both["stages"]["train"]["job"]]
+    said = account.logs(job.name)
+    assert len(job.hosts) == 2 and any("--nnodes=2" in line for line in said) and sum('"type": "machine"' in line for line in said) == 1
+    a, b = (r["stages"]["train"]["metrics"] for r in (alone, both))
+    assert abs(a["valid_mae"] - b["valid_mae"]) < 0.02 * a["valid_mae"] and a["weights"] == b["weights"] and both["stages"]["train"]["key"] == alone["stages"]["train"]["key"]
+    error = inside(params, on="", overrides={"cook.on": "ml.m5.large", "cook.instances": "2", "cook.n": "1"})[0]["stages"]["cook"]["error"]
+    assert "cannot use 2 machines at once" in error["what"]
+
+
+@pytest.mark.slow
+def test_the_headless_driver_of_notebook_jobs_executes_a_stage(account, place, inside):
+    "SageMaker's own runner of notebook jobs hands every parameter over as text; the notebook makes numbers and lists of them."
+    driver = pytest.importorskip("sagemaker_headless_execution_driver")
+    import io, zipfile
+    from slml_nb.jobs import wheel
+    from slml_nb.run import execute_file
+    site = place.folder / "site"
+    zipfile.ZipFile(io.BytesIO(wheel()[1])).extractall(site)
+    text = {"target": "arr_delay", "known_later": '["arr_time", "air_time"]', "at_most": '{"mae": 12.5, "p99_ms": 20}', "decisions_per_day": "900", "run": "/opt/ml/output/data"}
+    account.client("s3").upload_file(str(root / "nbs/10_frame.ipynb"), "shop", f"{place.name}/frame.ipynb")
+    name = f"{place.name}-notebook-job"
+    request = {"TrainingJobName": name, "AlgorithmSpecification": {"TrainingImage": "x", "TrainingInputMode": "File", "ContainerEntrypoint": ["/bin/bash"], "ContainerArguments": [str(Path(driver.__file__).parent / "scripts/headless_execution.sh")]},
+               "RoleArn": account.role, "OutputDataConfig": {"S3OutputPath": "s3://shop/out"}, "ResourceConfig": {"InstanceType": "ml.m5.large", "InstanceCount": 1, "VolumeSizeInGB": 10}, "StoppingCondition": {"MaxRuntimeInSeconds": 300}, "HyperParameters": text,
+               "InputDataConfig": [{"ChannelName": "sagemaker_headless_execution", "DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": f"s3://shop/{place.name}/", "S3DataDistributionType": "FullyReplicated"}}}],
+               "Environment": {"SM_JOB_DEF_VERSION": "1.0", "SM_INPUT_NOTEBOOK_NAME": "frame.ipynb", "SM_OUTPUT_NOTEBOOK_NAME": "out.ipynb", "SM_KERNEL_NAME": "python3", "SM_SKIP_EFS_SIMULATION": "true", "PYTHONPATH": str(site)}}
+    link = Path("/home") / "sagemaker-user"  # the driver makes it, where it runs as root
+    mine = link.parent.is_dir() and not os.path.lexists(link)
+    try:
+        job = account.run_job(request)
+        job.thread.join(120)
+    finally:
+        if mine: link.unlink(missing_ok=True)
+    assert job.status == "Completed", (job.reason, account.logs(name)[-20:])
+    made = json.loads((job.hosts[0] / "output/data/frame/made.json").read_text())
+    here = place.folder / "by_hand"
+    here.mkdir()
+    execute_file(root / "nbs/10_frame.ipynb", place.folder / "here.ipynb", {**text, "run": str(here)})
+    mine = json.loads((here / "frame/made.json").read_text())
+    assert made["artifacts"]["problem"]["sha256"] == mine["artifacts"]["problem"]["sha256"]
+    problem = json.loads((job.hosts[0] / "output/data/frame/out/problem.json").read_text())
+    assert {r["name"]: r["limit"] for r in problem["requirements"]}["mae"] == 12.5
+
+
+@pytest.mark.slow
+def test_a_training_loses_its_spot_machine_in_mid_epoch_and_ends_in_the_same_bits(account, place, inside):
+    "The train stage itself; killed without a word, as a machine that is taken away."
+    use_case(place, {"cook": COOK}, place.name, store="s3://shop/slml", train="{epochs: 100, patience: 0, hidden: [16], checkpoint_every: 3, batch: 256, threads: 1, device: cpu}")
+    place.write(place.params, (place.folder / place.params).read_text().replace("  train: false\n", ""))
+    alone, _ = inside(place.params, on="", overrides={"cook.n": "2"}, stop="train")
+    steps = []
+    def then(event):
+        if event["type"] != "progress": return
+        steps.append(event["step"])
+        if len(steps) == 1: account.interrupt(jobs(account, place)[-1], hard=True)
+    both, events = inside(place.params, on="", overrides={"cook.n": "2", "train.on": "ml.m5.large", "train.spot": "true"}, start="train", stop="train", then=then)
+    assert both["state"] == "done", [s.get("error") for s in both["stages"].values()]
+    assert account.jobs[both["stages"]["train"]["job"]].attempts == 2 and steps.count(1) == 1 and steps[-1] == 100  # no epoch is learnt twice
+    from slml_nb.stage import made_in
+    a, b = (made_in(r["folder"]) for r in (alone, both))
+    assert [a[n]["sha256"] for n in ("network", "network_predictions")] == [b[n]["sha256"] for n in ("network", "network_predictions")]
+
+
+@pytest.mark.slow
+def test_the_lifecycle_of_the_sample_is_the_same_there_and_here(account, place, inside, monkeypatch):
+    "Keys and artifacts of the demo's stages; what was made there is reused here, and the other way round."
+    from slml_nb.stage import made_in
+    for name in ("flights.yaml", "sample.yaml"): place.write(f"params/{name}", (root / "params" / name).read_text())
+    place.write("params/there.yaml", f"extends: sample.yaml\nproject: {place.name}\nstore: s3://shop/there\nclimb: off\n")
+    place.write("params/here.yaml", "extends: there.yaml\nstore: s3://shop/here\n")
+    here, _ = inside("params/here.yaml", on="", stop="features")
+    there, _ = inside("params/there.yaml", on="sagemaker", stop="features")
+    assert there["state"] == here["state"] == "done", [s.get("error") for s in there["stages"].values()]
+    wanted = [s for s in here["order"] if here["stages"][s]["state"] == "made"]
+    assert {"ingest", "quality", "features"} <= set(wanted) and [here["stages"][s]["key"] for s in wanted] == [there["stages"][s]["key"] for s in wanted]
+    a, b = made_in(here["folder"]), made_in(there["folder"])
+    assert {n: r["sha256"] for n, r in a.items()} == {n: r["sha256"] for n, r in b.items()} and len(a) > 8
+    made = len(jobs(account, place))
+    for params, on in (("params/there.yaml", ""), ("params/here.yaml", "sagemaker")):
+        again, _ = inside(params, on=on, stop="features")
+        assert {again["stages"][s]["state"] for s in wanted} == {"reused"}
+    assert len(jobs(account, place)) == made == len(wanted)
+
+
+@pytest.mark.slow
+def test_a_secret_is_fetched_by_its_name_and_stands_nowhere(account, place, inside, monkeypatch):
+    peek = notebook("dig", "", "ore", "key: str = ''", HEAD.format(stage="dig") + "print('it is', key)\nimport hashlib", "stage.save('ore', {'hash': hashlib.sha256(key.encode()).hexdigest(), 'said': key})\nstage.done()".replace(", 'said': key", ""))
+    params = use_case(place, {"dig": peek}, place.name, store="s3://shop/slml", dig="{key: !env PLANTED}")
+    monkeypatch.setenv("PLANTED", "s3cr3t-of-mine")
+    assert "export SLML_SECRET_PLANTED=" in inside(params)[0]["stages"]["dig"]["error"]["fix"] and not jobs(account, place)
+    account.client("secretsmanager").create_secret(Name=f"{place.name}/key", SecretString="s3cr3t-of-mine")
+    monkeypatch.setenv("SLML_SECRET_PLANTED", f"{place.name}/key")
+    record, events = inside(params)
+    assert record["state"] == "done", record["stages"]["dig"].get("error")
+    import hashlib
+    from slml_nb.stage import artifact_path, made_in
+    assert json.loads(artifact_path(made_in(record["folder"])["ore"]).read_text())["hash"] == hashlib.sha256(b"s3cr3t-of-mine").hexdigest()
+    s3, seen = account.client("s3"), []
+    for o in s3.list_objects_v2(Bucket="shop", Prefix=f"slml/{place.name}/")["Contents"]: seen.append(s3.get_object(Bucket="shop", Key=o["Key"])["Body"].read())
+    assert b"s3cr3t-of-mine" not in b"".join(seen) and "s3cr3t-of-mine" not in "\n".join(account.logs(jobs(account, place)[0]))
+    assert "it is ***" in lines(events)

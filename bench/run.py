@@ -1,6 +1,6 @@
 """Measures what the project promises, side by side with plain Papermill and Ploomber, and writes bench/results.md.
 
-    make bench                      everything: about an hour and a quarter on two cores; run nothing beside it
+    make bench                      everything: about an hour and a half on two cores; run nothing beside it
     python bench/run.py --only start,demo --rounds 3
     python bench/run.py --only fleet,ladder --quick        does it still work? Tiny sizes, one round, results.md stays as it is
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 bin = Path(sys.executable).parent
 sys.path[:0] = [str(root), str(root / "bench")]
-import automl, fleet, ladder, notebooks, onerow, train, trips
+import automl, fleet, ladder, notebooks, onerow, serving, store, train, trips
 
 
 def clock(command, cwd=root, ok=(0, 3), **kw):
@@ -372,15 +372,33 @@ def rungs(_, **size):
     return [line for title, lines in ladder.measure(**size).items() for line in (f"### {title}", "", ladder.HEAD, *lines, "")]
 
 
+def served(rounds, **size):
+    "One package everywhere: over HTTP beside MLflow and BentoML, in process, as a function, over a file, under load."
+    return serving.tables(serving.measure(rounds, **size), row, pairs)
+
+
+def stored(rounds, **size):
+    "A large artifact to a bucket and back, beside boto3's own transfer."
+    got, lines = store.measure(rounds, **size), []
+    for kind, name in (("moto", "moto"), ("plain", "a server that does next to nothing")):
+        of = {way: [g for g in got if (g["server"], g["way"]) == (kind, way)] for way in store.WAYS}
+        for where in ("up", "down"):
+            lines += [row(f"{name}, {where}: " + {"slml": "the store" + (", hashed" if where == "down" else "")}.get(way, f"peer: {way}"), [g[where] for g in of[way]], unit="MB/s", digits=0) for way in store.WAYS]
+            lines += [row(f"{name}, {where}: the store / {way}, pair by pair", [a[where] / b[where] for a, b in zip(of["slml"], of[way])], 0.9, "×", least=True) for way in store.WAYS[1:]]
+        lines += [row(f"{name}: most memory of {'the store' if way == 'slml' else way}", [g["peak_mb"] for g in of[way]], 200 if way == "slml" else "", "MB", 0) for way in store.WAYS]
+    return lines
+
+
 SECTIONS = {"start": (start, "Before anything happens"), "lifecycle": (lifecycle, "Twelve short notebooks that import pandas"), "one": (one, "One notebook of 20 cells"),
             "warm": (warm, "A warm kernel: torch, pandas, scikit-learn"), "cells": (cells, "200 trivial cells"), "again": (again, "Nothing changed"),
             "sweep": (sweep, "A sweep"), "memory": (memory, "Memory of the runner"), "prepare": (prepare, "From CSV to features in one pass"), "onerow": (one_row, "One row of features"),
             "train": (training, "Training: an MLP 20-128-128-1, 1,024 rows a step"), "fleet": (fleets, "A fleet: many small models together"), "automl": (automls, "AutoML, in the same time"),
-            "ladder": (rungs, "The ladder on three real tables"), "demo": (demo, "The demo: 336,776 flights, twelve notebooks")}
+            "ladder": (rungs, "The ladder on three real tables"), "serving": (served, "Serving: 200 trees on the flights, everywhere"),
+            "store": (stored, "1 GB to a bucket and back"), "demo": (demo, "The demo: 336,776 flights, twelve notebooks")}
 
-BARE = ("ladder",)  # sections that bring the heads of their tables
+BARE = ("ladder", "serving")  # sections that bring the heads of their tables
 QUICK = {"lifecycle": {}, "one": {"n": 5}, "cells": {"n": 20}, "again": {"params": "sample"}, "sweep": {"points": 4, "sample": 1}, "prepare": {"rows": 200_000}, "demo": {"params": "sample"},
-         "train": {"seeds": False}, "fleet": {"models": 8, "curve": (2, 8)}, "automl": {"seconds": 3, "rows": 1500}, "ladder": {"tables": ("sample", "chicago_taxi"), "seconds": 5}}  # sizes of --quick
+         "train": {"seeds": False}, "fleet": {"models": 8, "curve": (2, 8)}, "automl": {"seconds": 3, "rows": 1500}, "ladder": {"tables": ("sample", "chicago_taxi"), "seconds": 5}, "serving": serving.TINY, "store": {"megabytes": 64}}  # sizes of --quick
 pictures = root / "bench"  # folder of the drawings
 
 

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['WAYS_OUT', 'WORDS', 'FACTS', 'CALLS', 'LOGS', 'ECR', 'SETS', 'BLOCKED', 'OLD_PARTS', 'MEND', 'MARKS', 'POLICY',
-           'NEEDS', 'START_UP', 'SPOT', 'MAX_HOURS', 'VOLUME_GB', 'error_code', 'aws_errors', 'Account', 'account_of',
-           'session_region', 'client_of', 'role_of', 'caller_of', 'number_of', 'job_stem', 'job_name', 'tags_of',
-           'sagemaker_model', 'quiet_sdk', 'instance', 'usd_per_hour', 'training_types', 'fitting_type', 'action_of',
-           'Scope', 'run_statements', 'job_statements', 'doctor_statements', 'bucket_statements', 'scope_of',
-           'secret_names', 'policy_for', 'trust_policy', 'only_tls', 'encryption_of', 'bucket_settings', 'lacks',
-           'make_bucket', 'Line', 'look', 'check_caller', 'check_bucket', 'check_role', 'quotas_wanted', 'check_quotas',
-           'check_types', 'check_images', 'check_key', 'check_network', 'doctor', 'doctor_text', 'Idle',
-           'idle_endpoints', 'idle_notebooks', 'idle_apps', 'idle_pools', 'idle_uploads', 'idle', 'idle_text',
-           'volume_usd', 'machine_usd', 'probes', 'expect', 'estimate_stage', 'estimate', 'estimate_text', 'Purse',
-           'job_bill', 'billed', 'billed_text', 'Money', 'cost_first', 'away_machines', 'examine', 'printed_policy']
+           'NEEDS', 'START_UP', 'SPOT', 'MAX_HOURS', 'VOLUME_GB', 'aws_errors', 'Account', 'account_of',
+           'session_region', 'role_of', 'caller_of', 'number_of', 'job_stem', 'job_name', 'tags_of', 'sagemaker_model',
+           'quiet_sdk', 'instance', 'usd_per_hour', 'training_types', 'fitting_type', 'action_of', 'Scope',
+           'run_statements', 'job_statements', 'doctor_statements', 'bucket_statements', 'scope_of', 'secret_names',
+           'policy_for', 'trust_policy', 'only_tls', 'encryption_of', 'bucket_settings', 'lacks', 'make_bucket', 'Line',
+           'look', 'check_caller', 'check_bucket', 'check_role', 'quotas_wanted', 'check_quotas', 'check_types',
+           'check_images', 'check_key', 'check_network', 'doctor', 'doctor_text', 'Idle', 'idle_endpoints',
+           'idle_notebooks', 'idle_apps', 'idle_pools', 'idle_uploads', 'idle', 'idle_text', 'volume_usd',
+           'machine_usd', 'probes', 'expect', 'estimate_stage', 'estimate', 'estimate_text', 'Purse', 'job_bill',
+           'billed', 'billed_text', 'Money', 'cost_first', 'away_machines', 'examine', 'printed_policy']
 
-# %% ../nbs/61_aws.ipynb #367e397c
+# %% ../nbs/61_aws.ipynb #6b82a86b
 import contextlib, datetime as dt, functools, json, math, os, re, threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,38 +23,20 @@ from .core import ParamSet, Refused, Secret, SlmlError, atomic_write, cache_fold
 from .cost import MONTH, dollars, instance_usd, load_prices, needs_of, price_warnings, read_meter, s3_usd, smallest, table_text
 from .meter import megabytes
 from .run import learned_peaks, load_run
-from .store import read_address
+from .store import aws_environment, aws_errors as errors_in_words, aws_session, client_of, error_code, read_address
 
-# %% ../nbs/61_aws.ipynb #21152cb7
+# %% ../nbs/61_aws.ipynb #66b8be0f
 WAYS_OUT = {
-    **dict.fromkeys(["NoCredentialsError", "PartialCredentialsError", "UnrecognizedClientException", "InvalidClientTokenId", "AuthFailure"], "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; `aws sts get-caller-identity` shows who you are"),
-    **dict.fromkeys(["ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRetrievalError", "SSOTokenLoadError", "UnauthorizedSSOTokenError"], "sign in again (aws sso login, or new keys); the same command goes on from here"),
     **dict.fromkeys(["AccessDenied", "AccessDeniedException", "403", "UnauthorizedOperation"], "`slml doctor --on sagemaker --policy` prints the permission that is needed"),
     **dict.fromkeys(["ResourceLimitExceeded", "LimitExceededException"], "ask for more under Service Quotas, or take another type: -p STAGE.on=…"),
-    **dict.fromkeys(["NoRegionError"], "set AWS_REGION, or sagemaker: {region: …} in the parameter set"),
-    **dict.fromkeys(["EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"], "check the network and the region; the same command goes on from here"),
-    "ResponseParserError": "what answered is not AWS: a proxy, or a wrong AWS_ENDPOINT_URL?",
-    **dict.fromkeys(["ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded", "SlowDown"], "AWS asks for patience: the same command goes on from here"),
-}
+    "NoRegionError": "set AWS_REGION, or sagemaker: {region: …} in the parameter set"}
 
-# %% ../nbs/61_aws.ipynb #cd7d43cb
-def error_code(e) -> str:
-    "The code of an error of boto3: AWS's own, or the name of its class."
-    return (getattr(e, "response", None) or {}).get("Error", {}).get("Code", type(e).__name__)
 
-# %% ../nbs/61_aws.ipynb #6e9adb81
-@contextlib.contextmanager
 def aws_errors(
     where: str,  # what was asked, for the message
-):
+):  # a context
     "An error of boto3 as one that says what to do."
-    import botocore.exceptions, botocore.parsers
-    try: yield
-    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError, botocore.parsers.ResponseParserError) as e:
-        code = error_code(e)
-        said = (getattr(e, "response", None) or {}).get("Error", {}).get("Message") or str(e)
-        if "<html" in said.lower(): said = "a web page came back"
-        raise SlmlError(f"{code}: {said}" if code not in said else said, where, WAYS_OUT.get(code, "`slml doctor --on sagemaker` looks at what is missing")) from e
+    return errors_in_words(where, WAYS_OUT, "`slml doctor --on sagemaker` looks at what is missing")
 
 # %% ../nbs/61_aws.ipynb #2b714c6b
 WORDS = {"role": str, "region": str, "kms": str, "subnets": list, "security_groups": list, "images": dict, "budget_usd": float, "tags": dict, "pipeline": dict}  # of `sagemaker:`
@@ -117,38 +99,10 @@ def account_of(
     wished = read_address(params.store)[1]["kms"] if params.store.startswith("s3://") else ""  # s3://bucket/prefix?kms=…
     return Account(params.project, params.store, where=params.file, **{**typed, "region": typed.get("region") or session_region(), "kms": typed.get("kms") or wished})
 
-# %% ../nbs/61_aws.ipynb #38c61e80
+# %% ../nbs/61_aws.ipynb #5d8f623e
 def session_region() -> str:
     "The region of boto3's own configuration; '' when there is none."
-    with _making, aws_errors("AWS configuration"): return _session(_environment(), os.getpid()).region_name or ""
-
-# %% ../nbs/61_aws.ipynb #f3ce1a10
-_making = threading.Lock()
-
-
-def client_of(service: str, region: str = ""):
-    "A client of boto3 that is patient: standard retries, and no wait for ever."
-    with _making, aws_errors(service): return _client(service, region, _environment(), os.getpid())
-
-
-def _environment() -> tuple:
-    "What boto3 reads of the environment."
-    return tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
-
-# %% ../nbs/61_aws.ipynb #26a16bae
-@functools.lru_cache(maxsize=8)
-def _session(known: tuple, pid: int):
-    import boto3
-    return boto3.session.Session()
-
-# %% ../nbs/61_aws.ipynb #aca6791f
-@functools.lru_cache(maxsize=64)
-def _client(service: str, region: str, known: tuple, pid: int):
-    from botocore.config import Config
-    limits = Config(retries={"mode": "standard", "total_max_attempts": 6}, connect_timeout=10, read_timeout=60)
-    style = {"endpoint_url": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None} if service == "s3" else {}
-    if style.get("endpoint_url"): limits = limits.merge(Config(s3={"addressing_style": "path"}))
-    return _session(known, pid).client(service, region_name=region or None, config=limits, **style)
+    with aws_errors("AWS configuration"): return aws_session().region_name or ""
 
 # %% ../nbs/61_aws.ipynb #23087239
 FACTS = "/opt/ml/metadata/resource-metadata.json"  # what a notebook in SageMaker or Studio knows of itself
@@ -178,7 +132,7 @@ def _role_inside(account: Account, facts: str) -> str:
             if own.get("ExecutionRole"): return own["ExecutionRole"]
         return client.describe_domain(DomainId=domain)["DefaultUserSettings"]["ExecutionRole"]
 
-# %% ../nbs/61_aws.ipynb #b395d46a
+# %% ../nbs/61_aws.ipynb #92520e50
 @functools.lru_cache(maxsize=16)
 def _caller(region: str, credentials: tuple) -> dict:
     "Who asks; once for each set of credentials in the environment."
@@ -189,7 +143,7 @@ def caller_of(
     account: Account,
 ) -> dict:  # Account, Arn, UserId
     "Who one is, as AWS sees it; needs no permission."
-    return _caller(account.region, _environment())
+    return _caller(account.region, aws_environment())
 
 # %% ../nbs/61_aws.ipynb #179b4059
 def number_of(
@@ -629,11 +583,11 @@ def look(
 
 POLICY = "slml doctor PARAMS --on sagemaker --policy doctor   (prints the permission that looking needs)"
 
-# %% ../nbs/61_aws.ipynb #db54c1bc
+# %% ../nbs/61_aws.ipynb #7a28d738
 def check_caller(account: Account) -> list[Line]:
     "Credentials and region."
     import boto3
-    lines, session = [], _session(_environment(), os.getpid())
+    lines, session = [], aws_session()
     try: lines.append(Line("credentials", caller_of(account)["Arn"]))
     except SlmlError as e: lines.append(Line("credentials", e.what, "missing", "aws configure sso, or export AWS_PROFILE=…, or AWS_ACCESS_KEY_ID=… and AWS_SECRET_ACCESS_KEY=…"))
     known = session.get_available_regions("sagemaker", session.get_partition_for_region(account.region)) if account.region else []

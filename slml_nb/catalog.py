@@ -6,9 +6,9 @@
 __all__ = ['KINDS', 'LINKS', 'FOLDER', 'PARQUET', 'Table', 'format_of', 'files_of', 'reads_s3', 'reading', 'measured',
            'run_tables', 'store_tables', 'Catalog', 'open_catalog', 'entries', 'registered', 'register', 'annotate',
            'drop', 'is_path', 'file_table', 'find', 'find_all', 'listing', 'versions', 'describe', 'text_of',
-           'hive_type', 'aws_client', 'aws_errors', 'glue_name', 'glue_columns', 'glue_input', 'to_glue']
+           'hive_type', 'glue_name', 'glue_columns', 'glue_input', 'to_glue']
 
-# %% ../nbs/16_catalog.ipynb #edd2a308
+# %% ../nbs/16_catalog.ipynb #d23432f1
 import contextlib, fnmatch, getpass, glob, json, os, re, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,7 @@ from .core import SlmlError, nearest, project_root, read_json, suggest
 from .run import find_run
 from .sql import connect, literal
 from .stage import list_runs, made_in, sample_folder
-from .store import FolderStore, S3Store, _s3_errors, open_store
+from .store import FolderStore, S3Store, _s3_errors, aws_errors, client_of, open_store
 
 # %% ../nbs/16_catalog.ipynb #4f51a5ec
 @dataclass
@@ -495,35 +495,6 @@ def _hive_of(t) -> str:
     if t.id == "map": return f"map<{inner['key']},{inner['value']}>"
     return _HIVE.get(str(t).lower(), _HIVE.get(t.id, ""))
 
-# %% ../nbs/16_catalog.ipynb #9ab6b323
-def aws_client(
-    service: str,  # athena, glue, emr-serverless
-):
-    "A client of an AWS service; where credentials, region and AWS_ENDPOINT_URL come from is boto3's business."
-    import boto3, botocore.exceptions
-    from botocore.config import Config
-    try: return boto3.session.Session().client(service, config=Config(connect_timeout=10, read_timeout=60, retries={"mode": "adaptive", "max_attempts": 8}))
-    except botocore.exceptions.NoRegionError: raise SlmlError("no region is set", service, "export AWS_DEFAULT_REGION=us-east-1") from None
-
-
-_fixes = {"AccessDeniedException": "ask for the right to do that, or take another role", "EntityNotFoundException": "check the name, and AWS_DEFAULT_REGION",
-          **dict.fromkeys(["ThrottlingException", "TooManyRequestsException"], "it is asked too often and eight attempts were too few: try again later"),
-          **dict.fromkeys(["ExpiredToken", "ExpiredTokenException", "UnrecognizedClientException", "InvalidClientTokenId"], "log in again (aws sso login)"),
-          "NoCredentialsError": "export AWS_PROFILE=… or AWS_ACCESS_KEY_ID=… and AWS_SECRET_ACCESS_KEY=…", "EndpointConnectionError": "check the network and AWS_DEFAULT_REGION"}
-
-
-@contextlib.contextmanager
-def aws_errors(
-    where: str,  # for the message: "Athena"
-):
-    "An error of boto3 as one that says what to do."
-    import botocore.exceptions
-    try: yield
-    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as e:
-        told = (getattr(e, "response", None) or {}).get("Error", {})
-        code = told.get("Code") or type(e).__name__
-        raise SlmlError(f"{code}: {told.get('Message') or ' '.join(str(e).split())}", where, _fixes.get(code, "")) from None
-
 # %% ../nbs/16_catalog.ipynb #e6cd6aaa
 LINKS = {"InputFormat": "org.apache.hadoop.hive.ql.io.SymlinkTextInputFormat", "OutputFormat": "org.apache.hadoop.hive.ql.io.HiveIgnoreKeyTextOutputFormat"}
 FOLDER = {"InputFormat": "org.apache.hadoop.hive.ql.io.parquet.MapredParquetInputFormat", "OutputFormat": "org.apache.hadoop.hive.ql.io.parquet.MapredParquetOutputFormat"}
@@ -571,7 +542,7 @@ def _glue_place(self: Catalog, table: Table, files: list[str], name: str) -> tup
     store.put(f"catalog/links/{name.replace('_', '-')}/files.txt", "\n".join(files) + "\n")
     return f"{store}/catalog/links/{name.replace('_', '-')}/", True
 
-# %% ../nbs/16_catalog.ipynb #7598f3f3
+# %% ../nbs/16_catalog.ipynb #f22c2c7e
 def to_glue(
     self: Catalog,
     table: Table,
@@ -584,9 +555,9 @@ def to_glue(
     if here := [f for f in files if not f.startswith("s3://")]: raise SlmlError(f"{table.called} lies on this machine", here[0], "Athena reads S3 only: run with store: s3://bucket/prefix, or take engine duckdb or spark")
     if table.format != "parquet": raise SlmlError(f"{table.called} is {table.format}", files[0], "only Parquet is registered in Glue")
     if not table.columns: table = measured(table)
-    glue, (place, links) = glue or aws_client("glue"), _glue_place(self, table, files, name)
+    glue, (place, links) = glue or client_of("glue"), _glue_place(self, table, files, name)
     given, out = glue_input(table, name, place, links)
-    with aws_errors(f"Glue, table {database}.{name}"):
+    with aws_errors(f"Glue, table {database}.{name}", {"EntityNotFoundException": "check the name, and the region"}):
         _upsert(glue, database, given)
         parts = _glue_partitions(glue, database, given, table, files) if table.partitions else 0
     return {"table": f"{database}.{name}", "partitions": parts, "left_out": out}

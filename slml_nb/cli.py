@@ -1005,7 +1005,7 @@ def _package_or_run(run: str) -> Path:
     "The folder of a package, or the package of a run."
     return Path(run) if (Path(run) / "manifest.json").is_file() else package_of(run)
 
-# %% ../nbs/69_cli.ipynb #9073cb84
+# %% ../nbs/69_cli.ipynb #ecfec34e
 @command("take the package of a run away: a folder that answers where there is only Python",
          arg("run", metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project, a path, or the folder of a package (default: latest)"),
          arg("--out", default="package", metavar="FOLDER", help="folder to make (default: package)"),
@@ -1073,10 +1073,11 @@ def deploy_command(args) -> Outcome:
 
 def _deployed(d, args) -> Outcome:
     "Execute or undo."
+    from slml_nb.store import client_of
     if (what := args.execute or args.undo).endswith(".json"):  # a transform job: its requests as they were written
-        done = (d.run_batch if args.execute else d.undo_batch)(d.cloud("sagemaker", args.region), what)
+        done = (d.run_batch if args.execute else d.undo_batch)(client_of("sagemaker", args.region), what)
         return Outcome(f"{done} has begun\nback again: slml deploy --undo {what}" if args.execute else done, {"file": what, "done": done})
-    client, storage = d.cloud("cloudformation", args.region), d.cloud("s3", args.region)
+    client, storage = client_of("cloudformation", args.region), client_of("s3", args.region)
     if args.undo: return Outcome(done := d.undo(client, storage, args.undo, d.kept_bucket(client)), {"stack": args.undo, "done": done})
     stack, _, changeset = args.execute.partition("/")
     now = d.execute(client, storage, stack, changeset, d.kept_bucket(client))

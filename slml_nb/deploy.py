@@ -10,17 +10,18 @@ __all__ = ['ARRAYS', 'FILES', 'CUT', 'LAMBDA_ROOTS', 'EDGE_ROOTS', 'ZIP_MB', 'UN
            'is_plain', 'plain_code', 'library_files', 'function_files', 'bytecode', 'compiled_files', 'tried',
            'same_answer', 'write_zip', 'storage_template', 'lambda_template', 'container_template',
            'sagemaker_template', 'check_enums', 'instance_types', 'dockerfile', 'write_image', 'write_edge', 'around',
-           'monthly', 'permissions', 'plan', 'plan_text', 'cloud', 'stack_now', 'made_by', 'version_before', 'propose',
+           'monthly', 'permissions', 'plan', 'plan_text', 'stack_now', 'made_by', 'version_before', 'propose',
            'execute', 'settle', 'undo', 'deploy', 'image_steps', 'changes_text', 'kept_bucket', 'bucket_of',
            'batch_template', 'batch_requests', 'plan_batch', 'deploy_batch', 'run_batch', 'undo_batch', 'place',
            'place_text']
 
-# %% ../nbs/43_deploy.ipynb #a3de1c3d
+# %% ../nbs/43_deploy.ipynb #2c51f341
 import hashlib, json, math, os, platform, re, subprocess, sys, time, zipfile
 from pathlib import Path
 from .core import SlmlError, atomic_write, load_yaml, sha256_file, suggest
 from .package import PLAIN, check_seal, load_package, package_key, seal
 from .query import prices_file
+from .store import client_of
 
 # %% ../nbs/43_deploy.ipynb #6eee49cd
 _LOOK = """import json, sys, time
@@ -846,19 +847,8 @@ def plan_text(
     usd = [(what, f"${x:,.2f}", why) for what, x, why in p["costs"]] + [("together", f"${p['usd']:,.2f}", f"{how}; one answer took {1000 * p['seconds']:.2f} ms here")]
     return "\n".join(["resources:", *table(p["resources"]), "", "permissions:", *table(p["permissions"] or [("none", "", "")]), "", "costs:", *table(usd)])
 
-# %% ../nbs/43_deploy.ipynb #6490b0dc
+# %% ../nbs/43_deploy.ipynb #4cc2f813
 STORAGE = "slml-storage"
-
-
-def cloud(
-    service: str,  # of AWS
-    region: str = "",  # "": as configured
-):  # a boto3 client
-    "A client of AWS."
-    import boto3
-    from botocore.exceptions import NoRegionError
-    try: return boto3.client(service, **({"region_name": region} if region else {}))
-    except NoRegionError: raise SlmlError("no region is set", "deploy", "give --region, or set AWS_REGION") from None
 
 # %% ../nbs/43_deploy.ipynb #c111659c
 def stack_now(
@@ -963,7 +953,7 @@ def undo(
     storage.delete_object(Bucket=bucket, Key=f"{stack}/undo.json")
     return done
 
-# %% ../nbs/43_deploy.ipynb #e03daebf
+# %% ../nbs/43_deploy.ipynb #5c6fba31
 def deploy(
     package,  # folder
     to: str,  # lambda, container or sagemaker
@@ -975,7 +965,7 @@ def deploy(
     **size,  # of the target's template
 ) -> dict:  # as `propose`, and notes: what to do first
     "Make the change set of a deployment; nothing is executed."
-    client, storage = cloud("cloudformation", region), cloud("s3", region)
+    client, storage = client_of("cloudformation", region), client_of("s3", region)
     if not stack_now(client, STORAGE): return {**propose(client, STORAGE, storage_template(), {}),
                                                "notes": ["this is where code and images will wait; execute it, then deploy again"]}
     home = made_by(client, STORAGE)
@@ -991,11 +981,11 @@ def deploy(
     if "Image" not in (given or {}): return image_steps(package, stack, home["Images"], region, out)
     return {**propose(client, stack, template, {"Repository": home["Images"], **given}), "notes": []}
 
-# %% ../nbs/43_deploy.ipynb #f1d885c4
+# %% ../nbs/43_deploy.ipynb #3ee732e4
 def image_steps(package, stack: str, repository: str, region: str, out: Path) -> dict:  # as `propose`, nothing proposed
     "Write what the image is built from, and say how."
     write_image(package, out / "image")
-    there = f"{cloud('sts', region).get_caller_identity()['Account']}.dkr.ecr.{cloud('ecr', region).meta.region_name}.amazonaws.com"
+    there = f"{client_of('sts', region).get_caller_identity()['Account']}.dkr.ecr.{client_of('ecr', region).meta.region_name}.amazonaws.com"
     address = f"{there}/{repository}:{check_seal(package)[:12]}"
     return {"stack": stack, "changeset": "", "changes": [], "notes": [f"docker build -t {address} {out / 'image'}", f"docker push {address}",
                                                                       "then deploy again with --set Image=…@sha256:… as the push has said it"]}
@@ -1084,7 +1074,7 @@ def plan_batch(
     resources = [("Role", "AWS::IAM::Role", WHY["AWS::IAM::Role"]), ("model", "AWS::SageMaker::Model", WHY["AWS::SageMaker::Model"]), ("job", "transform job", f"{source} to {target}, then gone")]
     return {"to": "batch", "template": template, "resources": resources, "permissions": permissions(template), "costs": costs, "usd": costs[0][1], "rows": rows, "seconds": each, "peak_mb": seen["peak_mb"]}
 
-# %% ../nbs/43_deploy.ipynb #4980e3c5
+# %% ../nbs/43_deploy.ipynb #77968b3d
 def deploy_batch(
     package, source: str, target: str,
     stack: str,  # its name; the role's has `-batch` behind it
@@ -1094,7 +1084,7 @@ def deploy_batch(
     **size,  # of `batch_requests`
 ) -> dict:  # as `deploy`; file: the requests, once all is there
     "Get a transform job ready; nothing is executed."
-    client, given, role = cloud("cloudformation", region), given or {}, f"{stack}-batch"
+    client, given, role = client_of("cloudformation", region), given or {}, f"{stack}-batch"
     template = batch_template(source, target)
     if not stack_now(client, STORAGE): return {**propose(client, STORAGE, storage_template(), {}), "notes": ["this is where code and images will wait; execute it, then deploy again"]}
     home = made_by(client, STORAGE)
@@ -1102,7 +1092,7 @@ def deploy_batch(
     now = stack_now(client, role)
     if "Role" not in given and (not now or now["template"] != template):
         return {**propose(client, role, template, {"Repository": home["Images"]}), "notes": ["the role of the job; execute it, then deploy again"]}
-    arn = given.get("Role") or cloud("iam", region).get_role(RoleName=made_by(client, role)["Role"])["Role"]["Arn"]
+    arn = given.get("Role") or client_of("iam", region).get_role(RoleName=made_by(client, role)["Role"])["Role"]["Arn"]
     asked = batch_requests(package, source, target, given["Image"], arn, **size)
     atomic_write(file := out / "batch.json", json.dumps(asked, indent=1))
     return {"stack": role, "changeset": "", "file": str(file), "notes": [f"{file} holds the two requests"],

@@ -784,7 +784,7 @@ def observe_events(
     if not seen or not seen["told"]["done"]: raise SlmlError(f"the package does not answer a file ({(seen.get('told') or done.stderr.strip().splitlines() or ['it ended'])})", str(package), "slml predict says more")
     return seen
 
-# %% ../nbs/48_events.ipynb #94bc15d4
+# %% ../nbs/48_events.ipynb #4772a319
 def events_files(
     package,  # folder
 ) -> dict[str, bytes | Path]:  # {place in the zip: content or file}
@@ -806,8 +806,9 @@ def deploy_events(
     **size,  # of `events_template`
 ) -> dict:  # as `deploy`: read it, then slml deploy --execute STACK/CHANGESET
     "Make the change set of a function that answers new files; nothing is executed."
-    from slml_nb.deploy import STORAGE, cloud, made_by, propose, stack_now, storage_template, write_zip
-    client, storage = cloud("cloudformation", region), cloud("s3", region)
+    from slml_nb.store import client_of
+    from slml_nb.deploy import STORAGE, made_by, propose, stack_now, storage_template, write_zip
+    client, storage = client_of("cloudformation", region), client_of("s3", region)
     if not stack_now(client, STORAGE): return {**propose(client, STORAGE, storage_template(), {}), "notes": ["this is where code will wait; execute it, then deploy again"]}
     bucket, made = made_by(client, STORAGE)["Bucket"], write_zip(events_files(package), Path(out) / "events.zip")
     key = f"{stack}/{made['sha256']}.zip"

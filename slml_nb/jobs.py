@@ -12,17 +12,17 @@ __all__ = ['START', 'RUNNER_NEEDS', 'DISTRIBUTIONS', 'LOOSE', 'NOT_THERE', 'MARK
            'Away', 'away', 'stays', 'make', 'money', 'say_cost', 'begin', 'submit', 'create', 'together', 'code',
            'collect', 'meter_of', 'failed', 'jobs_of', 'stop', 'dockerfile', 'write_job_image']
 
-# %% ../nbs/62_jobs.ipynb #a37102bc
+# %% ../nbs/62_jobs.ipynb #3b65c1e4
 import base64, contextlib, dataclasses, functools, hashlib, importlib.metadata, io, json, os, re, shutil, sys, tempfile, threading, time, zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from .aws import Account, Money, account_of, aws_errors, error_code, fitting_type, instance, job_name, quiet_sdk, role_of, tags_of
+from .aws import Account, Money, account_of, aws_errors, fitting_type, instance, job_name, quiet_sdk, role_of, tags_of
 from .cost import dollars
 from .core import ParamSet, Secret, SlmlError, atomic_write, canonical_json, project_root, read_json, resolve, sha256_text
 from .graph import Node, _local_module, executed_code, read_stage
 from .run import Kernels, Runner, StageFailed, Task, _make, _store_key, environment, find_run, load_run, on_record, stored, stops_kernels
 from .stage import Stage, list_runs, made_in, notebooks_folder
-from .store import S3Store, open_store
+from .store import S3Store, client_of, error_code, open_store
 
 # %% ../nbs/62_jobs.ipynb #bcd22531
 def wheel_files() -> dict[str, Path]:  # {name in the wheel: file}
@@ -494,13 +494,12 @@ def _trainer_kind(trainer, put):
             return super().create_input_data_channel(channel_name, data_source, *args, **more)
     return Trainer
 
-# %% ../nbs/62_jobs.ipynb #8d668831
+# %% ../nbs/62_jobs.ipynb #da502f0e
 @functools.lru_cache(maxsize=8)
 def _session(region: str, bucket: str):
     "The SDK's session, once: nothing is asked through it, and each of its clients takes a tenth of a second to make."
     import boto3
     from sagemaker.core.helper.session_helper import Session
-    from slml_nb.aws import client_of
     client = client_of("sagemaker", region)
     return Session(boto3.session.Session(region_name=region or None), client, client, client, default_bucket=bucket, sagemaker_metrics_client=client)
 
@@ -843,13 +842,12 @@ def _stages(run) -> list[dict]:
     try: return list(load_run(run)["stages"].values())
     except (SlmlError, KeyError, AttributeError): return []
 
-# %% ../nbs/62_jobs.ipynb #1f72359b
+# %% ../nbs/62_jobs.ipynb #c7ff5598
 def stop(
     what: str = "latest",  # a run, or the name of a job
 ) -> list[str]:  # names of the jobs that are being stopped
     "Stop jobs."
     import botocore.exceptions
-    from slml_nb.aws import client_of
     stopped, jobs = [], jobs_of(what)
     for name, region in jobs:
         with aws_errors(f"job {name}"):

@@ -18,17 +18,17 @@ __all__ = ['KINDS', 'LONGEST', 'MOST', 'EXECUTION', 'HEAVIEST', 'TOLD', 'FOLDERS
            'pattern_of', 'new_objects', 'triggers', 'put_schedule', 'put_rule', 'not_carried', 'ranges_of', 'limits_of',
            'script_mode', 'tuning_request', 'trial_job', 'make_trial', 'rendered_text', 'created_text', 'pipeline_do']
 
-# %% ../nbs/63_pipeline.ipynb #3d3efeec
+# %% ../nbs/63_pipeline.ipynb #a1f5eef3
 import io, json, os, re, shutil, sys, tarfile, tempfile, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from .aws import Account, account_of, aws_errors, error_code, fitting_type, role_of, tags_of
+from .aws import Account, account_of, aws_errors, fitting_type, role_of, tags_of
 from .core import (ParamSet, Param, Refused, SlmlError, atomic_write, canonical_json, coerce, load_params, project_root, read_json, seal, sealed, sha256_text, suggest)
 from .graph import Graph, climbing, key_of, key_parts, plan
 from .jobs import START, as_job, assist, by_many, image_of, instance_gpus, mirror_checkpoints, print_event, put_once, request_of, requirements_of, specification, tell_progress, wheel
 from .run import Run, Task, environment, not_needed, outside_data, run_task, runner_for, secrets_in
 from .stage import artifact_path
-from .store import open_store
+from .store import error_code, open_store
 
 # %% ../nbs/63_pipeline.ipynb #cbfa24f8
 KINDS = {"int": "Integer", "float": "Float", "bool": "Boolean"}  # of pipeline parameters; everything else is a String

@@ -8,16 +8,16 @@ __all__ = ['ENGINES', 'Reference', 'parsed', 'references', 'prices_file', 'athen
            'spark_session', 'on_spark', 'on_emr', 'on_glue', 'submitted', 'on_athena', 'athena_reading', 'Elsewhere',
            'query', 'tables_of', 'sql', 'explain', 'explain_text', 'table_text']
 
-# %% ../nbs/17_query.ipynb #bd54c69c
+# %% ../nbs/17_query.ipynb #a14d1b94
 import contextlib, inspect, json, os, re, shutil, tempfile, time, warnings
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from .catalog import Catalog, Table, aws_client, aws_errors, file_table, files_of, format_of, is_path, open_catalog, reading, reads_s3
+from .catalog import Catalog, Table, file_table, files_of, format_of, is_path, open_catalog, reading, reads_s3
 from .core import SlmlError, load_yaml, project_root, suggest
 from .sql import _parser, connect, ident, literal
 from .stage import artifact_path
-from .store import S3Store, _s3_errors, open_store
+from .store import S3Store, _s3_errors, aws_errors, client_of, open_store
 
 # %% ../nbs/17_query.ipynb #b67935ec
 @dataclass(frozen=True)
@@ -430,11 +430,11 @@ def _stop_quietly(stop, e: BaseException):
     if isinstance(e, SlmlError) and e.what.startswith(("failed", "cancel", "stopp", "timeout", "error", "expired")): return
     with contextlib.suppress(Exception): stop()
 
-# %% ../nbs/17_query.ipynb #a1e599cf
+# %% ../nbs/17_query.ipynb #611ff17c
 def on_emr(application: str, script: str, order: str, role: str, client=None) -> dict:  # billed
     "Run the script on an application of EMR Serverless."
     if not role: raise SlmlError("no role is named", "EMR Serverless", "give --role arn:aws:iam::ACCOUNT:role/NAME: the job reads and writes the bucket with it")
-    emr, where = client or aws_client("emr-serverless"), f"EMR Serverless, application {application}"
+    emr, where = client or client_of("emr-serverless"), f"EMR Serverless, application {application}"
     driver = {"sparkSubmit": {"entryPoint": script, "entryPointArguments": [order]}}
     with aws_errors(where): job = emr.start_job_run(applicationId=application, clientToken=os.urandom(16).hex(), executionRoleArn=role, jobDriver=driver, name="slml sql")["jobRunId"]
     def _ask():
@@ -447,7 +447,7 @@ def on_emr(application: str, script: str, order: str, role: str, client=None) ->
 
 def on_glue(job: str, script: str, order: str, client=None) -> dict:  # billed
     "Run the script as a job of Glue; its own script is left as it is."
-    glue, where = client or aws_client("glue"), f"Glue, job {job}"
+    glue, where = client or client_of("glue"), f"Glue, job {job}"
     with aws_errors(where): run_id = glue.start_job_run(JobName=job, Arguments={"--scriptLocation": script, "--slml_order": order})["JobRunId"]
     def _ask():
         with aws_errors(where): run = glue.get_job_run(JobName=job, RunId=run_id)["JobRun"]
@@ -482,10 +482,10 @@ def _download(store: S3Store, key: str, file: Path):
     file.parent.mkdir(parents=True, exist_ok=True)
     with _s3_errors(f"{store}/{key}"): store.s3.download_file(store.bucket, store._at(key), str(file))
 
-# %% ../nbs/17_query.ipynb #d6057c7e
+# %% ../nbs/17_query.ipynb #396b20b1
 def on_athena(text: str, database: str, workgroup: str, output: str, client=None) -> tuple[str, dict]:  # address of the CSV, and what it took
     "Run a text of Trino on Athena, and wait."
-    athena, begun = client or aws_client("athena"), time.perf_counter()
+    athena, begun = client or client_of("athena"), time.perf_counter()
     more = {"ResultConfiguration": {"OutputLocation": output.rstrip("/") + "/"}} if output else {}
     with aws_errors("Athena"):
         ident_ = athena.start_query_execution(QueryString=text, ClientRequestToken=os.urandom(20).hex(), QueryExecutionContext={"Database": database, "Catalog": "AwsDataCatalog"}, WorkGroup=workgroup, **more)["QueryExecutionId"]

@@ -358,7 +358,7 @@ def run_command(args) -> Outcome:
     if outcome.code == FAILED and not args.json: _say(outcome.value["error"])
     return outcome
 
-# %% ../nbs/69_cli.ipynb #73ca4e30
+# %% ../nbs/69_cli.ipynb #85b685e1
 def _executed(args, overrides: dict, how: dict) -> dict:
     "Run a parameter set, or the sweep that it is."
     from slml_nb.core import load_params
@@ -372,7 +372,7 @@ def _executed(args, overrides: dict, how: dict) -> dict:
         if said := _cost_first(params, overrides, how): print(said + "\n", file=sys.stderr)
     return execute(params, overrides, **how)
 
-
+# %% ../nbs/69_cli.ipynb #3296c160
 def _cost_first(params, overrides: dict, how: dict) -> str:
     "What the stages that run away will cost, by a dry run; '' when none does."
     from slml_nb.run import execute, outside_data, plan
@@ -384,7 +384,7 @@ def _cost_first(params, overrides: dict, how: dict) -> str:
     made = [s["stage"] for s in states if s["state"] == "made"]
     return cost_first(params, graph, made, away, lambda node: stays(node, outside_data(node, values[node.stage])))[0]
 
-
+# %% ../nbs/69_cli.ipynb #b574f71e
 def _values(name: str, text: str) -> list:
     "What was typed behind -m: [0.1, 0.2] or 0.1,0.2."
     import yaml
@@ -393,7 +393,7 @@ def _values(name: str, text: str) -> list:
     if not isinstance(values, list): raise SlmlError(f"-m {name}={text} is no list of values", "command line", f"write -m {name}=[0.1,0.2]")
     return values
 
-
+# %% ../nbs/69_cli.ipynb #8dbbeda7
 def _away(on: str):
     "What makes stages on SageMaker, for the runner; nothing of it is imported when every stage stays here."
     def _for(params, graph):
@@ -402,7 +402,7 @@ def _away(on: str):
         return away(params, graph, on)
     return _for
 
-
+# %% ../nbs/69_cli.ipynb #7e614d48
 def _reproduced(run: str, how: dict) -> Outcome:
     "A run made again, and judged."
     from slml_nb.compare import reproduce, reproduce_text
@@ -435,7 +435,7 @@ def pipeline_command(args) -> Outcome:
     text, value, failed = pipeline_do(args.what, args.params, args.execution, overrides_of(args.param), args.store, args.plan, args.again, args.out)
     return Outcome(text, value, FAILED if failed else DONE)
 
-# %% ../nbs/69_cli.ipynb #66e8191b
+# %% ../nbs/69_cli.ipynb #49e8d404
 @command("execute any notebook with parameters",
          arg("notebook", metavar="IN.ipynb", help="notebook; its cell tagged 'parameters' says what may be set"),
          arg("output", metavar="OUT.ipynb", help="where the executed notebook goes"),
@@ -453,7 +453,7 @@ def exec_command(args) -> Outcome:
     finally:
         if early: early.close()
 
-
+# %% ../nbs/69_cli.ipynb #dedc95aa
 def _exec(args, early) -> Outcome:
     "A notebook, by a template of kernels that was started early, or by what `execute_file` finds."
     from slml_nb.core import load_yaml
@@ -525,7 +525,7 @@ def new_command(args) -> Outcome:
     path = _short(write_params(args.name, draft_params(args.name, args.data, args.target, args.time, args.task, args.metric, encoding=args.encoding), args.force))
     return Outcome(f"wrote {path}\nread it, correct what is wrong, then: slml run {path}", {"params": path})
 
-# %% ../nbs/69_cli.ipynb #1c7b7022
+# %% ../nbs/69_cli.ipynb #132636b7
 @command("list the runs, the newest last")
 def runs_command(args) -> Outcome:
     "`slml runs`."
@@ -553,7 +553,7 @@ def _seen_today(record: dict) -> dict:
     here = record.get("state") == "running" and record.get("pid") and record.get("host") == socket.gethostname()
     return {**record, "state": "killed"} if here and not is_running(Path(record["folder"]), record, float("inf")) else record
 
-
+# %% ../nbs/69_cli.ipynb #262d0970
 @command("the report of a run",
          arg("run", metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project or a path (default: latest)"),
          arg("--open", action="store_true", help="open it in the browser"))
@@ -569,7 +569,7 @@ def report_command(args) -> Outcome:
         webbrowser.open(path.resolve().as_uri())
     return Outcome(_short(path), {"report": str(path.resolve())})
 
-# %% ../nbs/69_cli.ipynb #e6492263
+# %% ../nbs/69_cli.ipynb #4b0d4e71
 RUN = dict(metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project or a path (default: latest)")
 
 
@@ -589,7 +589,7 @@ def cost_command(args) -> Outcome:
     found, away = cost(run := find_run(args.run)), billed(run)
     return Outcome(before + "\n\n".join(filter(None, [cost_text(found), billed_text(away)])), {**found, "away": away})
 
-
+# %% ../nbs/69_cli.ipynb #5d9f0d53
 @command("what held each stage of a run up, and what would help",
          arg("run", **RUN),
          arg("--stage", metavar="STAGE", default="", help="only this stage, with everything that is known of it"),
@@ -605,7 +605,7 @@ def profile_command(args) -> Outcome:
     drawn = None if args.stage and not args.picture else profile_picture(found, args.picture or Path(run) / "profile.svg")
     return Outcome(profile_text(found) + (f"\npicture: {_short(drawn)}" if drawn else ""), {**forget_samples(found), "picture": str(drawn or "")})
 
-
+# %% ../nbs/69_cli.ipynb #203a3663
 @command("where a thing came from, and what was made from it",
          arg("thing", metavar="THING", nargs="?", default="latest", help="a run, RUN/ARTIFACT, an artifact, a stage, a hash, a raw file or an address (default: the latest run)"),
          arg("--openlineage", metavar="FILE|URL", default="", help="instead: the events of a run in OpenLineage's format, to a file or a collector"))
@@ -623,7 +623,7 @@ def lineage_command(args) -> Outcome:
     atomic_write(args.openlineage, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in events))
     return Outcome(f"{len(events)} events in {args.openlineage}", events)
 
-# %% ../nbs/69_cli.ipynb #54059928
+# %% ../nbs/69_cli.ipynb #fa925075
 @command("the thresholds of a cascade, what it cost, and the questions that wait for a person",
          arg("spec", metavar="SPEC", help="YAML or JSON file: steps, kept, people_usd, usd_per_1000"),
          arg("file", metavar="FILE", nargs="?", default="", help="CSV of labelled rows: choose thresholds on half of them, judge on the others (asks every step about every row, once)"),
@@ -643,7 +643,7 @@ def cascade_command(args) -> Outcome:
     lines += [f"waits: {q['id']}  {json.dumps(q['request'], ensure_ascii=False)[:100]}  ({', '.join(q['candidates']) or 'nobody has an idea'})" for q in waiting]
     return Outcome("\n".join(lines) or "nobody has asked anything yet", {"totals": totals, "waiting": waiting})
 
-
+# %% ../nbs/69_cli.ipynb #5c5896b5
 @command("predict each new file or record, or run at the moments of a timetable, each once",
          arg("folder", metavar="FOLDER", nargs="?", default="", help="watched for new files"),
          arg("--records", metavar="FILE", default="", help="or a file of JSON lines that grows"),
@@ -666,7 +666,7 @@ def watch_command(args) -> Outcome:
     try: watched.watch(on_step=lambda told: (text := told_text(told)) and _say(text))
     except KeyboardInterrupt: return Outcome("stopped", watched.ledger.counts())
 
-# %% ../nbs/69_cli.ipynb #73986623
+# %% ../nbs/69_cli.ipynb #69ae7932
 @command("what differs between two runs: parameters, code, data, metrics, environment",
          arg("one", metavar="RUN", help="latest, a run id, a project or a path"),
          arg("other", metavar="RUN", nargs="?", default="latest", help="the run to compare it with (default: latest)"))
@@ -677,7 +677,7 @@ def diff_command(args) -> Outcome:
     found = diff(find_run(args.one), find_run(args.other))
     return Outcome(diff_text(found), found)
 
-
+# %% ../nbs/69_cli.ipynb #93a0e303
 @command("hash everything of a run again", arg("run", **RUN))
 def verify_command(args) -> Outcome:
     "`slml verify RUN`."
@@ -698,7 +698,7 @@ def gc_command(args) -> Outcome:
     found = gc(keep=args.keep, dry_run=args.dry_run, runs=args.runs, store=args.store)
     return Outcome(gc_text(found), found)
 
-
+# %% ../nbs/69_cli.ipynb #83cee157
 @command("who gets which requests, and why: shares, rewards, what the log proves",
          arg("spec", metavar="SPEC", help="JSON or YAML file with name, policy and variants"),
          arg("--picture", metavar="FILE", default="", help="also draw how the shares have changed: .png or .svg"),
@@ -720,7 +720,7 @@ def traffic_command(args) -> Outcome:
     if args.picture: picture(found, args.picture)
     return Outcome(text, found)
 
-
+# %% ../nbs/69_cli.ipynb #9394820b
 @command("copy runs into MLflow",
          arg("run", metavar="RUN", nargs="?", default="", help="latest, a run id, a project or a path (default: every run that is not there yet)"),
          arg("--uri", default="", help="address of MLflow (default: the parameter set's, else sqlite in runs/mlflow.db)"))
@@ -756,7 +756,7 @@ def tune_command(args) -> Outcome:
     value = {**{k: record.get(k) for k in ("run", "project", "folder", "state", "points", "tune")}, "report": report}
     return Outcome(f"\n{tune_text(record)}\n\nreport: {_short(report)}", value, DONE if record["tune"]["best"] else FAILED)
 
-# %% ../nbs/69_cli.ipynb #f1ceb0c5
+# %% ../nbs/69_cli.ipynb #77ed4350
 def _mirrored(name: str, run: str, uri: str) -> str:
     "Copy a name of the registry into MLflow; a sentence when that did not work."
     from slml_nb.core import project_root
@@ -775,7 +775,7 @@ def _packaged(name: str) -> str:
     from slml_nb.run import find_run
     return name if (Path(name) / "manifest.json").is_file() else str(find_run(name))
 
-
+# %% ../nbs/69_cli.ipynb #0e1c73ce
 @command("which model answers: register, approve, roll back",
          arg("name", metavar="NAME", nargs="?", default="", help="what the model is registered as (default: list all names)"),
          arg("--register", default="", metavar="RUN", help="take in the package of a run (latest, a run id, a project, a path), or the folder of a package"),
@@ -912,7 +912,7 @@ def described_text(
     if len(found["versions"]) > 1: out += ["", "versions:", *(f"  {v['version']:<9} {v['made'].replace('T', ' ')}  {v['rows'] or 0:>12,} rows  {v.get('run') or v.get('by', '')}" for v in found["versions"])]
     return "\n".join(out)
 
-# %% ../nbs/69_cli.ipynb #14307aae
+# %% ../nbs/69_cli.ipynb #cb63fba0
 def package_of(
     run: str,  # latest, a run id, a project or a path
 ) -> Path:  # folder of its package
@@ -924,7 +924,7 @@ def package_of(
     if "package" not in made: raise SlmlError("this run has no package", _short(folder), "run it to the end: slml run PARAMS")
     return artifact_path(made["package"])
 
-
+# %% ../nbs/69_cli.ipynb #076a2a19
 @command("serve models over HTTP: one, or many beside each other",
          arg("run", metavar="RUN", nargs="*", help="latest, a run id, a project, a path, or the folder of a package (default: latest); several: [NAME=]RUN …; or a folder of packages, followed as it changes"),
          arg("--port", type=int, default=8000, help="default: 8000"),
@@ -957,7 +957,7 @@ def serve_command(args) -> Outcome:
             for variants, log in traffic: variants.close(); log.close()  # what is left goes to disk, and into the stream
     return Outcome()
 
-
+# %% ../nbs/69_cli.ipynb #6edc229d
 def _noted(log: str, name: str):  # noted() -> a note, as `invoke` takes it
     "Write each prediction of a single package into a log."
     def begin():
@@ -980,7 +980,7 @@ def _variants(spec: str, packages: dict, log: str = "") -> tuple:  # Traffic, Fe
     packages |= {f"{traffic.spec['name']}.{v}": _package_or_run(p) for v, p in traffic.spec["variants"].items() if p}
     return traffic, FeedbackLog.open(spec, traffic)
 
-
+# %% ../nbs/69_cli.ipynb #e87779e0
 def served(runs: list[str]) -> tuple[dict[str, Path], str]:  # {name: package}, and a folder of packages or ""
     "What is meant by the names behind `slml serve`."
     packages, watch = {}, ""
@@ -1005,7 +1005,7 @@ def _package_or_run(run: str) -> Path:
     "The folder of a package, or the package of a run."
     return Path(run) if (Path(run) / "manifest.json").is_file() else package_of(run)
 
-# %% ../nbs/69_cli.ipynb #ecfec34e
+# %% ../nbs/69_cli.ipynb #d0254875
 @command("take the package of a run away: a folder that answers where there is only Python",
          arg("run", metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project, a path, or the folder of a package (default: latest)"),
          arg("--out", default="package", metavar="FOLDER", help="folder to make (default: package)"),
@@ -1024,7 +1024,7 @@ def package_command(args) -> Outcome:
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     return Outcome(f"{args.out}: {size / 1e6:.2f} MB, hash {digest[:12]}{', signed' if package_key() else ''}", {"folder": args.out, "hash": digest, "bytes": size, "signed": bool(package_key())})
 
-
+# %% ../nbs/69_cli.ipynb #468a5299
 @command("which place is right for a model: function, container, instance, edge, or a single machine",
          arg("run", metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project, a path, or the folder of a package (default: latest)"),
          arg("--rps", type=float, default=1.0, metavar="N", help="requests a second, on average (default: 1)"),
@@ -1035,7 +1035,7 @@ def place_command(args) -> Outcome:
     found = place(_package_or_run(args.run), args.rps, args.p99)
     return Outcome(place_text(found), found, DONE if found["choice"] else NOT_MET)
 
-
+# %% ../nbs/69_cli.ipynb #7a6e41a0
 @command("bring a model to AWS: show the plan, make a change set, execute it, undo it",
          arg("run", metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project, a path, or the folder of a package (default: latest)"),
          arg("--to", default="lambda", metavar="TARGET", help="lambda, container, sagemaker, or events: a function that answers every new file of a bucket (default: lambda)"),
@@ -1070,7 +1070,7 @@ def deploy_command(args) -> Outcome:
     else: found = d.deploy(package, args.to, stack, args.region, args.share, Path("deploy"), given, **size)
     return Outcome(d.changes_text(found), found)
 
-
+# %% ../nbs/69_cli.ipynb #41803865
 def _deployed(d, args) -> Outcome:
     "Execute or undo."
     from slml_nb.store import client_of

@@ -102,7 +102,7 @@ def athena_usd(
     p = (prices or load_yaml(prices_file())[0])["athena"]
     return max(p["min_mb"], -(-size // 2**20)) / 2**20 * p["usd_per_tb"]
 
-# %% ../nbs/17_query.ipynb #4b6568d0
+# %% ../nbs/17_query.ipynb #ab234bdd
 _METER = "set profiling_coverage = 'ALL'; pragma enable_profiling = 'no_output'"
 
 
@@ -134,7 +134,7 @@ def _duck(con, statement: str, tables: dict):
         try:
             while not wait([asked], timeout=0.2).done: pass
         except KeyboardInterrupt:
-            con.interrupt()
+            while not wait([asked], timeout=0.1).done: con.interrupt()  # again and again: a query that is only just beginning does not hear it
             raise
         try: return asked.result()
         except duckdb.Error as e: raise _in_words(e, tables) from None

@@ -969,11 +969,12 @@ def estimate(
     stages = [estimate_stage(s, m, before.get(s, []), prices) for s, m in machines.items()]
     return {"stages": stages, "usd": sum(s["usd"] for s in stages), "most_usd": sum(s["most_usd"] for s in stages), "notes": _notes(account, stages, prices)}
 
-# %% ../nbs/61_aws.ipynb #0bd1392a
+# %% ../nbs/61_aws.ipynb #f5172ff6
 def _notes(account: Account, stages: list[dict], prices: dict) -> list[str]:
     "What a reader should know about an estimate before believing it."
     notes = [f"prices are those of {prices['region']}, not of {account.region}"] if account.region not in ("", prices["region"]) else []
-    notes += [f"{s['stage']} never ran: counted with all of its max_hours; -p {s['stage']}.max_hours=1 limits it, a run here on few rows tells more" for s in stages if not s["known"]]
+    if new := [s["stage"] for s in stages if not s["known"]]:
+        notes.append(f"{', '.join(new)} never ran: counted with all of {'their' if len(new) > 1 else 'its'} max_hours; -p {new[0]}.max_hours=1 limits it, a run here on few rows tells more")
     return notes + price_warnings(prices, [("sagemaker", s["instance"]) for s in stages])
 
 # %% ../nbs/61_aws.ipynb #63607013

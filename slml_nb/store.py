@@ -212,9 +212,9 @@ def _renewed(self: _Patience, context: dict) -> bool:
 
 _Patience._in_trouble, _Patience._renewed = _in_trouble, _renewed
 
-# %% ../nbs/01_store.ipynb #757fdda3
+# %% ../nbs/01_store.ipynb #e68edea9
 WAYS_OUT = {
-    "NoCredentialsError": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; `aws sts get-caller-identity` shows who you are",
+    "NoCredentialsError": "export AWS_PROFILE=… or AWS_ACCESS_KEY_ID=… and AWS_SECRET_ACCESS_KEY=…; `aws sts get-caller-identity` shows who you are",
     "PartialCredentialsError": "export both AWS_ACCESS_KEY_ID=… and AWS_SECRET_ACCESS_KEY=…",
     **dict.fromkeys(["UnrecognizedClientException", "InvalidClientTokenId", "AuthFailure", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"], "check the credentials: aws sts get-caller-identity"),
     **dict.fromkeys(["ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "UnauthorizedSSOTokenError", "SSOTokenLoadError", "TokenRetrievalError"],

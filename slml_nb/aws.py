@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['WAYS_OUT', 'WORDS', 'FACTS', 'CALLS', 'LOGS', 'ECR', 'SETS', 'BLOCKED', 'OLD_PARTS', 'MEND', 'MARKS', 'POLICY',
            'NEEDS', 'START_UP', 'SPOT', 'MAX_HOURS', 'VOLUME_GB', 'aws_errors', 'Account', 'account_of',
-           'session_region', 'role_of', 'caller_of', 'number_of', 'job_stem', 'job_name', 'tags_of', 'sagemaker_model',
-           'quiet_sdk', 'instance', 'usd_per_hour', 'training_types', 'fitting_type', 'action_of', 'Scope',
-           'run_statements', 'job_statements', 'doctor_statements', 'bucket_statements', 'scope_of', 'secret_names',
-           'policy_for', 'trust_policy', 'only_tls', 'encryption_of', 'bucket_settings', 'lacks', 'make_bucket', 'Line',
-           'look', 'check_caller', 'check_bucket', 'check_role', 'quotas_wanted', 'check_quotas', 'check_types',
-           'check_images', 'check_key', 'check_network', 'doctor', 'doctor_text', 'Idle', 'idle_endpoints',
-           'idle_notebooks', 'idle_apps', 'idle_pools', 'idle_uploads', 'idle', 'idle_text', 'volume_usd',
-           'machine_usd', 'probes', 'expect', 'estimate_stage', 'estimate', 'estimate_text', 'Purse', 'job_bill',
-           'billed', 'billed_text', 'Money', 'cost_first', 'away_machines', 'examine', 'printed_policy']
+           'session_region', 'role_of', 'caller_of', 'number_of', 'name_part', 'job_stem', 'job_name', 'tags_of',
+           'sagemaker_model', 'quiet_sdk', 'instance', 'usd_per_hour', 'training_types', 'fitting_type', 'action_of',
+           'Scope', 'run_statements', 'job_statements', 'doctor_statements', 'bucket_statements', 'scope_of',
+           'policy_for', 'trust_policy', 'only_tls', 'encryption_of', 'asked', 'bucket_settings', 'lacks',
+           'make_bucket', 'Line', 'look', 'check_caller', 'check_bucket', 'check_role', 'quotas_wanted', 'check_quotas',
+           'check_types', 'check_images', 'check_key', 'check_network', 'doctor', 'doctor_text', 'Idle',
+           'idle_endpoints', 'idle_notebooks', 'idle_apps', 'idle_pools', 'idle_uploads', 'idle', 'idle_text',
+           'volume_usd', 'machine_usd', 'probes', 'expect', 'estimate_stage', 'estimate', 'estimate_text', 'Purse',
+           'job_bill', 'billed', 'billed_text', 'Money', 'cost_first', 'away_machines', 'examine', 'printed_policy']
 
-# %% ../nbs/61_aws.ipynb #6b82a86b
+# %% ../nbs/61_aws.ipynb #be8b6a7d
 import contextlib, datetime as dt, functools, json, math, os, re, threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from .core import ParamSet, Refused, Secret, SlmlError, atomic_write, cache_folder, coerce, project_root, read_json, sha256_text, suggest
+from .core import ParamSet, Refused, Secret, SlmlError, atomic_write, cache_folder, coerce, every, project_root, read_json, sha256_text, suggest
 from .cost import MONTH, dollars, instance_usd, load_prices, needs_of, price_warnings, read_meter, s3_usd, smallest, table_text
 from .meter import megabytes
 from .run import learned_peaks, load_run
@@ -154,9 +154,12 @@ def number_of(
     found = re.match(r"arn:[\w-]+:iam::(\d{12}):", account.role)
     return found[1] if found else caller_of(account)["Account"] if ask else "*"
 
-# %% ../nbs/61_aws.ipynb #1597dcd0
-def _short(text: str, most: int = 17) -> str:
-    "A text as a part of a name: letters, digits and single hyphens."
+# %% ../nbs/61_aws.ipynb #8da628b9
+def name_part(
+    text: str,  # a project, a stage
+    most: int = 17,  # characters
+) -> str:  # letters, digits and single hyphens; two texts never give the same
+    "A text as a part of a name at AWS."
     clean = re.sub(r"-+", "-", re.sub(r"[^A-Za-z0-9-]", "-", text)).strip("-")
     return clean if clean == text and len(text) <= most else f"{clean[:most - 7].strip('-')}-{sha256_text(text)[:6]}".strip("-")
 
@@ -166,7 +169,7 @@ def job_stem(
     stage: str,
 ) -> str:  # at most 36 characters: letters, digits and -
     "The part of a job's name that says whose it is."
-    return f"{_short(project)}--{_short(stage)}"
+    return f"{name_part(project)}--{name_part(stage)}"
 
 # %% ../nbs/61_aws.ipynb #ca60247e
 def job_name(
@@ -304,10 +307,10 @@ class Scope:
         "The project's folder in the bucket."
         return "/".join(filter(None, [self.account.prefix, self.account.project]))
 
-# %% ../nbs/61_aws.ipynb #a3af2c18
+# %% ../nbs/61_aws.ipynb #dce62c73
 def _jobs(scope: Scope, service: str, before: str = "") -> list[str]:
     "This project's jobs, or their logs."
-    return [scope.arn(service, f"{before}slml-{_short(scope.account.project)}--*")]
+    return [scope.arn(service, f"{before}slml-{name_part(scope.account.project)}--*")]
 
 
 def _artifacts(scope: Scope) -> list[dict]:
@@ -402,7 +405,7 @@ def bucket_statements(scope: Scope) -> list[dict]:
 # %% ../nbs/61_aws.ipynb #3b927daa
 SETS = {"run": run_statements, "job": job_statements, "doctor": doctor_statements, "bucket": bucket_statements}
 
-# %% ../nbs/61_aws.ipynb #2a27587b
+# %% ../nbs/61_aws.ipynb #e8125002
 def scope_of(
     params: ParamSet,
     graph=None,  # from `slml_nb.graph.plan`; None: no stage is known
@@ -413,23 +416,11 @@ def scope_of(
     "What a parameter set does in its account."
     account, nodes = account_of(params), graph.nodes.values() if graph else []
     away = [n for n in nodes if n.machine.get("on", "here") != "here"] or list(nodes)
-    reads = [v for n in away for name in re.split(r"\s*,\s*|\s+or\s+", n.front.get("reads", "")) for v in _texts((values or {}).get(n.stage, {}).get(name)) if v.startswith("s3://")]
+    reads = [v for n in away for name in re.split(r"\s*,\s*|\s+or\s+", n.front.get("reads", "")) for v in every((values or {}).get(n.stage, {}).get(name), str) if v.startswith("s3://")]
     images = {n.machine["image"] for n in away if n.machine.get("image")} | set(account.images.values()) | set(images)
-    secrets = [os.environ[f"SLML_SECRET_{s}"] for n in away for s in secret_names((values or {}).get(n.stage, {})) if os.environ.get(f"SLML_SECRET_{s}")]
+    secrets = [os.environ[f"SLML_SECRET_{s}"] for n in away for s in {s.name for s in every((values or {}).get(n.stage, {}), Secret)} if os.environ.get(f"SLML_SECRET_{s}")]
     inside = f"s3://{'/'.join(filter(None, [account.bucket, account.prefix, account.project]))}/"
     return Scope(account, number_of(account, ask), sorted({r for r in reads if not r.startswith(inside)}), sorted(images), sorted(set(secrets)))
-
-# %% ../nbs/61_aws.ipynb #1ed6c8ad
-def secret_names(value) -> list[str]:
-    "The names of the secrets in some parameters."
-    if isinstance(value, Secret): return [value.name]
-    return [s for v in (value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []) for s in secret_names(v)]
-
-
-def _texts(value) -> list[str]:
-    "Every text in a parameter."
-    if isinstance(value, str): return [value]
-    return [t for v in (value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []) for t in _texts(v)]
 
 # %% ../nbs/61_aws.ipynb #8e491ef1
 def policy_for(
@@ -469,23 +460,28 @@ def encryption_of(account: Account) -> dict:
     how = {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": account.kms} if account.kms else {"SSEAlgorithm": "AES256"}
     return {"Rules": [{"ApplyServerSideEncryptionByDefault": how, "BucketKeyEnabled": bool(account.kms)}]}
 
-# %% ../nbs/61_aws.ipynb #c6500a68
-def _asked(call, absent=(), **how):
-    "The answer to a question about a bucket; None when AWS says that there is no such setting."
+# %% ../nbs/61_aws.ipynb #3f71e39b
+def asked(
+    call,  # a method of a client
+    absent=(),  # AWS's codes for: there is no such thing
+    words: str = "",  # and what the message says then, where the code says too little
+    **how,  # its arguments
+):
+    "AWS's answer; None when there is no such thing."
     import botocore.exceptions
     try: return call(**how)
     except botocore.exceptions.ClientError as e:
-        if error_code(e) in absent: return None
+        if error_code(e) in absent and re.search(words, str(e), re.I): return None
         raise
 
-# %% ../nbs/61_aws.ipynb #f864c53c
+# %% ../nbs/61_aws.ipynb #3e54a45a
 def bucket_settings(s3, bucket: str, owner: str = "") -> dict:  # blocked, encryption, policy, lifecycle; as AWS tells them, None where there is none
     "What a bucket is set to."
     who = {"Bucket": bucket, **({"ExpectedBucketOwner": owner} if owner else {})}
-    blocked = _asked(s3.get_public_access_block, ["NoSuchPublicAccessBlockConfiguration"], **who)
-    encryption = _asked(s3.get_bucket_encryption, ["ServerSideEncryptionConfigurationNotFoundError"], **who)
-    policy = _asked(s3.get_bucket_policy, ["NoSuchBucketPolicy"], **who)
-    rules = _asked(s3.get_bucket_lifecycle_configuration, ["NoSuchLifecycleConfiguration"], **who)
+    blocked = asked(s3.get_public_access_block, ["NoSuchPublicAccessBlockConfiguration"], **who)
+    encryption = asked(s3.get_bucket_encryption, ["ServerSideEncryptionConfigurationNotFoundError"], **who)
+    policy = asked(s3.get_bucket_policy, ["NoSuchBucketPolicy"], **who)
+    rules = asked(s3.get_bucket_lifecycle_configuration, ["NoSuchLifecycleConfiguration"], **who)
     return {"blocked": blocked and blocked["PublicAccessBlockConfiguration"], "encryption": encryption and encryption["ServerSideEncryptionConfiguration"]["Rules"],
             "policy": policy and json.loads(policy["Policy"]), "lifecycle": rules["Rules"] if rules else []}
 
@@ -598,13 +594,13 @@ def check_caller(account: Account) -> list[Line]:
 # %% ../nbs/61_aws.ipynb #542ac989
 NEEDS = {"public": "public access is not blocked", "encryption": "objects are not encrypted as the parameter set says", "tls": "requests without TLS are not refused", "parts": "uploads that are broken off stay and cost"}
 
-# %% ../nbs/61_aws.ipynb #2afc198e
+# %% ../nbs/61_aws.ipynb #136d4d94
 def check_bucket(account: Account, params: str = "PARAMS") -> list[Line]:
     "The store: a bucket of this account, in its region, private and encrypted."
     make = f"slml doctor {params} --on sagemaker --make-bucket"
     if not account.bucket: return [Line("store", account.store or "a folder of this machine", "missing", "set  store: s3://BUCKET/slml  in the parameter set, or --store s3://…, then " + make)]
     s3 = account.client("s3")
-    there = _asked(s3.head_bucket, ["404", "NoSuchBucket"], Bucket=account.bucket, ExpectedBucketOwner=number_of(account))
+    there = asked(s3.head_bucket, ["404", "NoSuchBucket"], Bucket=account.bucket, ExpectedBucketOwner=number_of(account))
     if there is None: return [Line("store", f"there is no bucket {account.bucket}", "missing", make)]
     at = there["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region", account.region)
     lines = [Line("store", account.store)] if at == account.region else [Line("store", f"{account.bucket} is in {at}, jobs would be in {account.region}", "missing", f"sagemaker: {{region: {at}}}, or another bucket")]
@@ -614,7 +610,7 @@ def check_bucket(account: Account, params: str = "PARAMS") -> list[Line]:
         lines.append(Line("versions", "every overwritten object is kept and paid for", "missing", f"aws s3api put-bucket-versioning --bucket {account.bucket} --versioning-configuration Status=Suspended"))
     return lines
 
-# %% ../nbs/61_aws.ipynb #d843c0c1
+# %% ../nbs/61_aws.ipynb #b838f2e8
 def check_role(account: Account, policy: dict | None = None, params: str = "PARAMS") -> list[Line]:
     "The role: there, trusted by SageMaker, and permitted what jobs need."
     name = (account.role or f"slml-{account.project}").split("/")[-1]
@@ -625,7 +621,7 @@ def check_role(account: Account, policy: dict | None = None, params: str = "PARA
         if e.__cause__ and "Denied" in error_code(e.__cause__): raise
         return [Line("role", e.what, "missing", make + ("" if account.role else f"; then SLML_SAGEMAKER_ROLE={name}"))]
     iam = account.client("iam")
-    if (found := _asked(iam.get_role, ["NoSuchEntity"], RoleName=arn.split("/")[-1])) is None: return [Line("role", f"there is no role {arn}", "missing", make)]
+    if (found := asked(iam.get_role, ["NoSuchEntity"], RoleName=arn.split("/")[-1])) is None: return [Line("role", f"there is no role {arn}", "missing", make)]
     lines = [Line("role", arn)]
     if not _trusts(found["Role"]["AssumeRolePolicyDocument"]):
         lines.append(Line("trust", "SageMaker may not take the role", "missing", f"{ask} trust > trust.json; aws iam update-assume-role-policy --role-name {name} --policy-document file://trust.json"))
@@ -701,32 +697,32 @@ def check_images(account: Account, images: list[str]) -> list[Line]:
         else: lines += look(f"image {m['name']}", lambda: _image_line(account, image, m))
     return lines
 
-# %% ../nbs/61_aws.ipynb #8c6d8891
+# %% ../nbs/61_aws.ipynb #6cb6946f
 def _image_line(account: Account, image: str, m) -> list[Line]:
     "One image in ECR."
     which = {"imageDigest": m["digest"]} if m["digest"] else {"imageTag": m["tag"] or "latest"}
-    got = _asked(account.client("ecr").batch_get_image, ["RepositoryNotFoundException"], registryId=m["number"], repositoryName=m["name"], imageIds=[which])
+    got = asked(account.client("ecr").batch_get_image, ["RepositoryNotFoundException"], registryId=m["number"], repositoryName=m["name"], imageIds=[which])
     if got and got["images"]: return [Line("image", image)]
     if m["number"] != number_of(account): return [Line("image", f"{image} was not shown by the registry of {m['number']}, which is not this account's", "unknown")]
     return [Line("image", f"there is no {image}", "missing", f"docker push {image}, or another tag under  sagemaker: {{images: …}}")]
 
-# %% ../nbs/61_aws.ipynb #3f68aa82
+# %% ../nbs/61_aws.ipynb #121583ee
 def check_key(account: Account) -> list[Line]:
     "The key, where one is named."
     if not account.kms: return []
-    found = _asked(account.client("kms").describe_key, ["NotFoundException"], KeyId=account.kms)
+    found = asked(account.client("kms").describe_key, ["NotFoundException"], KeyId=account.kms)
     state = found["KeyMetadata"]["KeyState"] if found else "not there"
     return [Line("key", account.kms) if state == "Enabled" else Line("key", f"{account.kms} is {state}", "missing", "aws kms list-aliases shows those there are;  sagemaker: {kms: …}")]
 
-# %% ../nbs/61_aws.ipynb #2bdd7d59
+# %% ../nbs/61_aws.ipynb #235d8a26
 def check_network(account: Account) -> list[Line]:
     "Subnets and security groups, where they are named: both, and of one VPC."
     a = account
     if not (a.subnets or a.security_groups): return []
     if not (a.subnets and a.security_groups): return [Line("vpc", "subnets and security groups go together", "missing", "sagemaker: {subnets: […], security_groups: […]}")]
     ec2, absent = a.client("ec2"), ["InvalidSubnetID.NotFound", "InvalidGroup.NotFound", "InvalidGroupId.Malformed"]
-    subnets = _asked(ec2.describe_subnets, absent, SubnetIds=a.subnets)
-    groups = _asked(ec2.describe_security_groups, absent, GroupIds=a.security_groups)
+    subnets = asked(ec2.describe_subnets, absent, SubnetIds=a.subnets)
+    groups = asked(ec2.describe_security_groups, absent, GroupIds=a.security_groups)
     if subnets is None or groups is None: return [Line("vpc", f"there is no {' or '.join(a.subnets if subnets is None else a.security_groups)}", "missing", "aws ec2 describe-subnets; aws ec2 describe-security-groups")]
     vpcs = {s["VpcId"] for s in subnets["Subnets"]} | {g["VpcId"] for g in groups["SecurityGroups"]}
     return [Line("vpc", vpcs.pop()) if len(vpcs) == 1 else Line("vpc", f"subnets and groups are of {len(vpcs)} VPCs: {', '.join(sorted(vpcs))}", "missing", "name those of one VPC")]

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ARRAYS', 'FILES', 'CUT', 'LAMBDA_ROOTS', 'EDGE_ROOTS', 'ZIP_MB', 'UNZIPPED_MB', 'LEFT_OUT', 'APP', 'PLAINLY',
            'RUNTIME', 'SERVERLESS_MB', 'SERVE_APP', 'MONTH', 'WHY', 'TARGETS', 'STORAGE', 'BATCH_FORMS', 'START_S',
-           'NETWORK_MS', 'INSTANCES', 'observe', 'needs_of', 'units', 'Reached', 'asked_names', 'follow', 'trimmed',
-           'instead', 'settle_methods', 'module_text', 'reached_code', 'spelt', 'written_out', 'ready_features',
-           'is_plain', 'plain_code', 'library_files', 'function_files', 'bytecode', 'compiled_files', 'tried',
-           'same_answer', 'write_zip', 'storage_template', 'lambda_template', 'container_template',
+           'NETWORK_MS', 'INSTANCES', 'run_alone', 'observe', 'needs_of', 'units', 'Reached', 'asked_names', 'follow',
+           'trimmed', 'instead', 'settle_methods', 'module_text', 'reached_code', 'spelt', 'written_out',
+           'ready_features', 'is_plain', 'plain_code', 'library_files', 'function_files', 'bytecode', 'compiled_files',
+           'tried', 'same_answer', 'write_zip', 'storage_template', 'lambda_template', 'container_template',
            'sagemaker_template', 'check_enums', 'instance_types', 'dockerfile', 'write_image', 'write_edge', 'around',
            'monthly', 'permissions', 'plan', 'plan_text', 'stack_now', 'made_by', 'version_before', 'propose',
            'execute', 'settle', 'undo', 'deploy', 'image_steps', 'changes_text', 'kept_bucket', 'bucket_of',
@@ -44,22 +44,29 @@ peak = [int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("Vm
 print(json.dumps({"status": first[0], "opened_s": opened, "times_s": sorted(times), "peak_mb": peak[0] / 1024, "modules": {n: m.__file__ for n, m in sys.modules.items() if getattr(m, "__file__", None)}}))
 """
 
-# %% ../nbs/43_deploy.ipynb #195b0232
+# %% ../nbs/43_deploy.ipynb #18729c37
+def run_alone(
+    code: str,  # prints JSON as its last line
+    *arguments,
+) -> tuple:  # what it printed, None when it failed; the last line of its complaint
+    "Run some code in a process of its own, on one core, where nothing but what it imports itself is loaded."
+    path = os.pathsep.join(filter(None, [str(_home()), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    return json.loads(done.stdout.splitlines()[-1]) if not done.returncode else None, (done.stderr.strip().splitlines() or ["it ended"])[-1]
+
+
+def _home() -> Path: return Path(sys.modules["slml_nb"].__file__).parent.parent
+
+# %% ../nbs/43_deploy.ipynb #c9e93b8a
 def observe(
     package,  # folder
     times: int = 0,  # requests to be timed
     many: bool = False,  # a hundred rows at once, too, which may take arrays
 ) -> dict:  # status, opened_s (from nothing to the first answer, Python's own start apart), times_s, peak_mb, modules {name: file}
     "Let a process of its own answer the example of a package, and watch it."
-    path = os.pathsep.join(filter(None, [str(_home()), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run([sys.executable, "-c", _LOOK, str(package), str(times), "many" * many], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
-    if done.returncode: raise SlmlError(f"the package does not answer ({(done.stderr.strip().splitlines() or ['it ended'])[-1]})", str(package),
-                                        "make the package again")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _home() -> Path: return Path(sys.modules["slml_nb"].__file__).parent.parent
+    seen, why = run_alone(_LOOK, package, times, "many" * many)
+    if seen is None: raise SlmlError(f"the package does not answer ({why})", str(package), "make the package again")
+    return seen
 
 # %% ../nbs/43_deploy.ipynb #949a32a2
 def needs_of(

@@ -754,7 +754,7 @@ def _alarm() -> dict:
         "Dimensions": [{"Name": "QueueName", "Value": _att("Dead", "QueueName")}], "Period": 300, "EvaluationPeriods": 1, "Threshold": 0,
         "ComparisonOperator": "GreaterThanThreshold", "TreatMissingData": "notBreaching"}}
 
-# %% ../nbs/48_events.ipynb #743ea705
+# %% ../nbs/48_events.ipynb #99110655
 EVENTS_APP = """import os
 os.environ.setdefault("SLML_PACKAGE", os.path.join(os.path.dirname(os.path.abspath(__file__)), "package"))
 from slml_nb.events import events_handler
@@ -777,11 +777,9 @@ def observe_events(
     package,  # folder
 ) -> dict:  # seconds (of a file of one row), opened_s, modules {name: file}
     "Let a process of its own answer a file that holds the example of a package, and watch it."
-    from slml_nb.deploy import _home
-    path = os.pathsep.join(filter(None, [str(_home()), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run([sys.executable, "-c", _LOOK, str(package)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
-    seen = json.loads(done.stdout.splitlines()[-1]) if not done.returncode else {}
-    if not seen or not seen["told"]["done"]: raise SlmlError(f"the package does not answer a file ({(seen.get('told') or done.stderr.strip().splitlines() or ['it ended'])})", str(package), "slml predict says more")
+    from slml_nb.deploy import run_alone
+    seen, why = run_alone(_LOOK, package)
+    if not seen or not seen["told"]["done"]: raise SlmlError(f"the package does not answer a file ({seen['told'] if seen else why})", str(package), "slml predict says more")
     return seen
 
 # %% ../nbs/48_events.ipynb #4772a319

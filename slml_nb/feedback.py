@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LIMIT_BYTES', 'LIMIT_LIST', 'LIMIT_ID', 'STREAMS', 'PART', 'COLUMNS', 'KINDS', 'Segment', 'folder_id', 'append',
            'sync', 'renew', 'close', 'read_lines', 'FeedbackLog', 'prediction', 'failed', 'shadow', 'feedback',
-           'answer', 'Waiting', 'Learner', 'lead', 'open_traffic', 'stream_records', 'Stream', 'put', 'Shipper',
-           'shipping', 'backoff', 'compact', 'tidy', 'read_log', 'joined_sql', 'read_joined', 'collect']
+           'answer', 'Waiting', 'Learner', 'take_office', 'lead', 'open_traffic', 'stream_records', 'Stream', 'put',
+           'Shipper', 'shipping', 'backoff', 'compact', 'tidy', 'read_log', 'joined_sql', 'read_joined', 'collect']
 
 # %% ../nbs/45_feedback.ipynb #d767101d
 import contextlib, json, math, os, random, threading, time
@@ -425,18 +425,27 @@ def _learn_on(self: FeedbackLog):
         try: self.learner and self.learner.step()
         except Exception as e: self.problem = f"{type(e).__name__}: {e}"
 
-# %% ../nbs/45_feedback.ipynb #60eb78ca
+# %% ../nbs/45_feedback.ipynb #15d9a64e
+def take_office(
+    folder,  # of a log
+    office: str,  # learner, shipper: what one process does for all
+) -> int | None:  # a lock, to be closed; it ends with the process, too. None: another process has it
+    "Become the one among all processes of a folder that does a thing."
+    import fcntl
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    fd = os.open(Path(folder) / f".{office}", os.O_CREAT | os.O_RDWR, 0o600)
+    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError: os.close(fd); return None
+    return fd
+
+# %% ../nbs/45_feedback.ipynb #7b7a78c2
 def lead(
     folder,  # of a log
     traffic: Traffic,
 ) -> tuple[int, Learner] | None:  # a lock to be closed, and the learner; None: another process learns
     "Become the one who learns from a folder."
-    import fcntl
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    fd = os.open(Path(folder) / ".learner", os.O_CREAT | os.O_RDWR, 0o600)
-    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError: os.close(fd); return None
-    return fd, Learner(folder, traffic)
+    fd = take_office(folder, "learner")
+    return None if fd is None else (fd, Learner(folder, traffic))
 
 
 def _learner(self: FeedbackLog) -> Learner | None:
@@ -619,13 +628,10 @@ def _ship_status(self: Shipper) -> dict:
 
 Shipper._next, Shipper._free, Shipper.status = _next, _free, _ship_status
 
-# %% ../nbs/45_feedback.ipynb #1552587a
+# %% ../nbs/45_feedback.ipynb #6191a966
 def shipping(folder, stream: Stream, keep: bool = True) -> Shipper | None:
     "Become the one who sends the lines of a folder; None: another process does. The lock ends with the process."
-    import fcntl
-    fd = os.open(Path(folder) / ".shipper", os.O_CREAT | os.O_RDWR, 0o600)
-    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError: os.close(fd); return None
+    if (fd := take_office(folder, "shipper")) is None: return None
     found = Shipper(folder, stream, keep)
     found.lock = fd
     return found

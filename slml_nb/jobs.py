@@ -12,13 +12,13 @@ __all__ = ['START', 'RUNNER_NEEDS', 'DISTRIBUTIONS', 'LOOSE', 'NOT_THERE', 'MARK
            'Away', 'away', 'stays', 'make', 'money', 'say_cost', 'begin', 'submit', 'create', 'together', 'code',
            'collect', 'meter_of', 'failed', 'jobs_of', 'stop', 'dockerfile', 'write_job_image']
 
-# %% ../nbs/62_jobs.ipynb #3b65c1e4
+# %% ../nbs/62_jobs.ipynb #789ae8cd
 import base64, contextlib, dataclasses, functools, hashlib, importlib.metadata, io, json, os, re, shutil, sys, tempfile, threading, time, zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from .aws import Account, Money, account_of, aws_errors, fitting_type, instance, job_name, quiet_sdk, role_of, tags_of
+from .aws import Account, Money, account_of, asked, aws_errors, fitting_type, instance, job_name, quiet_sdk, role_of, tags_of
 from .cost import dollars
-from .core import ParamSet, Secret, SlmlError, atomic_write, canonical_json, project_root, read_json, resolve, sha256_text
+from .core import ParamSet, Secret, SlmlError, atomic_write, canonical_json, every, project_root, read_json, resolve, sha256_text
 from .graph import Node, _local_module, executed_code, read_stage
 from .run import Kernels, Runner, StageFailed, Task, _make, _store_key, environment, find_run, load_run, on_record, stored, stops_kernels
 from .stage import Stage, list_runs, made_in, notebooks_folder
@@ -125,11 +125,11 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "PyYAML", "dateutil": "pytho
 LOOSE = ("torch", "boto3", "fastcore", "ipython", "matplotlib", "PyYAML")  # any version: they decide nothing, or are the image's
 NOT_THERE = ("sagemaker", "jupyterlab", "nbdev", "moto", "pytest", "mlflow", "papermill", "fastapi", "uvicorn", "streamlit")  # what a stage's modules can import and a job does not
 
-# %% ../nbs/62_jobs.ipynb #b9b51057
+# %% ../nbs/62_jobs.ipynb #8a8aeb7e
 def requirements_of(node: Node) -> list[str]:  # lines of a requirements.txt
     "What a job must have to execute a stage."
     names = {*RUNNER_NEEDS, *(DISTRIBUTIONS.get(n, n) for n in node.imports[1])} - {*NOT_THERE}
-    names |= {a.removeprefix("package://").split("/")[0] for a in _texts(node) if a.startswith("package://")}
+    names |= {a.removeprefix("package://").split("/")[0] for a in every([p.default for p in node.schema.values()], str) if a.startswith("package://")}
     lines = []
     for name in sorted(names, key=str.lower):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -159,13 +159,13 @@ def secret_names(value) -> list[str]:
     if isinstance(value, Secret): return [value.name]
     return [n for v in (value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []) for n in secret_names(v)]
 
-# %% ../nbs/62_jobs.ipynb #2837eceb
+# %% ../nbs/62_jobs.ipynb #e7a4ee39
 def secret_places(
     stage: str,
     parameters: dict,
 ) -> dict[str, str]:  # {name: where Secrets Manager or the Parameter Store has it}
     "Where a job finds the secrets of a stage; an error for one that only this machine knows."
-    found = {n: os.environ.get(f"SLML_SECRET_{n}", "") for n in secret_names(parameters)}
+    found = {n: os.environ.get(f"SLML_SECRET_{n}", "") for n in dict.fromkeys(s.name for s in every(parameters, Secret))}
     for name, place in found.items():
         if not place: raise SlmlError(f"it needs the secret {name}, which never leaves this machine", stage, f"export SLML_SECRET_{name}=arn:aws:secretsmanager:… (or ssm:/path), or keep the stage here: -p {stage}.on=here")
     return found
@@ -308,13 +308,12 @@ def with_secrets(spec: dict, node: Node) -> dict:
         return {k: _back(x) for k, x in v.items()} if isinstance(v, dict) else [_back(x) for x in v] if isinstance(v, list) else v
     return resolve(node.stage, node.schema, {k: _back(v) for k, v in spec["parameters"].items()}, {}, "the specification")
 
-# %% ../nbs/62_jobs.ipynb #73ce4b79
+# %% ../nbs/62_jobs.ipynb #5b7c316e
 def fetch_secret(name: str, place: str) -> Secret:
     "A secret from Secrets Manager (its name or ARN) or from the Parameter Store (ssm:/path)."
-    import boto3
     with aws_errors(f"secret {name}"):
-        if place.startswith("ssm:"): value = boto3.client("ssm").get_parameter(Name=place[4:], WithDecryption=True)["Parameter"]["Value"]
-        else: value = boto3.client("secretsmanager").get_secret_value(SecretId=place)["SecretString"]
+        if place.startswith("ssm:"): value = client_of("ssm").get_parameter(Name=place[4:], WithDecryption=True)["Parameter"]["Value"]
+        else: value = client_of("secretsmanager").get_secret_value(SecretId=place)["SecretString"]
     os.environ[name] = value
     secret = Secret(value)
     secret.name = name
@@ -516,17 +515,13 @@ def _machine(account: Account, machine: dict, configs) -> dict:
 # %% ../nbs/62_jobs.ipynb #be5fe3ce
 OVER = ("Completed", "Failed", "Stopped")
 
-# %% ../nbs/62_jobs.ipynb #6abbc8b5
+# %% ../nbs/62_jobs.ipynb #40ef124a
 def describe(
     client,  # of SageMaker
     name: str,
 ) -> dict | None:  # None when there is none of this name
     "What SageMaker knows of a job."
-    import botocore.exceptions
-    try: return client.describe_training_job(TrainingJobName=name)
-    except botocore.exceptions.ClientError as e:
-        if error_code(e) in ("ValidationException", "ResourceNotFound", "ValidationError") and re.search("not found|could not find", str(e), re.I): return None
-        raise
+    return asked(client.describe_training_job, ["ValidationException", "ResourceNotFound", "ValidationError"], "not found|could not find", TrainingJobName=name)
 
 # %% ../nbs/62_jobs.ipynb #1b6c2761
 def newest_job(client, project: str, stage: str, key: str) -> tuple[int, dict | None]:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FLOAT_FEATURES', 'THREAD_SETTINGS', 'process_meter', 'reset_peak', 'used_between', 'descendants', 'tree_mb',
-           'kill_tree', 'kill_marked', 'memory_mb', 'machine_mb', 'oom_kills', 'term_is_interrupt', 'disk_bytes',
-           'stalled', 'wire_bytes', 'joules', 'Sampler', 'look', 'delayed', 'table', 'Pace', 'machine', 'megabytes',
-           'GpuSampler']
+           'kill_tree', 'environment_of', 'kill_marked', 'memory_mb', 'machine_mb', 'oom_kills', 'term_is_interrupt',
+           'disk_bytes', 'stalled', 'wire_bytes', 'joules', 'Sampler', 'look', 'delayed', 'table', 'Pace', 'machine',
+           'megabytes', 'GpuSampler']
 
 # %% ../nbs/04_meter.ipynb #ddd943a5
 import contextlib, importlib.util, os, platform, re, shutil, signal, subprocess, sys, threading, time
@@ -78,18 +78,37 @@ def kill_tree(
         if sig == signal.SIGTERM: time.sleep(wait)
     return len(family)
 
-# %% ../nbs/04_meter.ipynb #181a1ba5
+# %% ../nbs/04_meter.ipynb #5e2d0833
+def _starting(pid: int) -> bool:
+    "Whether a process has just been given its program, and its environment is still on the way (proc(5), stat: 23 vsize, 50 env_start)."
+    fields = _proc(pid, "stat").rpartition(") ")[2].split()
+    return len(fields) > 47 and fields[20] != "0" and fields[47] == "0"
+
+
+def environment_of(
+    pid: int,
+) -> set[bytes]:  # NAME=value; nothing when it has ended, or is another user's
+    "What a process was started with."
+    for _ in range(50):
+        with contextlib.suppress(OSError):
+            if text := Path(f"/proc/{pid}/environ").read_bytes(): return set(text.split(b"\0"))
+        if not _starting(pid): break
+        time.sleep(0.001)
+    return set()
+
+# %% ../nbs/04_meter.ipynb #69487e1b
 def kill_marked(
     name: str, value: str,  # of an environment variable that processes were started with
 ) -> int:  # how many there were
     "End every process of this user that was started with a mark in its environment."
-    mark, found = f"{name}={value}".encode(), []
-    for p in os.listdir("/proc") if os.path.isdir("/proc") else []:
-        with contextlib.suppress(OSError):
-            if p.isdigit() and int(p) != os.getpid() and mark in Path(f"/proc/{p}/environ").read_bytes().split(b"\0"): found.append(int(p))
-    for p in found:
-        with contextlib.suppress(ProcessLookupError): os.kill(p, signal.SIGKILL)
-    return len(found)
+    mark, ended = f"{name}={value}".encode(), set()
+    while True:
+        others = {int(p) for p in (os.listdir("/proc") if os.path.isdir("/proc") else []) if p.isdigit()} - ended - {os.getpid()}
+        found = {p for p in others if mark in environment_of(p)}
+        for p in found:
+            with contextlib.suppress(ProcessLookupError): os.kill(p, signal.SIGKILL)
+        ended |= found
+        if not found: return len(ended)
 
 # %% ../nbs/04_meter.ipynb #180209e4
 def _cgroup(name: str) -> str:

@@ -9,7 +9,7 @@ __all__ = ['DIRECTIONS', 'HUGE', 'COMPLEXITY', 'KINDS', 'ROOMS', 'CANDIDATES', '
            'Encoder', 'codes', 'raw', 'dense', 'length', 'one_raw', 'one_dense', 'save_model', 'Model', 'predict',
            'contestants', 'load_model', 'Rule', 'rule_label', 'answering_connection', 'evaluate_rule', 'save_rule',
            'odds', 'rule_odds', 'softmax', 'Linear', 'save_linear', 'read_lightgbm', 'read_tree', 'split_slot', 'nest',
-           'TreeScorer', 'one_slots', 'category_codes', 'deal', 'member', 'Trees', 'linked', 'save_trees',
+           'walked', 'TreeScorer', 'one_slots', 'category_codes', 'deal', 'member', 'Trees', 'linked', 'save_trees',
            'open_session', 'Network', 'save_network', 'read_columns', 'read_split', 'prediction_table']
 
 # %% ../nbs/30_model.ipynb #e084aae5
@@ -586,7 +586,20 @@ def nest(
         else: made[i] = (slot, threshold, yes, no)
     return made[0] if made else tree["leaf"][0]
 
-# %% ../nbs/30_model.ipynb #f2febd6f
+# %% ../nbs/30_model.ipynb #c44372b2
+def walked(
+    roots: list,  # nested tuples
+    s: tuple,  # what their splits compare
+    outputs: int,
+) -> list[float]:  # raw scores
+    "Walk down every tree."
+    total = [0.0] * outputs
+    for i, node in enumerate(roots):
+        while node.__class__ is tuple: node = (node[2] if s[node[0]] <= node[1] else node[3]) if node[0] >= 0 else node[2] if s[~node[0]] in node[1] else node[3]
+        total[i % outputs] += node
+    return total
+
+# %% ../nbs/30_model.ipynb #536edcdc
 class TreeScorer:
     "LightGBM's predictions, exactly, from nested tuples."
 
@@ -602,13 +615,7 @@ class TreeScorer:
 
     def one(self, row: list) -> np.ndarray:
         "Raw scores of one row: (outputs,)."
-        v, total = one_slots(self.slots, row), [0.0] * self.outputs
-        for i, node in enumerate(self.roots):
-            while node.__class__ is tuple:
-                slot, threshold, yes, no = node
-                node = (yes if v[slot] <= threshold else no) if slot >= 0 else (yes if v[~slot] in threshold else no)
-            total[i % self.outputs] += node
-        return np.array(total)
+        return np.array(walked(self.roots, one_slots(self.slots, row), self.outputs))
 
     def many(self, x: np.ndarray, block: int = 16384) -> np.ndarray:
         "Raw scores of (n, features): (n, outputs)."

@@ -7,12 +7,12 @@ __all__ = ['SECOND', 'AGGREGATES', 'micros', 'moment_of', 'in_words', 'Event', '
            'key_text', 'SqliteEvents', 'DynamoEvents', 'OnlineStore', 'look', 'online_features', 'push_event', 'fill',
            'freshness']
 
-# %% ../nbs/24_online.ipynb #ecc14500
+# %% ../nbs/24_online.ipynb #11b7abd2
 import contextlib, datetime as dt, hashlib, heapq, json, math, os, random, sqlite3, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-from .core import SlmlError, canonical_json, sha256_text, suggest
+from .core import SlmlError, canonical_json, error_code, sha256_text, suggest
 from .recipe import READ, InputError, plain
 
 # %% ../nbs/24_online.ipynb #2a65e199
@@ -232,7 +232,7 @@ def _sqlite_fact(self: SqliteEvents, name: str, value=None):
 
 SqliteEvents.read, SqliteEvents.push, SqliteEvents.fact = _sqlite_read, _sqlite_push, _sqlite_fact
 
-# %% ../nbs/24_online.ipynb #98292762
+# %% ../nbs/24_online.ipynb #453cd108
 _dynamo_fixes = {"ResourceNotFoundException": "make the table: OnlineStore(…, create=True)", "AccessDeniedException": "the role needs dynamodb:Query, PutItem, BatchWriteItem, DescribeTable there",
                  "NoCredentialsError": "export AWS_PROFILE=… or AWS_ACCESS_KEY_ID=… and AWS_SECRET_ACCESS_KEY=…", "NoRegionError": "export AWS_DEFAULT_REGION=…",
                  "ExpiredTokenException": "log in again (aws sso login); the same command then goes on", "EndpointConnectionError": "check the network, the region and endpoint_url",
@@ -261,7 +261,7 @@ class DynamoEvents:
         import botocore.exceptions
         try: yield
         except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as e:
-            code = _code(e)
+            code = error_code(e)
             raise SlmlError(f"DynamoDB says {code}", str(self), _dynamo_fixes.get(code, (str(e).splitlines() or [""])[0])) from None
 
     def _create(self):
@@ -271,9 +271,6 @@ class DynamoEvents:
         except self.client.exceptions.ResourceInUseException: return
         self.client.get_waiter("table_exists").wait(TableName=self.table)
         self.client.update_time_to_live(TableName=self.table, TimeToLiveSpecification={"Enabled": True, "AttributeName": "expires"})
-
-
-def _code(e) -> str: return (getattr(e, "response", None) or {}).get("Error", {}).get("Code", type(e).__name__)
 
 # %% ../nbs/24_online.ipynb #f4492180
 def _part(view: dict, key: str = "") -> str:

@@ -6,11 +6,11 @@
 __all__ = ['JSON_TYPES', 'MOST', 'LOOKS', 'PLAIN', 'TOLERANCE', 'WORDS', 'MISSING', 'WHOLE', 'PLACE', 'chosen_model', 'slim',
            'write_slim', 'interval_words', 'signature', 'card', 'package_key', 'sign', 'seal', 'check_seal',
            'check_signature', 'write_rule', 'rule_answer', 'compiled_rule', 'open_model', 'inside', 'gap', 'compiled',
-           'dense_lines', 'linear_lines', 'tree_text', 'slot_lines', 'walked', 'exp', 'shares', 'tree_link',
-           'plain_linear', 'PlainTrees', 'plain_rule', 'store_for', 'quantile_model', 'network_row', 'LateModel',
-           'Predictor', 'timed', 'predict', 'worded', 'one', 'warm', 'raw', 'sure_of', 'answers_of', 'tables_of',
-           'load_package', 'write_package', 'differences', 'check_parity', 'parity_rows', 'leaf_bits', 'bit_table',
-           'ManyTrees', 'paired', 'scores', 'lowest_leaves', 'many_trees', 'looks_of', 'tree_answers', 'answer_all',
+           'dense_lines', 'linear_lines', 'tree_text', 'slot_lines', 'exp', 'shares', 'tree_link', 'plain_linear',
+           'PlainTrees', 'plain_rule', 'store_for', 'quantile_model', 'network_row', 'LateModel', 'Predictor', 'timed',
+           'predict', 'worded', 'one', 'warm', 'raw', 'sure_of', 'answers_of', 'tables_of', 'load_package',
+           'write_package', 'differences', 'check_parity', 'parity_rows', 'leaf_bits', 'bit_table', 'ManyTrees',
+           'paired', 'scores', 'lowest_leaves', 'many_trees', 'looks_of', 'tree_answers', 'answer_all',
            'answer_columns', 'file_columns', 'answer_row', 'as_read', 'lookup_table', 'block_sql', 'BlockAnswers',
            'said_of', 'code_of', 'quick_columns', 'slow_columns', 'answer_block', 'cores', 'answered_blocks',
            'predict_table']
@@ -342,19 +342,6 @@ def slot_lines(
         else: lines += [f"{x} = v[{at[c['name']]}]", f"{x} = float({x}) if {x} is not None and -INF < {x} < INF else NAN"]
     return lines + [f"s{i} = " + LOOKS.get(way, "{x}").format(x=f"x{f}", zero=ZERO) for i, (f, way) in enumerate(slots)], names
 
-# %% ../nbs/40_package.ipynb #c44372b2
-def walked(
-    roots: list,  # nested tuples
-    s: tuple,  # what their splits compare
-    outputs: int,
-) -> list[float]:  # raw scores
-    "Walk down every tree."
-    total = [0.0] * outputs
-    for i, node in enumerate(roots):
-        while node.__class__ is tuple: node = (node[2] if s[node[0]] <= node[1] else node[3]) if node[0] >= 0 else node[2] if s[~node[0]] in node[1] else node[3]
-        total[i % outputs] += node
-    return total
-
 # %% ../nbs/40_package.ipynb #2b9e2b1a
 def exp(x: float) -> float:
     "The exponential, infinite where it is too large for a number."
@@ -390,20 +377,21 @@ def plain_linear(folder: Path, spec: dict, at: dict):
     score = compiled([*lines, f"return [{', '.join(f's{k}' for k in range(len(weights['intercept'])))}]"], inside=inside, gap=gap, **tables)
     return (lambda v: shares(score(v))) if spec["classes"] else score
 
-# %% ../nbs/40_package.ipynb #f8b37c5a
+# %% ../nbs/40_package.ipynb #13219a30
 class PlainTrees:
     "Trees for single rows."
 
     def __init__(self, folder: Path, spec: dict, at: dict):
-        from slml_nb.model import nest
+        from slml_nb.model import nest, walked
         weights, slots = json.loads((folder / "weights.json").read_text(encoding="utf-8")), {}
         self.roots, self.outputs, self.link, self.quick = [nest(t, slots) for t in weights["trees"]], weights["outputs"], tree_link(weights), None
+        self.walk = walked
         self.leaves = sum(len(t["leaf"]) for t in weights["trees"])
         self.lines, self.names = slot_lines(spec["encoding"], slots, at)
         self.looks = ", ".join(f"s{i}" for i in range(len(slots)))
         self.read = compiled([*self.lines, f"return ({self.looks}{',' * bool(slots)})"], **self.names)
 
-    def __call__(self, v): return self.link(self.quick(v) if self.quick else walked(self.roots, self.read(v), self.outputs))
+    def __call__(self, v): return self.link(self.quick(v) if self.quick else self.walk(self.roots, self.read(v), self.outputs))
 
     def warm(self) -> None:
         "Compile the trees."

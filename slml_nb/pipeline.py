@@ -18,15 +18,15 @@ __all__ = ['KINDS', 'LONGEST', 'MOST', 'EXECUTION', 'HEAVIEST', 'TOLD', 'FOLDERS
            'pattern_of', 'new_objects', 'triggers', 'put_schedule', 'put_rule', 'not_carried', 'ranges_of', 'limits_of',
            'script_mode', 'tuning_request', 'trial_job', 'make_trial', 'rendered_text', 'created_text', 'pipeline_do']
 
-# %% ../nbs/63_pipeline.ipynb #a1f5eef3
+# %% ../nbs/63_pipeline.ipynb #9fcb5305
 import io, json, os, re, shutil, sys, tarfile, tempfile, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from .aws import Account, account_of, aws_errors, fitting_type, role_of, tags_of
-from .core import (ParamSet, Param, Refused, SlmlError, atomic_write, canonical_json, coerce, load_params, project_root, read_json, seal, sealed, sha256_text, suggest)
+from .aws import Account, account_of, asked, aws_errors, fitting_type, name_part, role_of, tags_of
+from .core import (ParamSet, Param, Refused, Secret, SlmlError, atomic_write, canonical_json, coerce, every, load_params, project_root, read_json, seal, sealed, sha256_text, suggest)
 from .graph import Graph, climbing, key_of, key_parts, plan
 from .jobs import START, as_job, assist, by_many, image_of, instance_gpus, mirror_checkpoints, print_event, put_once, request_of, requirements_of, specification, tell_progress, wheel
-from .run import Run, Task, environment, not_needed, outside_data, run_task, runner_for, secrets_in
+from .run import Run, Task, environment, not_needed, outside_data, run_task, runner_for
 from .stage import artifact_path
 from .store import error_code, open_store
 
@@ -172,12 +172,12 @@ def data_files(
     if (mb := sum(f.stat().st_size for f in found.values()) / 2**20) > HEAVIEST: raise SlmlError(f"the stages read {mb:,.0f} MB of files of this machine", "pipeline", f"put them into a bucket, and name it: s3://…; up to {HEAVIEST} MB travel")
     return found
 
-# %% ../nbs/63_pipeline.ipynb #ebee0f9e
+# %% ../nbs/63_pipeline.ipynb #6cdfeacb
 def no_secrets(params: ParamSet, values: dict):
     "Refuse what cannot be put into a definition."
     for stage, given in values.items():
         for name, value in given.items():
-            if hidden := secrets_in(value):
+            if hidden := every(value, Secret):
                 raise SlmlError(f"{stage}.{name} is the secret {hidden[0].name}, and a pipeline has nobody who could type it", params.lines.get((stage, name), params.file),
                                 "give the pipeline's role the permission instead, or run it from here: slml run --on sagemaker")
 
@@ -400,11 +400,10 @@ def words_of(params: ParamSet) -> dict:  # {word: text}
     if given.get("approval", "automatic") not in ("person", "automatic"): raise SlmlError(f"approval: {given['approval']}", where("approval"), "person or automatic")
     return {n: str(v) for n, v in given.items()}
 
-# %% ../nbs/63_pipeline.ipynb #37df5d7a
+# %% ../nbs/63_pipeline.ipynb #ec74ae4e
 def pipeline_name(project: str) -> str:
     "What a project's pipeline is called: letters, digits and - are what SageMaker takes; two projects never share a name."
-    clean = re.sub(r"-+", "-", re.sub(r"[^A-Za-z0-9-]", "-", project)).strip("-")
-    return f"slml-{clean}" if clean == project else f"slml-{clean}-{sha256_text(project)[:6]}".replace("--", "-")
+    return f"slml-{name_part(project, 200)}"
 
 # %% ../nbs/63_pipeline.ipynb #83beb3eb
 @dataclass
@@ -704,14 +703,10 @@ def token(*what) -> str:  # 64 characters
 
 NOT_THERE = ("ResourceNotFound", "ResourceNotFoundException", "ValidationException", "NoSuchEntity")
 
-# %% ../nbs/63_pipeline.ipynb #43e5e339
+# %% ../nbs/63_pipeline.ipynb #353edb8b
 def kept_pipeline(client, name: str) -> dict | None:
     "What SageMaker has under the name of a pipeline; None when there is nothing."
-    import botocore.exceptions
-    try: return client.describe_pipeline(PipelineName=name)
-    except botocore.exceptions.ClientError as e:
-        if error_code(e) in NOT_THERE and re.search("not find|not exist|not found", str(e), re.I): return None
-        raise
+    return asked(client.describe_pipeline, NOT_THERE, "not find|not exist|not found", PipelineName=name)
 
 # %% ../nbs/63_pipeline.ipynb #9822cd18
 DIRECT = 100_000  # bytes of a definition that travels in the request; a larger one goes by way of the store

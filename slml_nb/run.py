@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['AWAY', 'fingerprint', 'outside_data', 'load_run', 'find_run', 'environment', 'Run', 'StageFailed', 'kernel_manager',
-           'Kernels', 'run_notebook', 'language_info', 'secrets_in', 'stored', 'why_again', 'Task', 'Runner',
-           'run_task', 'failure', 'needs_mb', 'learned_peaks', 'schedule', 'not_needed', 'stops_kernels', 'on_record',
-           'execute', 'away_for', 'task_of', 'store_of', 'runner_for', 'preload_of', 'this_python', 'execute_file',
-           'export_run']
+           'Kernels', 'run_notebook', 'language_info', 'stored', 'why_again', 'Task', 'Runner', 'run_task', 'failure',
+           'needs_mb', 'learned_peaks', 'schedule', 'not_needed', 'stops_kernels', 'on_record', 'execute', 'away_for',
+           'task_of', 'store_of', 'runner_for', 'preload_of', 'this_python', 'execute_file', 'export_run']
 
-# %% ../nbs/08_run.ipynb #e0a23262
+# %% ../nbs/08_run.ipynb #8b259c9f
 import contextlib, datetime as dt, getpass, glob, importlib.metadata, json, os, platform, shutil, socket, sys, tempfile, threading, time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from .core import (ParamSet, Secret, SlmlError, atomic_write, canonical_json, load_params, mask, masked_uri, project_root, read_front_matter, read_notebook, seal, sealed,
+from .core import (ParamSet, Secret, SlmlError, atomic_write, canonical_json, every, load_params, mask, masked_uri, project_root, read_front_matter, read_notebook, seal, sealed,
                           sha256_file, sha256_text, suggest)
 from .engine import CellFailed, Recorder, SlmlEngine, inject, new_recorder, run_cells, strict_parameters
 from .graph import Graph, Node, climbing, key_of, key_parts, plan, what_changed
@@ -238,7 +237,7 @@ class Kernels:
         if error[0]: self.stop()
         self.close()
 
-# %% ../nbs/08_run.ipynb #8a616477
+# %% ../nbs/08_run.ipynb #e1323313
 def run_notebook(
     source: dict,  # the notebook as data; not changed
     output,  # where the executed notebook goes; None: nowhere
@@ -257,7 +256,7 @@ def run_notebook(
         with Kernels() as own: return run_notebook(source, output, parameters, own, on_event, limit, log, cwd, path, gpu, run_tests)
     begun, nb = time.perf_counter(), json.loads(json.dumps(source))
     if parameters: inject(nb, parameters)
-    secrets, cwd = secrets_in(parameters), cwd or project_root()
+    secrets, cwd = every(parameters, Secret), cwd or project_root()
     env = {"IN_TEST": "1", "SLML_SECRETS": ",".join(s.name for s in secrets)}
     kernel = kernels.warm(cwd, env, path or [])
     if not kernel and kernels.why_cold not in kernels.told and on_event:
@@ -278,17 +277,11 @@ def run_notebook(
     if kernel and failed and failed[1] == "DeadKernelError" and kernels.lost(kernel): return run_notebook(source, output, parameters, kernels, on_event, limit, log, cwd, path, gpu, run_tests)
     return {**_totals(record.cells, time.perf_counter() - begun), "kernel": "warm" if kernel else "fresh", **({"failed": failed} if failed else {}), "samples": sampler.table(gpu)}
 
-# %% ../nbs/08_run.ipynb #daaaabb5
+# %% ../nbs/08_run.ipynb #ff270555
 def language_info() -> dict:
     "What a notebook says of its language, as Python's kernel would."
     return {"name": "python", "version": platform.python_version(), "mimetype": "text/x-python", "file_extension": ".py", "pygments_lexer": "ipython3",
             "nbconvert_exporter": "python", "codemirror_mode": {"name": "ipython", "version": 3}}
-
-
-def secrets_in(value) -> list[Secret]:
-    "Every secret in some parameters."
-    if isinstance(value, Secret): return [value]
-    return [s for v in (value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []) for s in secrets_in(v)]
 
 
 def _totals(cells: list[dict], seconds: float) -> dict:

@@ -11,18 +11,18 @@ __all__ = ['RANGE', 'EFFORT', 'WAYS', 'SETTINGS', 'optuna_module', 'Axis', 'axis
            'outcome', 'best_so_far', 'tune_sentences', 'tune_rows', 'tune_text', 'draw_history', 'draw_importance',
            'draw_front', 'tune_figures', 'write_pictures', 'tune']
 
-# %% ../nbs/57_tune.ipynb #0c9849c6
+# %% ../nbs/57_tune.ipynb #04557f93
 import contextlib, functools, json, math, os, re, socket, threading, time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from .core import (ParamSet, Refused, SlmlError, atomic_write, canonical_json, coerce, load_params, mask, masked_uri, named, project_root, read_json, seal,
+from .core import (ParamSet, Refused, Secret, SlmlError, atomic_write, canonical_json, coerce, every, load_params, mask, masked_uri, named, project_root, read_json, seal,
                           sha256_text, suggest)
 from .cost import cost_stage, dollars, load_prices, read_meter, table_text
 from .graph import Graph, plan, read_stage, stages_of
-from .run import away_for, Kernels, Run, Runner, Task, _emitter, _fail, find_run, needs_mb, outside_data, run_task, runner_for, secrets_in
+from .run import away_for, Kernels, Run, Runner, Task, _emitter, _fail, find_run, needs_mb, outside_data, run_task, runner_for
 from .sweep import CAUTION, Execution, Matrix, SweepPlan, SweepRecord, accept_in, address_in, axis_values, kind_of, short_names, short_value, value_of
 
 # %% ../nbs/57_tune.ipynb #d38efd66
@@ -71,7 +71,7 @@ class Axis:
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and self.low <= value <= self.high
         return value if number and (not self.whole or value == int(value)) and self.distribution()._contains(value) else None
 
-# %% ../nbs/57_tune.ipynb #ee432956
+# %% ../nbs/57_tune.ipynb #634f9487
 def axis_of(
     m: Matrix,  # the mapping below `tune:`, with the place of every word
     name: str,  # as typed
@@ -82,7 +82,7 @@ def axis_of(
     if isinstance(given, dict): return _range(m, m.full(name, *path), given, path)
     if not isinstance(given, list): m.fail(f"'{name}' is {given!r}", path, f"write a range, {name}: {{low: 1, high: 10}}, or a list of values")
     full, values = axis_values(m, name, given, *path)
-    if secrets_in(values): m.fail(f"'{name}' holds a secret", path, "a secret opens a door and decides nothing: there is nothing to tune")
+    if every(values, Secret): m.fail(f"'{name}' holds a secret", path, "a secret opens a door and decides nothing: there is nothing to tune")
     if len(values) < 2: m.fail(f"'{name}' leaves no choice", path, "give two values, or put the one into the parameters of its stage")
     return Axis(full, choices=values)
 
@@ -170,7 +170,7 @@ def objectives_of(
 SETTINGS = {"trials": ("int", 50), "seconds": ("float", 0.0), "usd": ("float", 0.0), "workers": ("int", 0), "storage": ("str", ""), "warm_start": ("list[str]", []),
             "pruner": ('Literal["median", "hyperband", "none"]', "median"), "sampler": ('Literal["tpe", "random"]', "tpe"), "seed": ("int", 0)}
 
-# %% ../nbs/57_tune.ipynb #8270591a
+# %% ../nbs/57_tune.ipynb #cc7fc3e4
 def settings_of(
     m: Matrix,  # the mapping below `tune:`
 ) -> dict:  # every setting, typed
@@ -183,7 +183,7 @@ def settings_of(
         except Refused as e: m.fail(f"{k} is {v!r}", (k,), f"give {e}")
         if isinstance(typed, (int, float)) and typed < (k == "trials"):
             m.fail(f"{k} is {v!r}", (k,), "give at least 1" if k == "trials" else "a budget is not negative; 0: none")
-        out[k] = v if secrets_in(v) else typed
+        out[k] = v if every(v, Secret) else typed
     return out
 
 # %% ../nbs/57_tune.ipynb #9d27a7d2

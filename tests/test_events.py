@@ -327,11 +327,8 @@ def test_results_in_s3_never_start_the_function_again(tmp_path, bucket):
 
 @pytest.fixture(scope="module")
 def aws():
-    from test_kinesis import KEYS, moto_server
-    before = {k: os.environ.get(k) for k in KEYS}
-    os.environ.update(KEYS)
-    with moto_server() as (_, url): yield url
-    for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+    from test_kinesis import played_account
+    with played_account() as url: yield url
 
 
 @pytest.fixture(scope="module")

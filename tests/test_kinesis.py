@@ -31,12 +31,20 @@ def moto_server(port=None):
     finally: p.kill(); p.wait()
 
 
-@pytest.fixture(scope="module")
-def aws():
+@contextlib.contextmanager
+def played_account():
+    "The address of moto, and keys for it in the environment meanwhile."
     before = {k: os.environ.get(k) for k in KEYS}
     os.environ.update(KEYS)
-    with moto_server() as (_, url): yield url
-    for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+    try:
+        with moto_server() as (_, url): yield url
+    finally:
+        for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+
+
+@pytest.fixture(scope="module")
+def aws():
+    with played_account() as url: yield url
 
 
 class Between(ThreadingHTTPServer):

@@ -144,7 +144,7 @@ def measure(
                 url = server.stdout.readline().strip()
                 try:
                     if kind == "moto": subprocess.run([sys.executable, "-c", "import boto3, sys; boto3.client('s3', endpoint_url=sys.argv[1]).create_bucket(Bucket='rows')", url], env=env, check=True)
-                    for n, way in enumerate(("boto3", *WAYS[i % 3:], *WAYS[:i % 3])):  # the first is not counted: the server warms up
+                    for n, way in enumerate(("slml", *WAYS[i % 3:], *WAYS[:i % 3])):  # the first is not counted: the server warms up
                         done = subprocess.run([sys.executable, __file__, "transfer", way, url, str(file), digest.hexdigest()], env=env, capture_output=True, text=True)
                         if done.returncode: sys.exit(f"{way} on {kind}: {done.stderr[-2000:]}")
                         if n: found.append({"round": i, "server": kind, "way": way, **json.loads(done.stdout)})

@@ -11,7 +11,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 bin = Path(sys.executable).parent
 sys.path[:0] = [str(root), str(root / "bench")]
-import automl, fleet, ladder, notebooks, onerow, serving, store, train, trips
+import automl, fleet, ladder, notebooks, onerow, serving, store, submit, train, trips
 
 
 def clock(command, cwd=root, ok=(0, 3), **kw):
@@ -389,12 +389,20 @@ def stored(rounds, **size):
     return lines
 
 
+def submitted(rounds):
+    "A stage sent away as a job: what is ours, beside the calls to AWS."
+    jobs = submit.measure(rounds)
+    return [row("a job of a run that has sent one already: our own time", [j["own_s"] for j in jobs if not j["first"]], 2, "s"),
+            row("the calls to AWS (here to moto)", [j["api_s"] for j in jobs if not j["first"]], unit="s"),
+            row("the first job of a run, with the import of SageMaker's SDK: our own time", [j["own_s"] for j in jobs if j["first"]], unit="s")]
+
+
 SECTIONS = {"start": (start, "Before anything happens"), "lifecycle": (lifecycle, "Twelve short notebooks that import pandas"), "one": (one, "One notebook of 20 cells"),
             "warm": (warm, "A warm kernel: torch, pandas, scikit-learn"), "cells": (cells, "200 trivial cells"), "again": (again, "Nothing changed"),
             "sweep": (sweep, "A sweep"), "memory": (memory, "Memory of the runner"), "prepare": (prepare, "From CSV to features in one pass"), "onerow": (one_row, "One row of features"),
             "train": (training, "Training: an MLP 20-128-128-1, 1,024 rows a step"), "fleet": (fleets, "A fleet: many small models together"), "automl": (automls, "AutoML, in the same time"),
             "ladder": (rungs, "The ladder on three real tables"), "serving": (served, "Serving: 200 trees on the flights, everywhere"),
-            "store": (stored, "1 GB to a bucket and back"), "demo": (demo, "The demo: 336,776 flights, twelve notebooks")}
+            "store": (stored, "1 GB to a bucket and back"), "submit": (submitted, "A stage sent away as a job"), "demo": (demo, "The demo: 336,776 flights, twelve notebooks")}
 
 BARE = ("ladder", "serving")  # sections that bring the heads of their tables
 QUICK = {"lifecycle": {}, "one": {"n": 5}, "cells": {"n": 20}, "again": {"params": "sample"}, "sweep": {"points": 4, "sample": 1}, "prepare": {"rows": 200_000}, "demo": {"params": "sample"},

@@ -521,7 +521,7 @@ def http_rows(http, row, pairs):
 
 
 def one_rows(one, row):
-    goals, names = {"linear": 2, "trees": 40, "onnx": 10}, {"linear": "weighted sum", "trees": f"{TREES} trees, plain Python", "onnx": "network, ONNX Runtime"}
+    goals, names = {"linear": 2, "trees": 40, "onnx": 10}, {"linear": "weighted sum", "trees": f"{TREES} trees", "onnx": "network, ONNX Runtime"}
     part = lambda k, p: [g[k][p] for g in one]
     return [*(row(f"{names[k]}: the model alone", part(k, "model"), g, "µs", 1) for k, g in goals.items()), row("features of the trees, from the request", part("trees", "features"), unit="µs", digits=1),
             *(row(f"{names[k]}: from the request to the answer", part(k, "all"), unit="µs", digits=1) for k in goals)]

@@ -22,7 +22,7 @@ from .frame import check_metric
 from .model import KINDS, Encoder, Model, better, direction, fit_encoding, kinds_of, length, load_model, metrics_of, read_columns, save_model, save_trees
 from .baseline import boost, fit_linear, tree_parameters
 
-# %% ../nbs/35_automl.ipynb #66bc87c5
+# %% ../nbs/35_automl.ipynb #8e44e24d
 def score_of(
     task: str, metric: str,
     y,  # (n,) numbers or class indices
@@ -31,7 +31,7 @@ def score_of(
     "How good a prediction is, in the metric that decides."
     return metrics_of(task, y, prediction)[metric]
 
-
+# %% ../nbs/35_automl.ipynb #d969e94e
 def best_of(
     metric: str,
     values,  # of the metric
@@ -42,7 +42,7 @@ def best_of(
         if better(metric, v, values[place]): place = i
     return place
 
-# %% ../nbs/35_automl.ipynb #ead951d4
+# %% ../nbs/35_automl.ipynb #f1971e02
 def greedy_weights(
     predictions: list,  # one a model: (n,) numbers or (n, k) probabilities of the same rows
     y,  # (n,)
@@ -69,7 +69,7 @@ def greedy_weights(
     for i, c in kept[1].items(): weights[i] = c / sum(kept[1].values())
     return weights
 
-
+# %% ../nbs/35_automl.ipynb #359b261e
 def start_of(
     predictions: list,
     order: list[int],  # the best models, best first
@@ -101,7 +101,7 @@ class Ensemble(Model):
 
 KINDS["ensemble"] = Ensemble
 
-# %% ../nbs/35_automl.ipynb #1c9db8f1
+# %% ../nbs/35_automl.ipynb #459087c1
 def save_ensemble(
     folder,
     spec: dict,  # name, task, target, classes, trained
@@ -117,7 +117,7 @@ def save_ensemble(
         told.append({"folder": place, "kind": about["kind"], "weight": float(weight)})
     return save_model(folder, {**spec, "kind": "ensemble", "features": features, "encoding": {}, "members": told})
 
-
+# %% ../nbs/35_automl.ipynb #3f365db8
 def rename(
     folder: Path,  # of a model
     name: str,
@@ -127,7 +127,7 @@ def rename(
     atomic_write(folder / "model.json", json.dumps({**spec, "name": name}, indent=1, ensure_ascii=False, allow_nan=False))
     return folder
 
-# %% ../nbs/35_automl.ipynb #366517b3
+# %% ../nbs/35_automl.ipynb #566e3b05
 class Clock:
     "Seconds that run out."
 
@@ -151,7 +151,7 @@ class Clock:
         "Seconds until everything must be done."
         return self.seconds - self.spent()
 
-
+# %% ../nbs/35_automl.ipynb #966d27f5
 def ticking(step: float):
     "A source of time in which every look at the clock takes `step` seconds."
     looks = iter(range(10**9))
@@ -192,7 +192,7 @@ class Rows:
         "Columns and y of some rows."
         return {k: v[rows] for k, v in self.columns.items()}, self.y[rows]
 
-# %% ../nbs/35_automl.ipynb #ba9772df
+# %% ../nbs/35_automl.ipynb #6b89ac86
 def fold_rows(
     columns: dict, y,
     folds: int = 5,
@@ -202,7 +202,7 @@ def fold_rows(
     piles = deal_folds(y, max(2, min(folds, len(y))), seed)
     return Rows(columns, y, [(np.flatnonzero(piles != k), np.flatnonzero(piles == k)) for k in np.unique(piles)], np.arange(len(y)))
 
-
+# %% ../nbs/35_automl.ipynb #d623281b
 def held_rows(
     train: tuple, valid: tuple,  # columns and y
     again: bool = False,  # the final models learn from both
@@ -212,7 +212,7 @@ def held_rows(
     columns = {k: np.concatenate([np.asarray(train[0][k]), np.asarray(valid[0][k])]) for k in train[0]}
     return Rows(columns, np.r_[train[1], valid[1]], [(np.arange(n), np.arange(n, n + m))], np.arange(n + m if again else n))
 
-
+# %% ../nbs/35_automl.ipynb #a301a504
 def folds_fit(
     rows: int, features: int,
     seconds: float,
@@ -241,7 +241,7 @@ def encoded(
     rows.cache[part] = {"spec": about, "encoder": encoder, "x": values(columns, len(y)), "y": y, "check": (values(judged[0], len(judged[1])), judged[1])}
     return rows.cache[part]
 
-# %% ../nbs/35_automl.ipynb #49b1aab8
+# %% ../nbs/35_automl.ipynb #33a09b45
 LINEAR_INPUTS, LINEAR_ROWS = 2000, 100_000  # at most
 
 
@@ -254,7 +254,7 @@ def linear_rows(
     one = 600 * max(1, 2 * numeric + texts) * classes if classes else 7 * (2 * numeric + texts + 1) ** 2  # operations a row
     return max(1000, min(LINEAR_ROWS, int(seconds * 5e8 / one)))
 
-
+# %% ../nbs/35_automl.ipynb #f648346b
 def try_linear(
     rows: Rows, spec: dict, part,  # as for `encoded`
     settings: dict,  # alpha; constant: true reads nothing at all
@@ -320,7 +320,7 @@ def try_trees(
     trained = {"rows": len(have["y"]), "loss": measure if classes else loss, "rounds": trees, "library": "lightgbm"}
     return predict, lambda to: save_trees(to, {**have["spec"], "trained": trained}, booster.model_to_string(num_iteration=trees)), trees
 
-# %% ../nbs/35_automl.ipynb #9034b46d
+# %% ../nbs/35_automl.ipynb #5143937e
 def try_network(
     rows: Rows, spec: dict, part,
     settings: dict,  # of `train_network`
@@ -336,7 +336,7 @@ def try_network(
     predict, learnt = train_network(folder, recipe, spec["metric"], rows.take(learn), rows.take(judge), plan)
     return predict, lambda to: shutil.copytree(folder, to, dirs_exist_ok=True), learnt["best"]
 
-
+# %% ../nbs/35_automl.ipynb #ff1e1b3d
 NETWORK = {"batch": 1024, "epochs": 0, "hidden": [128, 64], "dropout": 0.1, "bins": 8, "lr": 0.004, "weight_decay": 0.01, "patience": 5,
            "max_seconds": 0, "max_categories": 100, "seed": 0}
 TRIES = {"linear": try_linear, "trees": try_trees, "network": try_network}
@@ -362,12 +362,12 @@ def portfolio(
     grown = [("trees", t if task == "regression" else {k: v for k, v in t.items() if k != "loss"}) for t in trees]
     return [("linear", {"constant": True}), linear[0], *grown[:2], network[0], *grown[2:5], linear[1], grown[5], *linear[2:], *network[1:]]
 
-# %% ../nbs/35_automl.ipynb #b3633515
+# %% ../nbs/35_automl.ipynb #74b7a9e5
 SPACE = {"num_leaves": (4, 400), "learning_rate": (0.01, 0.3), "min_data_in_leaf": (1, 300), "feature_fraction": (0.2, 1.0),
          "bagging_fraction": (0.5, 1.0), "lambda_l2": (0.001, 100.0)}
 USUAL = {"num_leaves": 31, "learning_rate": 0.1, "min_data_in_leaf": 20, "feature_fraction": 1.0, "bagging_fraction": 1.0, "lambda_l2": 0.01}
 
-
+# %% ../nbs/35_automl.ipynb #b29fb561
 def neighbour(
     settings: dict,  # of trees
     step: float,  # share of each range
@@ -383,7 +383,7 @@ def neighbour(
     if losses and rng.random() < 0.2: out["loss"] = str(rng.choice(losses))
     return out
 
-# %% ../nbs/35_automl.ipynb #8723e3e8
+# %% ../nbs/35_automl.ipynb #f7677341
 class Search:
     "What has been tried so far."
 
@@ -404,17 +404,25 @@ class Search:
         "The tries that have a score."
         return [t for t in self.tries if t["score"] == t["score"]]
 
-    def left(self) -> float:
-        "Seconds for the search: without what the best models would take to learn once more."
-        likely = sorted(self.good(), key=lambda t: t["score"], reverse=direction(self.spec["metric"]) == "maximise")[:4] if self.rows.again else []
-        return self.clock.left() - min(0.8 * sum(t["seconds"] for t in likely) / len(self.rows.parts), 0.3 * self.clock.seconds)
+# %% ../nbs/35_automl.ipynb #253ed40b
+def _left(self: Search) -> float:
+    "Seconds for the search: without what the best models would take to learn once more."
+    likely = sorted(self.good(), key=lambda t: t["score"], reverse=direction(self.spec["metric"]) == "maximise")[:4] if self.rows.again else []
+    return self.clock.left() - min(0.8 * sum(t["seconds"] for t in likely) / len(self.rows.parts), 0.3 * self.clock.seconds)
 
-    def best(self, kind: str = "") -> dict | None:
-        "The best of them; if a kind is named, the best of this kind that was tried here."
-        found = [t for t in self.good() if not kind or (t["kind"] == kind and "from" not in t["settings"])]
-        return found[best_of(self.spec["metric"], [t["score"] for t in found])] if found else None
 
-# %% ../nbs/35_automl.ipynb #de4c9ff1
+Search.left = _left
+
+# %% ../nbs/35_automl.ipynb #db4e6092
+def _best(self: Search, kind: str = "") -> dict | None:
+    "The best of them; if a kind is named, the best of this kind that was tried here."
+    found = [t for t in self.good() if not kind or (t["kind"] == kind and "from" not in t["settings"])]
+    return found[best_of(self.spec["metric"], [t["score"] for t in found])] if found else None
+
+
+Search.best = _best
+
+# %% ../nbs/35_automl.ipynb #ff786447
 def attempt(
     self: Search,
     kind: str,  # linear, trees or network
@@ -436,6 +444,9 @@ def attempt(
     return entry
 
 
+Search.attempt = attempt
+
+# %% ../nbs/35_automl.ipynb #9fbc3d95
 def learn(
     self: Search,
     kind: str, settings: dict,
@@ -456,9 +467,9 @@ def learn(
     return {"said": np.concatenate(said), "length": lengths, "made": made, "state": "scored, stopped by the clock" if stopped else "scored"}
 
 
-Search.attempt, Search.learn = attempt, learn
+Search.learn = learn
 
-# %% ../nbs/35_automl.ipynb #1666cf19
+# %% ../nbs/35_automl.ipynb #6bcf6dc5
 def affordable(
     self: Search,
     kind: str,
@@ -471,6 +482,9 @@ def affordable(
     return need < self.left() or (kind == "linear" and len(self.tries) < 2)
 
 
+Search.affordable = affordable
+
+# %% ../nbs/35_automl.ipynb #88d64c54
 def search(
     self: Search,
     plan: list[tuple],  # from `portfolio`
@@ -492,9 +506,9 @@ def search(
         if found["state"].startswith("failed"): break
 
 
-Search.affordable, Search.search = affordable, search
+Search.search = search
 
-# %% ../nbs/35_automl.ipynb #79aef720
+# %% ../nbs/35_automl.ipynb #c2a226ff
 def choose(
     self: Search,
     most_rows: int = 10_000,  # that choose; a random part of them when there are more
@@ -511,6 +525,9 @@ def choose(
     return sorted(((w, t) for w, t in zip(weights.tolist(), good) if w > 0), key=lambda wt: -wt[0])
 
 
+Search.choose = choose
+
+# %% ../nbs/35_automl.ipynb #46bf05d7
 def finished(
     self: Search,
     entry: dict,  # a try
@@ -526,22 +543,28 @@ def finished(
     return entry["final"]
 
 
-Search.choose, Search.finished = choose, finished
+Search.finished = finished
 
-# %% ../nbs/35_automl.ipynb #b9c2cfa4
-def finish(
-    self: Search,
-    chosen: list[tuple[float, dict]],  # from `choose`
-    folder: Path,  # gets automl/ and automl_best/
-) -> dict:  # candidate -> predict, as the training libraries compute it
-    "Save the mixture and the best single model."
-    kept, best = [], self.best()
+# %% ../nbs/35_automl.ipynb #3deff6a4
+def _finished_members(self: Search, chosen: list[tuple]) -> list[tuple]:  # weight, try, predict, save
+    "The members, the heaviest first, as far as there is time; who is left out is noted."
+    kept = []
     for weight, entry in chosen:
         if kept and not entry["made"] and self.clock.end() < 1.2 * entry["seconds"] / len(self.rows.parts):
             self.notes.append(("warn", f"{entry['name']} (weight {weight:.2f}) was left out of the mixture: the seconds were used up"))
             continue
         share = self.clock.end() * (0.5 if not kept else 0.7)
         kept.append((weight, entry, *self.finished(entry, max(0.2, share))))
+    return kept
+
+# %% ../nbs/35_automl.ipynb #cae615ca
+def finish(
+    self: Search,
+    chosen: list[tuple[float, dict]],  # from `choose`
+    folder: Path,  # gets automl/ and automl_best/
+) -> dict:  # candidate -> predict, as the training libraries compute it
+    "Save the mixture and the best single model."
+    kept, best = _finished_members(self, chosen), self.best()
     if "final" not in best and not best["made"] and self.clock.end() < best["seconds"] / len(self.rows.parts): best = kept[0][1]  # no time to finish it
     spec = {k: self.spec[k] for k in ("task", "target", "classes")}
     predict, save = self.finished(best, max(0.2, self.clock.end()))
@@ -560,7 +583,7 @@ def finish(
 
 Search.finish = finish
 
-# %% ../nbs/35_automl.ipynb #3b308eef
+# %% ../nbs/35_automl.ipynb #a3010885
 def narrowed(
     rows: Rows, spec: dict,
     most: int = WIDE,
@@ -576,7 +599,7 @@ def narrowed(
     kept = set(sorted(close, key=lambda n: -close[n])[:most])
     return {**spec, "kinds": {n: k for n, k in spec["kinds"].items() if n in kept}}, f"{len(close):,} features: only the {most:,} that go with the target most closely were read"
 
-
+# %% ../nbs/35_automl.ipynb #53653e4d
 def tells(
     column, y,
     most: int = 5000,  # rows to look at
@@ -590,7 +613,7 @@ def tells(
     if spread == 0 or len(counts) > len(y) / 5: return 0.0
     return float(1 - np.mean((y - (np.bincount(group, y) / counts)[group]) ** 2) / spread)
 
-
+# %% ../nbs/35_automl.ipynb #69f2093c
 def closeness(column, kind: str, goals, y) -> float:
     "The largest correlation of a number with a goal; of a category, the root of the share that it explains."
     if kind != "numeric": return math.sqrt(max(0.0, tells(column, y)))
@@ -599,7 +622,7 @@ def closeness(column, kind: str, goals, y) -> float:
     x = np.nan_to_num(x - np.nanmean(x)) if np.isfinite(x).any() else np.zeros(len(x))
     return float(np.abs(goals @ x).max() / (len(x) * (x.std() or 1.0)))
 
-# %% ../nbs/35_automl.ipynb #27028223
+# %% ../nbs/35_automl.ipynb #51471624
 def run_automl(
     rows: Rows,
     spec: dict,  # task, metric, target, classes, kinds, threads
@@ -620,22 +643,27 @@ def run_automl(
         job = Search(rows, spec, clock, Path(scratch), seed, tries, members)
         if note: job.notes.append(("warn", note))
         for g in given: job.tries.append({"at": 0.0, "seconds": 0.0, "state": "scored", "length": [], **g, "score": score_of(spec["task"], spec["metric"], rows.truth, g["said"])})
-        plan = [(k, s) for k, s in portfolio(spec["task"], spec["metric"], len(rows.parts[0][0])) if k in kinds or s.get("constant")]
-        if engine == "flaml": plan, share = plan[:4], 0.5 * job.left()
-        job.search(plan, refine=engine == "own" and "trees" in kinds)
-        if engine == "flaml":
-            for settings in flaml_settings(rows, spec, min(share, 0.7 * job.left()), seed): job.attempt("trees", settings, f"flaml_{len(job.tries) + 1:02d}")
+        _search_with(job, engine, kinds)
         says = job.finish(job.choose(), Path(folder))
     return says, job
 
+# %% ../nbs/35_automl.ipynb #eea482c6
+def _search_with(job: Search, engine: str, kinds: tuple):
+    "The portfolio, then the engine that was asked for; FLAML begins after four tries and gets half of the time."
+    plan = [(k, s) for k, s in portfolio(job.spec["task"], job.spec["metric"], len(job.rows.parts[0][0])) if k in kinds or s.get("constant")]
+    if engine == "flaml": plan, share = plan[:4], 0.5 * job.left()
+    job.search(plan, refine=engine == "own" and "trees" in kinds)
+    if engine == "flaml":
+        for settings in flaml_settings(job.rows, job.spec, min(share, 0.7 * job.left()), job.seed): job.attempt("trees", settings, f"flaml_{len(job.tries) + 1:02d}")
 
+# %% ../nbs/35_automl.ipynb #210055c2
 def check_task(rows: Rows, spec: dict):
     "Is there anything to learn?"
     if spec["task"] == "classification" and len(spec["classes"]) < 2: raise SlmlError(f"the target '{spec['target']}' has one class only", "automl", "choose another target, or read more rows")
     if not len(rows.truth) or not min(len(learn) for learn, _ in rows.parts): raise SlmlError("there are no rows to be judged by", "automl", "give it more rows, or the sample stage a larger share for the validation split")
     check_metric(spec["metric"], spec["task"])
 
-# %% ../nbs/35_automl.ipynb #9defa106
+# %% ../nbs/35_automl.ipynb #9393e9c6
 FLAML_METRICS = {"mae": "mae", "rmse": "rmse", "mse": "mse", "r2": "r2", "log_loss": "log_loss", "accuracy": "accuracy", "f1_macro": "macro_f1", "roc_auc": "roc_auc"}
 
 
@@ -656,7 +684,7 @@ def flaml_settings(
     found = search.best_config_per_estimator.get("lgbm")
     return [from_flaml(found, loss) for loss in (("l1", "l2") if spec["metric"] == "mae" else ("l2",))] if found else []
 
-
+# %% ../nbs/35_automl.ipynb #a3944333
 def from_flaml(
     config: dict,  # as FLAML names them
     loss: str,
@@ -665,14 +693,14 @@ def from_flaml(
     return {"loss": loss, "num_leaves": int(config["num_leaves"]), "min_data_in_leaf": int(config["min_child_samples"]), "learning_rate": float(config["learning_rate"]),
             "max_bin": 2 ** int(config["log_max_bin"]) - 1, "feature_fraction": float(config["colsample_bytree"]), "lambda_l1": float(config["reg_alpha"]), "lambda_l2": float(config["reg_lambda"])}
 
-# %% ../nbs/35_automl.ipynb #f064aeea
+# %% ../nbs/35_automl.ipynb #3c97a23f
 def settings_text(
     settings: dict,
 ) -> str:
     "Settings in one line."
     return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items()) or "as usual"
 
-
+# %% ../nbs/35_automl.ipynb #2835cd5c
 def leaderboard(
     job: Search,
 ):  # DataFrame: a row a try, and one of the mixture
@@ -702,7 +730,7 @@ def too_good(
     names = [n for n, _ in sorted(((n, tells(job.rows.columns[n], job.rows.y)) for n in job.spec["kinds"]), key=lambda nt: -nt[1])][:2]
     return f"This is too good to be true ({how}): does a column know the answer? Look at {' and '.join(repr(n) for n in names)}, which go with the target most closely"
 
-# %% ../nbs/35_automl.ipynb #f22da4f2
+# %% ../nbs/35_automl.ipynb #d56930ae
 def edge_of(
     metric: str,
     scores,  # of all tries
@@ -714,7 +742,7 @@ def edge_of(
     worst = scores.max() if direction(metric) == "minimise" else scores.min()
     return float(edge if better(metric, edge, worst) and edge != best else worst)
 
-
+# %% ../nbs/35_automl.ipynb #5e8f00a4
 def draw_tries(
     ax,  # matplotlib axes
     job: Search,
@@ -775,7 +803,7 @@ def remarks(
     if suspicion := too_good(job): said.append(("warn", suspicion))
     return said + job.notes
 
-# %% ../nbs/35_automl.ipynb #c87fd722
+# %% ../nbs/35_automl.ipynb #26f6f7b2
 def read_any(
     data,  # DataFrame, dictionary of columns, or path of a CSV or Parquet file
 ) -> dict[str, np.ndarray]:  # name -> column
@@ -792,7 +820,7 @@ def read_any(
     con.register("given", pd.DataFrame(data) if isinstance(data, dict) else data)
     return read_table(con, "given")
 
-
+# %% ../nbs/35_automl.ipynb #3104e6a2
 def read_table(
     con,  # DuckDB connection
     table: str,  # as SQL names it
@@ -805,7 +833,7 @@ def read_table(
     for n in when: columns[n] = np.array([np.datetime64("NaT") if v != v else np.datetime64(int(v), "s") for v in columns[n].tolist()], "datetime64[s]")
     return columns
 
-# %% ../nbs/35_automl.ipynb #665f6337
+# %% ../nbs/35_automl.ipynb #3dedaf25
 def as_features(
     columns: dict,  # name -> column, as `read_any` gives them
 ) -> tuple[dict, dict]:  # columns that models read, and their kinds
@@ -824,7 +852,7 @@ def as_features(
             kinds[name] = "categorical"
     return out, kinds
 
-
+# %% ../nbs/35_automl.ipynb #c4e60d6f
 def guess_task(
     target: str,
     values,  # (n,) none missing
@@ -837,7 +865,7 @@ def guess_task(
     if len(distinct) <= 10 and (distinct == distinct.round()).all() and len(values) >= 20 * len(distinct): return "classification", f"the target has only {len(distinct)} values, all whole numbers (task='regression' if they are amounts)"
     return "regression", "the target is a number"
 
-# %% ../nbs/35_automl.ipynb #d55dc973
+# %% ../nbs/35_automl.ipynb #89830977
 def score_interval(
     task: str, metric: str,
     y, prediction,
@@ -851,7 +879,7 @@ def score_interval(
     found = found[np.isfinite(found)]
     return tuple(np.quantile(found, [0.025, 0.975]).tolist()) if len(found) else (math.nan, math.nan)
 
-
+# %% ../nbs/35_automl.ipynb #2bbfd9c3
 def conformal_margin(
     y, prediction,  # of rows that nothing was chosen by
     level: float = 0.9,
@@ -861,7 +889,7 @@ def conformal_margin(
     k = math.ceil(level * (len(errors) + 1))
     return float(errors[k - 1]) if k <= len(errors) else math.inf
 
-# %% ../nbs/35_automl.ipynb #bca57530
+# %% ../nbs/35_automl.ipynb #6b4cef6e
 class AutoML:
     "What `automl` found."
 
@@ -874,14 +902,6 @@ class AutoML:
         return (f"AutoML({self.target}: {self.task}, {self.metric} {self.score:.4g}, 95 % of {self.interval[0]:.4g} to {self.interval[1]:.4g} on {self.rows_test:,} rows that nothing was chosen by; "
                 f"{len(self.model.members)} members of {len(self.job.tries)} tries)")
 
-    def raw(self, data) -> np.ndarray:
-        "Numbers or probabilities."
-        columns, _ = as_features(read_any(data))
-        for n, kind in self.spec["kinds"].items():
-            if n not in columns or (columns[n].dtype.kind == "O") == (kind == "categorical"): continue
-            columns[n] = np.array([number_or_gap(v) for v in columns[n]]) if kind == "numeric" else np.array([None if v != v else label(v) for v in columns[n].tolist()], object)
-        return self.model.predict(columns)
-
     def predict(
         self,
         data,  # a table with the columns of the features
@@ -890,20 +910,32 @@ class AutoML:
         said = self.raw(data)
         return np.array(self.spec["classes"], object)[said.argmax(1)] if self.spec["classes"] else said
 
-
+# %% ../nbs/35_automl.ipynb #90013153
 def number_or_gap(v) -> float:
     "A number out of a text; nan when there is none."
     try: return float(v)
     except (TypeError, ValueError): return math.nan
 
-# %% ../nbs/35_automl.ipynb #6ed209a6
+# %% ../nbs/35_automl.ipynb #5bca108d
+def _raw(self: AutoML, data) -> np.ndarray:
+    "Numbers or probabilities."
+    columns, _ = as_features(read_any(data))
+    for n, kind in self.spec["kinds"].items():
+        if n not in columns or (columns[n].dtype.kind == "O") == (kind == "categorical"): continue
+        columns[n] = np.array([number_or_gap(v) for v in columns[n]]) if kind == "numeric" else np.array([None if v != v else label(v) for v in columns[n].tolist()], object)
+    return self.model.predict(columns)
+
+
+AutoML.raw = _raw
+
+# %% ../nbs/35_automl.ipynb #2d536abf
 def label(
     v,  # of a column
 ) -> str:
     "A value as the name of a class or category: 1.0 is 1."
     return str(int(v)) if isinstance(v, float) and v.is_integer() else str(v)
 
-
+# %% ../nbs/35_automl.ipynb #3788be83
 def known_rows(
     columns: dict, target: str,
     notes: list,  # gets how many rows are left out
@@ -940,7 +972,7 @@ def table_problem(
     y = np.array([place[v] for v in labels], float) if classes else values.astype(float)
     return {"task": task, "metric": metric or ("log_loss" if classes else "mae"), "target": target, "classes": classes, "kinds": kinds, "threads": 0}, {**features, "target": y}, y
 
-# %% ../nbs/35_automl.ipynb #b75e370b
+# %% ../nbs/35_automl.ipynb #16929a7b
 def split_table(
     columns: dict, y,
     order,  # (n,) numbers that rows follow each other by; None: they do not
@@ -956,7 +988,7 @@ def split_table(
     judge = last_fifth(y[here], None if order is None else order[here], seed + 1)
     return held_rows(take(here[~judge]), take(here[judge]), again=True), np.flatnonzero(aside)
 
-
+# %% ../nbs/35_automl.ipynb #43c39dac
 def last_fifth(
     y, order,  # as for `split_table`
     seed: int,
@@ -965,7 +997,7 @@ def last_fifth(
     if order is None: return deal_folds(y, 5, seed) == 0 if len(y) >= 5 else np.arange(len(y)) == 0
     return np.argsort(np.argsort(order, kind="stable"), kind="stable") >= len(y) - max(1, len(y) // 5)
 
-
+# %% ../nbs/35_automl.ipynb #c969b29e
 def moments(
     features: dict,  # from `as_features`
     time: str,  # name of the column; "": none
@@ -977,7 +1009,7 @@ def moments(
     if order.dtype.kind != "f": raise SlmlError(f"column '{time}' is text, neither moments nor numbers", "automl: time", "give it as a date, a timestamp or a number")
     return order
 
-# %% ../nbs/35_automl.ipynb #ce725da5
+# %% ../nbs/35_automl.ipynb #ac3391e2
 def automl(
     data,  # DataFrame, or path of a CSV or Parquet file
     target: str,  # column to predict
@@ -995,11 +1027,8 @@ def automl(
 ) -> AutoML:
     "Find a good model for a table, within some seconds."
     import tempfile
-    clock, notes, columns, aside = Clock(seconds), [], read_any(data), None
-    if test is not None:
-        first = length(columns)
-        columns = together(columns, read_any(test))
-        aside = np.arange(length(columns)) >= first
+    clock, notes = Clock(seconds), []
+    columns, aside = _both_tables(data, test)
     known = known_rows(columns, target, notes)
     spec, features, y = table_problem({k: np.asarray(v)[known] for k, v in columns.items()}, target, task, metric, notes)
     spec["threads"] = threads
@@ -1009,11 +1038,16 @@ def automl(
     rows, aside = split_table(features, y, order, seconds, len(spec["kinds"]), None if aside is None else aside[known], seed)
     out = Path(folder or tempfile.mkdtemp(prefix="automl_"))
     says, job = run_automl(rows, spec, out, clock, seed, kinds=kinds, engine=engine, tries=tries)
-    said, truth = says["automl"]({k: v[aside] for k, v in features.items()}), y[aside]
-    score, interval = score_of(spec["task"], spec["metric"], truth, said), score_interval(spec["task"], spec["metric"], truth, said)
-    return AutoML(out, job.spec, job, score, interval, math.nan if spec["classes"] else conformal_margin(truth, said), len(aside), notes + remarks(job))
+    return _judged(out, job, says["automl"]({k: v[aside] for k, v in features.items()}), y[aside], notes)
 
-# %% ../nbs/35_automl.ipynb #ace82908
+# %% ../nbs/35_automl.ipynb #9f40c458
+def _judged(out: Path, job: Search, said, truth, notes: list) -> AutoML:
+    "The mixture on the rows that were put aside: its score, how sure that is, and how sure one prediction is."
+    task, metric = job.spec["task"], job.spec["metric"]
+    score, interval = score_of(task, metric, truth, said), score_interval(task, metric, truth, said)
+    return AutoML(out, job.spec, job, score, interval, math.nan if job.spec["classes"] else conformal_margin(truth, said), len(truth), notes + remarks(job))
+
+# %% ../nbs/35_automl.ipynb #f340ac53
 def together(
     a: dict, b: dict,  # columns of two tables
 ) -> dict:
@@ -1021,7 +1055,16 @@ def together(
     if lacks := set(a) ^ set(b): raise SlmlError(f"column '{sorted(lacks)[0]}' is in only one of the two tables", "automl: test", "give both the same columns")
     return {k: np.concatenate([np.asarray(v), np.asarray(b[k])]) for k, v in a.items()}
 
-# %% ../nbs/35_automl.ipynb #137fd66b
+
+def _both_tables(data, test) -> tuple:  # columns; (n,) booleans: the rows of the second table, or None
+    "The table, and below it the one whose rows judge."
+    columns = read_any(data)
+    if test is None: return columns, None
+    first = length(columns)
+    columns = together(columns, read_any(test))
+    return columns, np.arange(length(columns)) >= first
+
+# %% ../nbs/35_automl.ipynb #acd9a9d4
 def look_up(
     con,  # DuckDB connection
     table: str, candidate: str,
@@ -1039,7 +1082,7 @@ def look_up(
         return values[place] if len(asked) else values[:0]
     return say
 
-
+# %% ../nbs/35_automl.ipynb #5ca923de
 def given_tries(
     con, rows: Rows,
     classes: list[str],

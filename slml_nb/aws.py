@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['WAYS_OUT', 'WORDS', 'FACTS', 'CALLS', 'LOGS', 'ECR', 'SETS', 'BLOCKED', 'OLD_PARTS', 'MEND', 'MARKS', 'POLICY',
-           'NEEDS', 'START_UP', 'SPOT', 'MAX_HOURS', 'VOLUME_GB', 'aws_errors', 'Account', 'account_of',
+           'NEEDS', 'START_UP', 'SPOT', 'GUESS', 'MAX_HOURS', 'VOLUME_GB', 'aws_errors', 'Account', 'account_of',
            'session_region', 'role_of', 'caller_of', 'number_of', 'name_part', 'job_stem', 'job_name', 'tags_of',
            'sagemaker_model', 'quiet_sdk', 'instance', 'usd_per_hour', 'training_types', 'fitting_type', 'action_of',
-           'Scope', 'run_statements', 'job_statements', 'doctor_statements', 'bucket_statements', 'scope_of',
-           'policy_for', 'trust_policy', 'only_tls', 'encryption_of', 'asked', 'bucket_settings', 'lacks',
-           'make_bucket', 'Line', 'look', 'check_caller', 'check_bucket', 'check_role', 'quotas_wanted', 'check_quotas',
-           'check_types', 'check_images', 'check_key', 'check_network', 'doctor', 'doctor_text', 'Idle',
-           'idle_endpoints', 'idle_notebooks', 'idle_apps', 'idle_pools', 'idle_uploads', 'idle', 'idle_text',
-           'volume_usd', 'machine_usd', 'probes', 'expect', 'estimate_stage', 'estimate', 'estimate_text', 'Purse',
-           'job_bill', 'billed', 'billed_text', 'Money', 'cost_first', 'away_machines', 'examine', 'printed_policy']
+           'Scope', 'run_statements', 'job_statements', 'doctor_statements', 'bucket_statements', 'pipeline_statements',
+           'pipeline_role_statements', 'scope_of', 'policy_for', 'trust_policy', 'only_tls', 'encryption_of', 'asked',
+           'bucket_settings', 'lacks', 'make_bucket', 'Line', 'look', 'check_caller', 'check_bucket', 'check_role',
+           'quotas_wanted', 'check_quotas', 'check_types', 'check_images', 'check_key', 'check_network', 'doctor',
+           'doctor_text', 'Idle', 'idle_endpoints', 'idle_notebooks', 'idle_apps', 'idle_pools', 'idle_uploads', 'idle',
+           'idle_text', 'volume_usd', 'machine_usd', 'probes', 'likenesses', 'expect', 'estimate_stage', 'estimate',
+           'estimate_text', 'Purse', 'job_bill', 'Money', 'cost_first', 'away_machines', 'examine', 'printed_policy']
 
-# %% ../nbs/61_aws.ipynb #be8b6a7d
+# %% ../nbs/61_aws.ipynb #5dbfbd99
 import contextlib, datetime as dt, functools, json, math, os, re, threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import ParamSet, Refused, Secret, SlmlError, atomic_write, cache_folder, coerce, every, project_root, read_json, sha256_text, suggest
-from .cost import MONTH, dollars, instance_usd, load_prices, needs_of, price_warnings, read_meter, s3_usd, smallest, table_text
+from .cost import MONTH, billed, billed_text, dollars, instance_usd, load_prices, needs_of, price_warnings, read_meter, s3_usd, smallest, table_text
 from .meter import megabytes
-from .run import learned_peaks, load_run
+from .run import learned_peaks
 from .store import aws_environment, aws_errors as errors_in_words, aws_session, client_of, error_code, read_address
 
 # %% ../nbs/61_aws.ipynb #66b8be0f
@@ -41,7 +41,7 @@ def aws_errors(
 # %% ../nbs/61_aws.ipynb #2b714c6b
 WORDS = {"role": str, "region": str, "kms": str, "subnets": list, "security_groups": list, "images": dict, "budget_usd": float, "tags": dict, "pipeline": dict}  # of `sagemaker:`
 
-# %% ../nbs/61_aws.ipynb #3877dbcc
+# %% ../nbs/61_aws.ipynb #6b0d5e13
 @dataclass
 class Account:
     "The account that stages on other machines run in."
@@ -57,6 +57,11 @@ class Account:
     tags: dict = field(default_factory=dict)  # on everything that is made
     pipeline: dict = field(default_factory=dict)  # of a SageMaker pipeline: approval, schedule, … (see `63_pipeline`)
     where: str = ""  # the parameter set, for messages
+    owner: str = ""  # number of the account whose bucket the store must be: s3://…?owner=…; "": whoever can be reached
+
+    def environment(self) -> dict[str, str]:
+        "What a job must be told of its store: key and owner, where there are any."
+        return {n: v for n, v in (("SLML_S3_KMS", self.kms), ("SLML_S3_OWNER", self.owner)) if v}
 
     def client(self, service: str):
         "A client of boto3 for a service, in this account's region."
@@ -85,7 +90,7 @@ def _from_environment(name: str) -> str:
     names = [f"SLML_SAGEMAKER_{name.upper()}", *(["AWS_REGION", "AWS_DEFAULT_REGION"] if name == "region" else [])]
     return next((os.environ[n] for n in names if os.environ.get(n)), "")
 
-# %% ../nbs/61_aws.ipynb #2f769fa0
+# %% ../nbs/61_aws.ipynb #031d941b
 def account_of(
     params: ParamSet,
 ) -> Account:
@@ -96,8 +101,8 @@ def account_of(
     for name in WORDS:
         if given.get(name) in (None, "") and (text := _from_environment(name)): given[name] = text
     typed = {n: _word(n, v, at(n)) for n, v in given.items() if v is not None}
-    wished = read_address(params.store)[1]["kms"] if params.store.startswith("s3://") else ""  # s3://bucket/prefix?kms=…
-    return Account(params.project, params.store, where=params.file, **{**typed, "region": typed.get("region") or session_region(), "kms": typed.get("kms") or wished})
+    wished = read_address(params.store)[1] if params.store.startswith("s3://") else {"kms": "", "owner": ""}  # s3://bucket/prefix?kms=…&owner=…
+    return Account(params.project, params.store, where=params.file, **{**typed, "region": typed.get("region") or session_region(), "kms": typed.get("kms") or wished["kms"], "owner": wished["owner"]})
 
 # %% ../nbs/61_aws.ipynb #5d8f623e
 def session_region() -> str:
@@ -256,7 +261,7 @@ def fitting_type(
     if found := smallest(table, needs_of(asked, 2, gpu)): return found
     raise SlmlError(f"no machine in the price list has {asked:,.0f} MB{' and a GPU' if gpu else ''}", node.stage, f"name one: -p {node.stage}.on=ml.…")
 
-# %% ../nbs/61_aws.ipynb #ea8142cb
+# %% ../nbs/61_aws.ipynb #096851c5
 CALLS = {  # call of the API: action it needs, where that has another name
     "s3:HeadObject": "s3:GetObject", "s3:ListObjectsV2": "s3:ListBucket", "s3:DeleteObjects": "s3:DeleteObject", "s3:HeadBucket": "s3:ListBucket",
     **{f"s3:{call}": "s3:PutObject" for call in ("CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload")},
@@ -264,6 +269,7 @@ CALLS = {  # call of the API: action it needs, where that has another name
     "s3:GetPublicAccessBlock": "s3:GetBucketPublicAccessBlock", "s3:PutPublicAccessBlock": "s3:PutBucketPublicAccessBlock",
     "s3:GetBucketLifecycleConfiguration": "s3:GetLifecycleConfiguration", "s3:PutBucketLifecycleConfiguration": "s3:PutLifecycleConfiguration",
     "s3:ListMultipartUploads": "s3:ListBucketMultipartUploads", "s3:ListParts": "s3:ListMultipartUploadParts",
+    "s3:GetBucketNotificationConfiguration": "s3:GetBucketNotification", "s3:PutBucketNotificationConfiguration": "s3:PutBucketNotification",
     "service-quotas:ListServiceQuotas": "servicequotas:ListServiceQuotas", "sts:GetCallerIdentity": ""}
 
 # %% ../nbs/61_aws.ipynb #c8eef753
@@ -279,7 +285,7 @@ def _allow(sid: str, actions: str, resources, **condition) -> dict:
     service, _, names = actions.partition(":")
     return {"Sid": sid, "Effect": "Allow", "Action": [f"{service}:{n}" for n in sorted(names.split())], "Resource": resources, **({"Condition": condition} if condition else {})}
 
-# %% ../nbs/61_aws.ipynb #a929c036
+# %% ../nbs/61_aws.ipynb #642c8078
 @dataclass
 class Scope:
     "What a policy is about: an account, and what a parameter set does there."
@@ -288,6 +294,7 @@ class Scope:
     reads: list = field(default_factory=list)  # s3:// addresses outside of the store
     images: list = field(default_factory=list)  # of jobs; empty: AWS's own
     secrets: list = field(default_factory=list)  # names or ARNs in Secrets Manager; ssm:/path in the Parameter Store
+    tunes: bool = False  # whether the set has a search
 
     @property
     def partition(self) -> str:
@@ -334,16 +341,22 @@ def _sources(scope: Scope) -> list[dict]:
     return [_allow("Sources", "s3: GetObject", sorted({scope.s3(f"{b}/{k}{'' if re.search(r'[.][a-z0-9]+$', k) else '*'}") for b, _, k in places})),
             _allow("SourceNames", "s3: ListBucket", sorted({scope.s3(b) for b, *_ in places}), StringLike={"s3:prefix": sorted({f"{k}*" for *_, k in places})})]
 
-# %% ../nbs/61_aws.ipynb #b90c325c
+# %% ../nbs/61_aws.ipynb #507f1ffd
+def _hand_over(scope: Scope, *to: str, role: str = "", sid: str = "HandOver") -> dict:
+    "A role may be handed to a service, SageMaker unless others are named, and to nobody else."
+    a, to = scope.account, to or ("sagemaker",)
+    role = role or (a.role if a.role.startswith("arn:") else f"arn:{scope.partition}:iam::{scope.number}:role/{a.role or 'slml-' + a.project}")
+    names = [f"{s}.amazonaws.com" for s in to]
+    return _allow(sid, "iam: PassRole", [role], StringEquals={"iam:PassedToService": names[0] if len(names) == 1 else names})
+
+# %% ../nbs/61_aws.ipynb #93bb478a
 LOGS = "log-group:/aws/sagemaker/TrainingJobs"
 
 
 def run_statements(scope: Scope) -> list[dict]:
     "For whoever starts a run."
-    role = scope.account.role if scope.account.role.startswith("arn:") else f"arn:{scope.partition}:iam::{scope.number}:role/{scope.account.role or 'slml-' + scope.account.project}"
     return [*_artifacts(scope), *_sources(scope),
-            _allow("Jobs", "sagemaker: CreateTrainingJob DescribeTrainingJob StopTrainingJob AddTags", _jobs(scope, "sagemaker", "training-job/")),
-            _allow("HandOver", "iam: PassRole", [role], StringEquals={"iam:PassedToService": "sagemaker.amazonaws.com"}),
+            _allow("Jobs", "sagemaker: CreateTrainingJob DescribeTrainingJob StopTrainingJob AddTags", _jobs(scope, "sagemaker", "training-job/")), _hand_over(scope),
             _allow("LogNames", "logs: DescribeLogStreams", [scope.arn("logs", f"{LOGS}"), scope.arn("logs", f"{LOGS}:*")]),
             _allow("Logs", "logs: GetLogEvents", _jobs(scope, "logs", f"{LOGS}:log-stream:"))]
 
@@ -402,10 +415,52 @@ def bucket_statements(scope: Scope) -> list[dict]:
     "For whoever makes the bucket, once."
     return [_allow("MakeBucket", "s3: CreateBucket GetBucketPolicy GetBucketPublicAccessBlock GetEncryptionConfiguration GetLifecycleConfiguration ListBucket PutBucketPolicy PutBucketPublicAccessBlock PutEncryptionConfiguration PutLifecycleConfiguration", [scope.s3(scope.account.bucket)])]
 
-# %% ../nbs/61_aws.ipynb #3b927daa
-SETS = {"run": run_statements, "job": job_statements, "doctor": doctor_statements, "bucket": bucket_statements}
+# %% ../nbs/61_aws.ipynb #9e6e395b
+def _pipeline_name(scope: Scope) -> str:
+    "The name of the set's pipeline, and of its group of models (see `63_pipeline`)."
+    return f"slml-{name_part(scope.account.project, 200)}"
 
-# %% ../nbs/61_aws.ipynb #e8125002
+
+def pipeline_statements(scope: Scope) -> list[dict]:
+    "For whoever creates, starts and watches the pipeline of a set."
+    name, sm = _pipeline_name(scope), lambda *rest: [scope.arn("sagemaker", r) for r in rest]
+    jobs = _jobs(scope, "sagemaker", "hyper-parameter-tuning-job/")
+    return [*_artifacts(scope),
+            _allow("Pipeline", "sagemaker: AddTags CreatePipeline DescribePipeline DescribePipelineDefinitionForExecution DescribePipelineExecution ListPipelineExecutionSteps ListPipelineExecutions StartPipelineExecution StopPipelineExecution UpdatePipeline",
+                   sm(f"pipeline/{name}", f"pipeline/{name}/execution/*")),
+            _allow("ModelGroup", "sagemaker: AddTags CreateModelPackageGroup", sm(f"model-package-group/{name}")), _allow("Models", "sagemaker: DescribeModelPackage", sm(f"model-package/{name}/*")),
+            *([_allow("Search", "sagemaker: AddTags CreateHyperParameterTuningJob DescribeHyperParameterTuningJob StopHyperParameterTuningJob", jobs)] if scope.tunes else []),
+            _hand_over(scope), *_starts_itself(scope, name)]
+
+# %% ../nbs/61_aws.ipynb #4b7c80f0
+def _starts_itself(scope: Scope, name: str) -> list[dict]:
+    "What a schedule and new objects need, where the set has them: the rules, and the role that may start the pipeline."
+    words, out = scope.account.pipeline, []
+    by = [s for s, word in (("scheduler", "cron"), ("events", "new_objects")) if words.get(word)]
+    if not by: return out
+    role = words.get("trigger_role") or f"arn:{scope.partition}:iam::{scope.number}:role/{name[:50]}-trigger"
+    if not words.get("trigger_role"): out.append(_allow("Trigger", "iam: CreateRole GetRole PutRolePolicy TagRole", [role]))
+    out.append(_hand_over(scope, *by, role=role, sid="HandOverTrigger"))
+    if "scheduler" in by: out.append(_allow("Schedule", "scheduler: CreateSchedule UpdateSchedule", [scope.arn("scheduler", f"schedule/default/{name[:64]}")]))
+    if "events" not in by: return out
+    bucket = words["new_objects"].removeprefix("s3://").partition("/")[0]
+    return [*out, _allow("Rule", "events: PutRule PutTargets", [scope.arn("events", f"rule/{name[:64]}")]), _allow("NewObjects", "s3: GetBucketNotification PutBucketNotification", [scope.s3(bucket)])]
+
+# %% ../nbs/61_aws.ipynb #a05c28b9
+def pipeline_role_statements(scope: Scope) -> list[dict]:
+    "For the role that a pipeline runs as: what its jobs need, to start them, and to register what they made."
+    name, gate, lines = _pipeline_name(scope), "log-group:/aws/sagemaker/ProcessingJobs", job_statements(scope)
+    for s in lines:
+        if s["Sid"] == "LogGroup": s["Resource"] = [*s["Resource"], scope.arn("logs", gate), scope.arn("logs", f"{gate}:*")]
+        if s["Sid"] == "Logs": s["Resource"] = [*s["Resource"], *_jobs(scope, "logs", f"{gate}:log-stream:")]
+    return [*lines, _allow("Jobs", "sagemaker: AddTags CreateTrainingJob DescribeTrainingJob StopTrainingJob", _jobs(scope, "sagemaker", "training-job/")),
+            _allow("Gate", "sagemaker: AddTags CreateProcessingJob DescribeProcessingJob StopProcessingJob", _jobs(scope, "sagemaker", "processing-job/")),
+            _allow("Register", "sagemaker: AddTags CreateModelPackage", [scope.arn("sagemaker", f"model-package-group/{name}"), scope.arn("sagemaker", f"model-package/{name}/*")]), _hand_over(scope)]
+
+# %% ../nbs/61_aws.ipynb #33e2e400
+SETS = {"run": run_statements, "job": job_statements, "pipeline": pipeline_statements, "pipeline-role": pipeline_role_statements, "doctor": doctor_statements, "bucket": bucket_statements}
+
+# %% ../nbs/61_aws.ipynb #451a97be
 def scope_of(
     params: ParamSet,
     graph=None,  # from `slml_nb.graph.plan`; None: no stage is known
@@ -420,14 +475,14 @@ def scope_of(
     images = {n.machine["image"] for n in away if n.machine.get("image")} | set(account.images.values()) | set(images)
     secrets = [os.environ[f"SLML_SECRET_{s}"] for n in away for s in {s.name for s in every((values or {}).get(n.stage, {}), Secret)} if os.environ.get(f"SLML_SECRET_{s}")]
     inside = f"s3://{'/'.join(filter(None, [account.bucket, account.prefix, account.project]))}/"
-    return Scope(account, number_of(account, ask), sorted({r for r in reads if not r.startswith(inside)}), sorted(images), sorted(set(secrets)))
+    return Scope(account, number_of(account, ask), sorted({r for r in reads if not r.startswith(inside)}), sorted(images), sorted(set(secrets)), bool(params.tune))
 
-# %% ../nbs/61_aws.ipynb #8e491ef1
+# %% ../nbs/61_aws.ipynb #00d2b38d
 def policy_for(
     params: ParamSet,
     graph=None,
     values: dict | None = None,
-    which: str = "run",  # run, job, doctor, bucket, or trust
+    which: str = "run",  # run, job, pipeline, pipeline-role, doctor, bucket, or trust
     ask: bool = False,  # AWS for the account's number, when no ARN says it
     images: list = (),  # of the jobs, where they are known
 ) -> dict:  # a policy document of IAM
@@ -579,13 +634,13 @@ def look(
 
 POLICY = "slml doctor PARAMS --on sagemaker --policy doctor   (prints the permission that looking needs)"
 
-# %% ../nbs/61_aws.ipynb #7a28d738
+# %% ../nbs/61_aws.ipynb #f6aff49a
 def check_caller(account: Account) -> list[Line]:
     "Credentials and region."
     import boto3
     lines, session = [], aws_session()
     try: lines.append(Line("credentials", caller_of(account)["Arn"]))
-    except SlmlError as e: lines.append(Line("credentials", e.what, "missing", "aws configure sso, or export AWS_PROFILE=…, or AWS_ACCESS_KEY_ID=… and AWS_SECRET_ACCESS_KEY=…"))
+    except SlmlError as e: lines.append(Line("credentials", "none were found" if "NoCredentials" in e.what else e.what, "missing", "aws configure sso, or export AWS_PROFILE=…, or AWS_ACCESS_KEY_ID=… and AWS_SECRET_ACCESS_KEY=…"))
     known = session.get_available_regions("sagemaker", session.get_partition_for_region(account.region)) if account.region else []
     if not account.region: return [*lines, Line("region", "none", "missing", "export AWS_REGION=eu-central-1, or  sagemaker: {region: …}  in the parameter set")]
     if account.region in known: return [*lines, Line("region", account.region)]
@@ -594,17 +649,21 @@ def check_caller(account: Account) -> list[Line]:
 # %% ../nbs/61_aws.ipynb #542ac989
 NEEDS = {"public": "public access is not blocked", "encryption": "objects are not encrypted as the parameter set says", "tls": "requests without TLS are not refused", "parts": "uploads that are broken off stay and cost"}
 
-# %% ../nbs/61_aws.ipynb #136d4d94
+# %% ../nbs/61_aws.ipynb #da8e9d67
 def check_bucket(account: Account, params: str = "PARAMS") -> list[Line]:
     "The store: a bucket of this account, in its region, private and encrypted."
     make = f"slml doctor {params} --on sagemaker --make-bucket"
     if not account.bucket: return [Line("store", account.store or "a folder of this machine", "missing", "set  store: s3://BUCKET/slml  in the parameter set, or --store s3://…, then " + make)]
-    s3 = account.client("s3")
-    there = asked(s3.head_bucket, ["404", "NoSuchBucket"], Bucket=account.bucket, ExpectedBucketOwner=number_of(account))
+    import botocore.exceptions
+    s3, owner = account.client("s3"), account.owner or number_of(account)
+    try: there = asked(s3.head_bucket, ["404", "NoSuchBucket"], Bucket=account.bucket, ExpectedBucketOwner=owner)
+    except botocore.exceptions.ClientError as e:
+        if error_code(e) not in ("403", "AccessDenied"): raise
+        return [Line("store", f"{account.bucket} is no bucket of account {owner}, or it is closed to you", "missing", "another name (everybody on AWS shares them): --store s3://OTHER/slml; another account's on purpose: s3://…?owner=NUMBER; your own, closed: " + POLICY)]
     if there is None: return [Line("store", f"there is no bucket {account.bucket}", "missing", make)]
     at = there["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region", account.region)
     lines = [Line("store", account.store)] if at == account.region else [Line("store", f"{account.bucket} is in {at}, jobs would be in {account.region}", "missing", f"sagemaker: {{region: {at}}}, or another bucket")]
-    gone = lacks(bucket_settings(s3, account.bucket, number_of(account)), account)
+    gone = lacks(bucket_settings(s3, account.bucket, owner), account)
     lines.append(Line("bucket", "private, encrypted, TLS only") if not gone else Line("bucket", "; ".join(NEEDS[n] for n in gone), "missing", make))
     if s3.get_bucket_versioning(Bucket=account.bucket).get("Status") == "Enabled":
         lines.append(Line("versions", "every overwritten object is kept and paid for", "missing", f"aws s3api put-bucket-versioning --bucket {account.bucket} --versioning-configuration Status=Suspended"))
@@ -895,9 +954,10 @@ def volume_usd(prices: dict) -> float:  # US dollars a GB-month
     "What a GB of a volume costs a month."
     return prices["volume"]["usd_per_gb_month"]
 
-# %% ../nbs/61_aws.ipynb #b7f3e755
+# %% ../nbs/61_aws.ipynb #98162c62
 START_UP = 120  # seconds that are billed before the first cell runs; an assumption
 SPOT = 0.5  # share of the price that spot capacity costs; an assumption: AWS says up to 90 % less
+GUESS = 600  # seconds of a stage that nobody has seen; also the least that a job is given
 MAX_HOURS = 24.0  # that a job may take unless its stage says `max_hours`; AWS's own default
 VOLUME_GB = 30  # of a job unless its stage says `volume_gb`
 
@@ -925,10 +985,21 @@ def probes(
             out.setdefault(name, []).append({"seconds": inside, "cores": used["cpu"] / inside if used["cpu"] is not None else None, "bill": entry.get("bill") or {}})
     return out
 
+# %% ../nbs/61_aws.ipynb #e1ccdad6
+def likenesses(
+    runs: Path,  # folder of a project's runs; those of other projects lie beside it
+) -> dict[str, tuple[str, list[dict]]]:  # {stage: (project, its probes)}, of the project in which it took longest
+    "What stages of the same name took in other projects."
+    out = {}
+    for other in sorted(p for p in Path(runs).parent.glob("[!.]*") if p.is_dir() and p.name != Path(runs).name):
+        for stage, history in probes(other, 10).items():
+            if stage not in out or _middle([p["seconds"] for p in history]) > _middle([p["seconds"] for p in out[stage][1]]): out[stage] = other.name, history
+    return out
+
 # %% ../nbs/61_aws.ipynb #9bd6a2f1
 def _middle(values): return sorted(values)[len(values) // 2]
 
-# %% ../nbs/61_aws.ipynb #ec076194
+# %% ../nbs/61_aws.ipynb #fe303f6e
 def expect(
     history: list[dict],  # of one stage, from `probes`
     machine: dict,  # on, instances, …
@@ -938,50 +1009,61 @@ def expect(
     same = [p["bill"]["seconds"] for p in history if p["bill"].get("seconds") and (p["bill"].get("instance"), p["bill"].get("instances", 1)) == (machine["on"], machine.get("instances", 1))][:3]
     if same: return float(_middle(same)), f"{len(same)} bill{'s' * (len(same) > 1)} on {machine['on']}"
     here = [p for p in history if not p["bill"]][:3] or history[:3]
-    if not here: return None, "never ran: its max_hours"
+    if not here: return None, f"never ran: a guess of {GUESS / 60:.0f} minutes"
     cores, has = max((p["cores"] or 1.0 for p in here)), instance(machine["on"], prices)["cores"]
     seconds = _middle([p["seconds"] for p in here]) * max(1.0, cores / has)
     slower = f", {cores:.1f} cores busy on {has}" if cores > has else ""
     return seconds + START_UP, f"{len(here)} run{'s' * (len(here) > 1)} before{slower}, {START_UP} s to start"
 
-# %% ../nbs/61_aws.ipynb #669e5b00
-def estimate_stage(stage: str, machine: dict, history: list[dict], prices: dict) -> dict:  # stage, instance, instances, spot, seconds, usd, most_usd, basis, known
+# %% ../nbs/61_aws.ipynb #feff27f1
+def estimate_stage(
+    stage: str, machine: dict,
+    history: list[dict],  # from `probes`
+    prices: dict,
+    like: tuple[str, list[dict]] | None = None,  # from `likenesses`; asked when the stage has no history
+) -> dict:  # stage, instance, instances, spot, seconds, usd, most_usd, basis, known (whether it rests on something that was measured)
     "What one stage will cost, and the most that it can cost."
-    seconds, basis = expect(history, machine, prices)
+    seconds, basis = expect(history or (like[1] if like else []), machine, prices)
+    if like and not history: basis = f"{like[0]}, which is another project: {basis}"
     most = machine_usd(machine.get("max_hours", MAX_HOURS) * 3600, machine, prices)
     share = SPOT if machine.get("spot") else 1.0
-    usd = min(most, share * machine_usd(seconds, machine, prices)) if seconds is not None else most
-    return {"stage": stage, "instance": machine["on"], "instances": machine.get("instances", 1), "spot": bool(machine.get("spot")), "seconds": seconds, "usd": usd, "most_usd": most, "basis": basis + (f", spot at {SPOT:.0%}" if machine.get("spot") and seconds else ""), "known": seconds is not None}
+    usd = min(most, share * machine_usd(GUESS + START_UP if seconds is None else seconds, machine, prices))
+    return {"stage": stage, "instance": machine["on"], "instances": machine.get("instances", 1), "spot": bool(machine.get("spot")), "seconds": seconds, "usd": usd, "most_usd": most,
+            "basis": basis + (f", spot at {SPOT:.0%}" if machine.get("spot") else ""), "known": seconds is not None}
 
-# %% ../nbs/61_aws.ipynb #9407c36d
+# %% ../nbs/61_aws.ipynb #3bc31e80
 def estimate(
     account: Account,
     machines: dict,  # {stage: {on: ml.…, spot, instances, volume_gb, max_hours}} of the stages that run away and are not there yet
     runs=None,  # folder of the project's runs, or what `probes` found there
     prices: dict | None = None,
+    like: dict | None = None,  # from `likenesses`; None: those beside the folder
 ) -> dict:  # stages (from `estimate_stage`), usd, most_usd, notes
     "What a run will cost, before anything starts."
     prices, before = prices or load_prices(), runs if isinstance(runs, dict) else probes(Path(runs)) if runs else {}
-    stages = [estimate_stage(s, m, before.get(s, []), prices) for s, m in machines.items()]
+    if like is None: like = likenesses(Path(runs)) if runs and not isinstance(runs, dict) else {}
+    stages = [estimate_stage(s, m, before.get(s, []), prices, like.get(s)) for s, m in machines.items()]
     return {"stages": stages, "usd": sum(s["usd"] for s in stages), "most_usd": sum(s["most_usd"] for s in stages), "notes": _notes(account, stages, prices)}
 
-# %% ../nbs/61_aws.ipynb #f5172ff6
+# %% ../nbs/61_aws.ipynb #cf3a585e
 def _notes(account: Account, stages: list[dict], prices: dict) -> list[str]:
     "What a reader should know about an estimate before believing it."
     notes = [f"prices are those of {prices['region']}, not of {account.region}"] if account.region not in ("", prices["region"]) else []
     if new := [s["stage"] for s in stages if not s["known"]]:
-        notes.append(f"{', '.join(new)} never ran: counted with all of {'their' if len(new) > 1 else 'its'} max_hours; -p {new[0]}.max_hours=1 limits it, a run here on few rows tells more")
+        notes.append(f"{', '.join(new)} never ran, here or in another project: {GUESS / 60:.0f} minutes are a guess; a run here on few rows tells more, -p {new[0]}.max_hours=1 limits it")
+    if other := [s["stage"] for s in stages if "another project" in s["basis"]]: notes.append(f"{', '.join(other)} never ran in this project: counted as in another one, whose rows may be fewer or more")
     return notes + price_warnings(prices, [("sagemaker", s["instance"]) for s in stages])
 
-# %% ../nbs/61_aws.ipynb #63607013
+# %% ../nbs/61_aws.ipynb #4058f4e3
 def estimate_text(found: dict, budget_usd: float | None = None) -> str:
     "An estimate for a terminal."
     rows = [{"stage": s["stage"], "machine": f"{s['instances']} × {s['instance']}{' spot' * s['spot']}", "seconds": s["seconds"], "USD": s["usd"], "at most USD": s["most_usd"], "rests on": s["basis"]} for s in found["stages"]]
     if not rows: return "Nothing runs away, so nothing is billed."
     within = f", of a budget of {dollars(budget_usd)}" if budget_usd is not None else ""
-    return "\n".join([*table_text(rows), "", f"About {dollars(found['usd'])}{within}, at most {dollars(found['most_usd'])}.", *(f"Note: {n}" for n in found["notes"])])
+    ends = f" (jobs are ended when {dollars(budget_usd)} are spent)" if budget_usd is not None and budget_usd < found["most_usd"] else ""
+    return "\n".join([*table_text(rows), "", f"About {dollars(found['usd'])}{within}, at most {dollars(found['most_usd'])}{ends}.", *(f"Note: {n}" for n in found["notes"])])
 
-# %% ../nbs/61_aws.ipynb #4532d143
+# %% ../nbs/61_aws.ipynb #c5c172ec
 class Purse:
     "The money of one run: what was billed, and what is set aside for stages that are under way."
 
@@ -996,8 +1078,8 @@ class Purse:
         "Stop before anything starts when an estimate is above the budget."
         if found["usd"] <= self.left(): return
         dear = sorted(found["stages"], key=lambda s: -s["usd"])
-        parts = ", ".join(f"{s['stage']} {dollars(s['usd'])} on {s['instance']}" for s in dear[:3])
-        raise SlmlError(f"the run would cost about {dollars(found['usd'])} ({parts}), the budget is {dollars(self.budget)}; nothing was started", where, self._way_out(dear[0]["stage"]))
+        parts = ", ".join(f"{s['stage']} {dollars(s['usd'])} on {s['instance']}: {s['basis']}" for s in dear[:3])
+        raise SlmlError(f"the run would cost about {dollars(found['usd'])} and at most {dollars(found['most_usd'])} ({parts}), the budget is {dollars(self.budget)}; nothing was started", where, self._way_out(dear[0]["stage"]))
 
     def reserve(self, stage: str, usd: float, where: str = "sagemaker.budget_usd"):
         "Set money aside for a stage that is about to start, or stop it."
@@ -1017,13 +1099,13 @@ def _settle(self: Purse, stage: str, usd: float | None):
         aside = self.aside.pop(stage, 0.0)
         self.spent += aside if usd is None else usd
 
-# %% ../nbs/61_aws.ipynb #da366e30
+# %% ../nbs/61_aws.ipynb #dc51e741
 def _seconds(self: Purse, stage: str, machine: dict, prices: dict | None = None) -> int:
     "The most seconds a job may take: its max_hours, or what the budget still pays for when that is less; ten minutes at least."
     most = machine.get("max_hours", MAX_HOURS) * 3600
     if self.budget is None: return int(most)
     hour = machine_usd(3600, machine, prices or load_prices())
-    return int(min(most, max(600, (self.left() + self.aside.get(stage, 0.0)) / hour * 3600)))
+    return int(min(most, max(GUESS, (self.left() + self.aside.get(stage, 0.0)) / hour * 3600)))
 
 Purse.settle, Purse.seconds = _settle, _seconds
 
@@ -1044,31 +1126,7 @@ def job_bill(
     return {"job": job.get("TrainingJobName", ""), "state": job.get("TrainingJobStatus", ""), "instance": machine["on"], "instances": machine["instances"], "spot": spot, "seconds": seconds, "took": took,
             "usd": machine_usd(seconds, machine, prices) + warm_usd if known else None, "warm_usd": warm_usd, "spot_saved": 1 - seconds / took if spot and took and seconds is not None else None}
 
-# %% ../nbs/61_aws.ipynb #06a8374a
-def billed(
-    run,  # folder of a run, or its record
-) -> list[dict]:  # stage, machine, estimated, billed, seconds, spot_saved; of the stages that ran away
-    "What the stages of a run cost on other machines, beside what was estimated."
-    record = run if isinstance(run, dict) else load_run(run)
-    out = []
-    for stage, entry in (record.get("stages") or {}).items():
-        bill, said = entry.get("bill") or {}, entry.get("estimate") or {}
-        if not bill and not said: continue
-        machine = f"{bill.get('instances', said.get('instances', 1))} × {bill.get('instance') or said.get('instance', '')}{' spot' if bill.get('spot', said.get('spot')) else ''}"
-        out.append({"stage": stage, "machine": machine, "seconds": bill.get("seconds"), "estimated USD": said.get("usd"), "billed USD": bill.get("usd"), "spot saved": bill.get("spot_saved")})
-    return out
-
-# %% ../nbs/61_aws.ipynb #16024d58
-def billed_text(rows: list[dict]) -> str:  # '' when nothing ran away
-    "The bill of other machines for a terminal."
-    if not rows: return ""
-    shown = [{**r, "spot saved": f"{r['spot saved']:.0%}" if r["spot saved"] is not None else ""} for r in rows]
-    both = [(r["estimated USD"], r["billed USD"]) for r in rows if r["estimated USD"] and r["billed USD"] is not None]
-    said, was, unknown = sum(e for e, _ in both), sum(b for _, b in both), [r["stage"] for r in rows if r["billed USD"] is None]
-    words = [f"Billed {dollars(sum(r['billed USD'] or 0 for r in rows))}" + (f"; of {dollars(said)} that were estimated, {was / said:.0%}." if both else ".")]
-    return "\n".join(["On SageMaker:", *table_text(shown), "", *words, *([f"Not known yet: {', '.join(unknown)}."] if unknown else [])])
-
-# %% ../nbs/61_aws.ipynb #5faf44f6
+# %% ../nbs/61_aws.ipynb #c416a477
 class Money:
     "Estimate, budget and bills of one run."
 
@@ -1079,17 +1137,17 @@ class Money:
         prices: dict | None = None,
     ):
         self.account, self.prices, self.purse = account, prices or load_prices(), Purse(account.budget_usd)
-        self.before = probes(Path(runs)) if runs else {}
+        self.before, self.like = (probes(Path(runs)), likenesses(Path(runs))) if runs else ({}, {})
 
     def check(self, machines: dict) -> dict:  # {stage: machine} of what will be made away; the estimate comes back
         "Say what a run will cost; an error when that is above its budget."
-        found = estimate(self.account, machines, self.before, self.prices)
+        found = estimate(self.account, machines, self.before, self.prices, self.like)
         self.purse.check(found)
         return found
 
     def start(self, stage: str, machine: dict) -> tuple[dict, int]:  # its line of the estimate, for the record; the seconds that it may take
         "Set money aside for a job; an error when there is not enough."
-        said = estimate_stage(stage, machine, self.before.get(stage, []), self.prices)
+        said = estimate_stage(stage, machine, self.before.get(stage, []), self.prices, self.like.get(stage))
         self.purse.reserve(stage, said["usd"])
         return said, self.purse.seconds(stage, machine, self.prices)
 
@@ -1124,7 +1182,7 @@ def away_machines(
     away = [s for s, on in says.items() if on != "here"] or [s for s, n in graph.nodes.items() if "on" not in n.machine]
     return {s: {**graph.nodes[s].machine, "on": says[s] if says[s].startswith("ml.") else fitting_type(graph.nodes[s], runs)} for s in away}
 
-# %% ../nbs/61_aws.ipynb #996376ae
+# %% ../nbs/61_aws.ipynb #1325123f
 def examine(
     params: ParamSet | None,  # None: the account alone
     overrides: dict | None = None,  # {"train.on": "ml.g5.xlarge"}
@@ -1138,10 +1196,11 @@ def examine(
     account, machines = account_of(params), away_machines(params, graph) if graph else {}
     done = make_bucket(account) if make else []
     lines = doctor(params, graph, values, machines, lambda: _images(account, machines, images_of))
-    things, unseen = idle(account) if lines[0].ok and account.region else ([], [])
+    reached = all(l.ok for l in lines[:2])  # credentials and region
+    things, unseen = idle(account) if reached else ([], [])
     found = {"checks": [vars(l) for l in lines], "idle": [vars(i) for i in things], "not_seen": [vars(l) for l in unseen], "done": done}
     text = [*(f"+ {d}" for d in done), doctor_text(lines)]
-    if lines[0].ok: text += ["", idle_text(things, unseen), "", f"The smallest policies for this: slml doctor {params.file} --on sagemaker --policy [{'|'.join([*SETS, 'trust'])}]"]
+    if reached: text += ["", idle_text(things, unseen), "", f"The smallest policies for this: slml doctor {params.file} --on sagemaker --policy [{'|'.join([*SETS, 'trust'])}]"]
     return "\n".join(text), found, not any(l.state == "missing" for l in lines)
 
 # %% ../nbs/61_aws.ipynb #89d5299d
@@ -1151,10 +1210,10 @@ def _images(account: Account, machines: dict, images_of) -> list | None:
     try: return sorted({images_of(account, m) for m in machines.values()}) or None
     except Exception: return None  # the SDK, or its list of images, is not there: the check says unknown
 
-# %% ../nbs/61_aws.ipynb #48d52982
+# %% ../nbs/61_aws.ipynb #6bc01a70
 def printed_policy(
     params: ParamSet | None,
-    which: str = "run",  # run, job, doctor, bucket or trust
+    which: str = "run",  # as for `policy_for`
     overrides: dict | None = None,
     images_of=None,  # as in `examine`
 ) -> tuple[str, dict]:  # JSON, and the same as data
@@ -1163,7 +1222,7 @@ def printed_policy(
     params = params or ParamSet("PARAMS", project_root().name, {}, {})
     graph, values = plan(params, overrides) if Path(params.file).is_file() else (None, None)
     account = account_of(params)
-    images = _images(account, away_machines(params, graph), images_of) if graph and which in ("job", "doctor") else None
+    images = _images(account, away_machines(params, graph), images_of) if graph and which in ("job", "pipeline-role", "doctor") else None
     try: found = policy_for(params, graph, values, which, True, images or ())
     except SlmlError:
         if account.role.startswith("arn:"): raise

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['SURE', 'constant_rule', 'split_of', 'round_between', 'questions', 'worth_asking', 'condition', 'grow_rule', 'nested',
-           'found_rule', 'one_hot', 'ridge', 'dual_ridge', 'solve', 'least_absolute', 'linear_scores', 'logistic',
-           'fit_linear', 'tree_parameters', 'boost', 'fit_trees', 'keep_found', 'fit_baselines', 'improvement',
-           'finite', 'at_worst', 'faultless', 'enough', 'lacking', 'enough_words', 'compare', 'draw_trees', 'remarks']
+           'found_rule', 'one_hot', 'one_thread', 'crossed', 'ridge', 'dual_ridge', 'solve', 'least_absolute',
+           'linear_scores', 'logistic', 'fit_linear', 'tree_parameters', 'boost', 'fit_trees', 'keep_found',
+           'fit_baselines', 'improvement', 'finite', 'at_worst', 'faultless', 'enough', 'lacking', 'enough_words',
+           'compare', 'draw_trees', 'remarks']
 
-# %% ../nbs/31_baseline.ipynb #ed4f05ca
-import heapq, math, os, shutil, time
+# %% ../nbs/31_baseline.ipynb #8ceb87a8
+import contextlib, heapq, math, os, shutil, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when LightGBM loads
@@ -29,7 +31,7 @@ def constant_rule(
     likeliest = classes[int(np.bincount(np.asarray(y, int)).argmax())]
     return "'" + likeliest.replace("'", "''") + "'"
 
-# %% ../nbs/31_baseline.ipynb #36eaf0e5
+# %% ../nbs/31_baseline.ipynb #65041d20
 def split_of(
     x,  # (n,) sorted numbers
     t,  # (n, k) the target in the same order
@@ -43,7 +45,7 @@ def split_of(
     at = int(worth.argmax()) if n > 1 else 0
     return (float(worth[at]), float(x[at]), float(x[at + 1])) if n > 1 and worth[at] > 0 else (0.0, 0.0, 0.0)
 
-
+# %% ../nbs/31_baseline.ipynb #aad098c6
 def round_between(
     low: float, high: float,  # low < high
 ) -> float:  # low <= it < high
@@ -53,7 +55,7 @@ def round_between(
         if low <= value < high: return value
     return low
 
-# %% ../nbs/31_baseline.ipynb #f27fa8ec
+# %% ../nbs/31_baseline.ipynb #3c83a92a
 def questions(
     columns: dict,  # features of the training split
     kinds: dict,  # feature -> numeric or categorical
@@ -68,7 +70,7 @@ def questions(
         values, counts = np.unique([v for v in columns[c] if isinstance(v, str)], return_counts=True)
         for v in values[np.argsort(-counts, kind="stable")][:most]: yield (c, str(v)), np.array([0.0 if w == v else 1.0 for w in columns[c]])
 
-
+# %% ../nbs/31_baseline.ipynb #2fb992f5
 def worth_asking(
     columns: dict, kinds: dict,  # see `questions`
     t,  # (n, k) the target
@@ -82,7 +84,7 @@ def worth_asking(
             yield split_of(x[order], t[order], least)[0], q, x, order
     return {q: (x, order) for _, q, x, order in heapq.nlargest(most, _each(), key=lambda e: e[0])}
 
-
+# %% ../nbs/31_baseline.ipynb #d36523f2
 def condition(
     feature: str, value, low: float, high: float,  # of the best split
 ) -> str:  # SQL
@@ -91,7 +93,17 @@ def condition(
     if value is not None: return f"{name} = '" + value.replace("'", "''") + "'"
     return f"{name} <= {round_between(low, high if high < np.inf else low + 1):.16g}" if high < np.inf else f"{name} IS NOT NULL"
 
-# %% ../nbs/31_baseline.ipynb #5deaf8fd
+# %% ../nbs/31_baseline.ipynb #7486111e
+def _best_cut(asked: dict, t, least: int, rows) -> tuple:
+    "Of all questions the one that tells these rows apart best: what it is worth, the two neighbours, the question."
+    inside, found = np.zeros(len(t), bool), (0.0,)
+    inside[rows] = True
+    for q, (x, order) in asked.items():
+        mine = order[inside[order]]
+        found = max(found, (*split_of(x[mine], t[mine], least), q), key=lambda f: f[0])
+    return found
+
+# %% ../nbs/31_baseline.ipynb #beb974ac
 def grow_rule(
     columns: dict, kinds: dict,  # see `questions`
     t,  # (n, k) the target, a column per class
@@ -101,13 +113,7 @@ def grow_rule(
     "The few groups of rows that a nested if tells apart best."
     least = max(3, math.ceil(share * len(t)))
     asked = worth_asking(columns, kinds, t, least)
-    def _best(rows):
-        inside, found = np.zeros(len(t), bool), (0.0,)
-        inside[rows] = True
-        for q, (x, order) in asked.items():
-            mine = order[inside[order]]
-            found = max(found, (*split_of(x[mine], t[mine], least), q), key=lambda f: f[0])
-        return found
+    def _best(rows): return _best_cut(asked, t, least, rows)
     everything = np.arange(len(t))
     open_ = [([], everything, _best(everything))]
     while len(open_) < leaves:
@@ -120,7 +126,7 @@ def grow_rule(
         open_[at:at + 1] = [([*said, (where, True)], yes, _best(yes)), ([*said, (where, False)], no, _best(no))]
     return [(said, rows) for said, rows, _ in open_]
 
-# %% ../nbs/31_baseline.ipynb #5d430ab4
+# %% ../nbs/31_baseline.ipynb #1652fc10
 def nested(
     leaves: list,  # [(conditions, SQL of the outcome)], as `grow_rule` orders them
     depth: int = 0,
@@ -131,7 +137,7 @@ def nested(
     yes, no = ([l for l in leaves if l[0][depth][1] is side] for side in (True, False))
     return f"CASE WHEN {where} THEN {nested(yes, depth + 1)} ELSE {nested(no, depth + 1)} END"
 
-
+# %% ../nbs/31_baseline.ipynb #17ec819b
 def found_rule(
     columns: dict, y, kinds: dict,  # of the training split; y: numbers or class indices
     metric: str, classes: list[str],
@@ -159,7 +165,25 @@ def one_hot(
     place = (codes + start[:-1]).ravel()
     return csr_matrix((np.ones(place.size), place, np.arange(0, place.size + 1, max(1, codes.shape[1])) if codes.shape[1] else np.zeros(len(codes) + 1, int)), (len(codes), start[-1]))
 
-# %% ../nbs/31_baseline.ipynb #102cb061
+# %% ../nbs/31_baseline.ipynb #4bf60097
+@contextlib.contextmanager
+def one_thread():
+    "Products of matrices whose bits do not depend on the number of cores."
+    import scipy.linalg  # with its own library of products, which must be there to be told
+    from threadpoolctl import threadpool_limits
+    with threadpool_limits(1, user_api="blas"): yield
+
+
+def crossed(
+    a, b,  # (n, p), (n, q)
+    least: int = 20_000,  # rows of a block; there are sixteen at most
+) -> np.ndarray:  # (p, q)
+    "The product of a's columns with b's, blocks of rows at once and added in order."
+    step = max(least, math.ceil(len(a) / 16))
+    if step >= len(a): return a.T @ b
+    with ThreadPoolExecutor(os.cpu_count()) as pool: return sum(pool.map(lambda i: a[i:i + step].T @ b[i:i + step], range(0, len(a), step)))
+
+# %% ../nbs/31_baseline.ipynb #fdd414b4
 def ridge(
     dense,  # (n, p) standardised inputs
     hot,  # (n, q) sparse, from `one_hot`
@@ -173,11 +197,11 @@ def ridge(
     d = np.column_stack([np.ones(len(y)), dense])
     wd = d * w[:, None]
     cross = hot.T @ wd
-    gram = np.block([[d.T @ wd, cross.T], [cross, (hot.T @ hot.multiply(w[:, None])).toarray()]])
+    gram = np.block([[crossed(d, wd), cross.T], [cross, (hot.T @ hot.multiply(w[:, None])).toarray()]])
     gram[np.diag_indices_from(gram)] += np.r_[0, np.full(len(gram) - 1, alpha)]
     return solve(gram, np.r_[wd.T @ y, hot.T @ (w * y)])
 
-
+# %% ../nbs/31_baseline.ipynb #7563bb13
 def dual_ridge(dense, hot, y, alpha: float, weight=None) -> np.ndarray:  # as `ridge`
     "The same with fewer rows than inputs, from the rows' products with each other: as many equations as rows."
     w = np.ones(len(y)) if weight is None else weight
@@ -191,7 +215,7 @@ def dual_ridge(dense, hot, y, alpha: float, weight=None) -> np.ndarray:  # as `r
     slope = np.r_[dense.T @ a - mean * a.sum(), hot.T @ a - mean_hot * a.sum()]
     return np.r_[level - mean @ slope[:dense.shape[1]] - mean_hot @ slope[dense.shape[1]:], slope]
 
-
+# %% ../nbs/31_baseline.ipynb #64bf5ebd
 def solve(gram, moment) -> np.ndarray:
     "Normal equations by Cholesky; by singular values, ten times slower, where they are not definite."
     from scipy.linalg import LinAlgError, cho_factor, cho_solve
@@ -199,7 +223,7 @@ def solve(gram, moment) -> np.ndarray:
     except LinAlgError: found = np.full(len(moment), np.nan)
     return found if np.isfinite(found).all() else np.linalg.lstsq(gram, moment, rcond=None)[0]
 
-# %% ../nbs/31_baseline.ipynb #e13ccb7b
+# %% ../nbs/31_baseline.ipynb #b28bfbb2
 def least_absolute(
     dense, hot, y,  # as for `ridge`
     alpha: float,
@@ -213,7 +237,7 @@ def least_absolute(
         beta = ridge(dense, hot, y, alpha, weight / weight.mean())
     return beta
 
-
+# %% ../nbs/31_baseline.ipynb #8ec6fe3a
 def linear_scores(
     beta,  # (1 + p + q, k)
     dense, hot,
@@ -243,7 +267,7 @@ def logistic(
     beta[0, np.setdiff1d(np.arange(k), seen)] = beta[0, seen].min() - 15
     return beta
 
-# %% ../nbs/31_baseline.ipynb #7817805c
+# %% ../nbs/31_baseline.ipynb #d1a2052c
 def fit_linear(
     folder: Path,  # where the model goes
     spec: dict,  # task, target, classes, features, encoding
@@ -256,20 +280,21 @@ def fit_linear(
     encoder, classes = Encoder(spec["encoding"]), spec["classes"]
     inputs = lambda c: (encoder.dense(c), one_hot(encoder.codes(c), encoder.sizes))
     dense, hot = inputs(columns)
-    if classes: beta, how = logistic(dense, hot, y, len(classes), alpha), "logistic regression"
-    elif metric == "mae": beta, how = least_absolute(dense, hot, y, alpha)[:, None], "least absolute deviations"
-    else: beta, how = ridge(dense, hot, y, alpha)[:, None], "ridge"
+    with one_thread():
+        if classes: beta, how = logistic(dense, hot, y, len(classes), alpha), "logistic regression"
+        elif metric == "mae": beta, how = least_absolute(dense, hot, y, alpha)[:, None], "least absolute deviations"
+        else: beta, how = ridge(dense, hot, y, alpha)[:, None], "ridge"
     p = dense.shape[1]
     tables = np.split(beta[1 + p:], np.cumsum(encoder.sizes)[:-1]) if encoder.sizes else []
     trained = {"rows": len(y), "method": how, "library": "scikit-learn" if classes else "numpy"}
     save_linear(folder, {**spec, "trained": trained}, beta[0], beta[1:1 + p], tables)
     def predict(c):
         "As the training computes it."
-        scores = linear_scores(beta, *inputs(c))
+        with one_thread(): scores = linear_scores(beta, *inputs(c))
         return softmax(scores) if classes else scores[:, 0]
     return predict
 
-# %% ../nbs/31_baseline.ipynb #c1f2384f
+# %% ../nbs/31_baseline.ipynb #cee0d42e
 def tree_parameters(
     task: str, classes: list[str],
     loss: str,  # "l1" or "l2"; regression only
@@ -284,7 +309,7 @@ def tree_parameters(
     return {**aim, "min_data_in_leaf": leaf, "min_data_per_group": max(1, min(100, rows // 20)), "min_data_in_bin": min(3, leaf),
             "deterministic": True, "force_row_wise": True, "verbose": -1, **({"feature_fraction": 2000 / columns} if columns > 2000 else {}), **given}
 
-
+# %% ../nbs/31_baseline.ipynb #425dc0a3
 def boost(
     x, y,  # (n, f) from `Encoder.raw`, (n,)
     valid: tuple | None,  # the same of the validation split
@@ -305,7 +330,23 @@ def boost(
     booster = lgb.train({**parameters, "metric": measure}, data, rounds, valid_sets=sets, valid_names=["valid"] * len(sets), callbacks=calls)
     return booster, curve.get("valid", {}).get(measure, [])
 
-# %% ../nbs/31_baseline.ipynb #fb23bf9a
+# %% ../nbs/31_baseline.ipynb #eb8b4c8f
+def _each_loss(spec: dict, encoder: Encoder, train: tuple, checked, metric: str, loss: str, rounds: int, patience: int, given: dict) -> tuple[str, dict]:
+    "What is watched, and for each loss that is tried its booster and curve."
+    classes, codes = spec["classes"], list(range(len(encoder.names), len(encoder.features)))
+    measure = ("binary_logloss" if len(classes) == 2 else "multi_logloss") if classes else "l1" if metric == "mae" else "l2"
+    losses = [loss] if loss != "auto" else ["l2"] if metric != "mae" else ["l1", "l2"] if checked else ["l1"]
+    return measure, {name: boost(*train, checked, tree_parameters(spec["task"], classes, name, *train[0].shape, **given), codes, measure, rounds, patience) for name in losses}
+
+# %% ../nbs/31_baseline.ipynb #7286365c
+def _told_of(tried: dict, kept: str, loss: str, encoder: Encoder) -> dict:
+    "What is worth telling of the trees that are kept: how far they grew, their curve, what they look at."
+    booster, curve = tried[kept]
+    names = [*encoder.names, *(n for n, _ in encoder.codebook)] or ["nothing"]
+    return {"loss": loss, "rounds": booster.best_iteration or booster.current_iteration(), "curve": curve, "tried": {n: min(c, default=None) for n, (_, c) in tried.items()},
+            "importance": dict(zip(names, booster.feature_importance("gain", iteration=booster.best_iteration or None).tolist()))}
+
+# %% ../nbs/31_baseline.ipynb #876591b8
 def fit_trees(
     folder: Path,
     spec: dict,  # task, target, classes, features, encoding
@@ -320,15 +361,9 @@ def fit_trees(
     encoder, classes = Encoder(spec["encoding"]), spec["classes"]
     raw = lambda c: encoder.raw(c) if encoder.features else np.zeros((len(c["target"]), 1))
     x, checked = raw(train[0]), (raw(valid[0]), valid[1]) if len(valid[1]) else None
-    measure = ("binary_logloss" if len(classes) == 2 else "multi_logloss") if classes else "l1" if metric == "mae" else "l2"
-    losses = [loss] if loss != "auto" else ["l2"] if metric != "mae" else ["l1", "l2"] if checked else ["l1"]
-    codes = list(range(len(encoder.names), len(encoder.features)))
-    tried = {name: boost(x, train[1], checked, tree_parameters(spec["task"], classes, name, *x.shape, **given), codes, measure, rounds, patience) for name in losses}
+    measure, tried = _each_loss(spec, encoder, (x, train[1]), checked, metric, loss, rounds, patience, given)
     kept = min(tried, key=lambda name: min(tried[name][1], default=0.0))
-    booster, curve = tried[kept]
-    names = [*encoder.names, *(n for n, _ in encoder.codebook)] or ["nothing"]
-    learnt = {"loss": measure if classes else kept, "rounds": booster.best_iteration or booster.current_iteration(), "curve": curve, "tried": {n: min(c, default=None) for n, (_, c) in tried.items()},
-              "importance": dict(zip(names, booster.feature_importance("gain", iteration=booster.best_iteration or None).tolist()))}
+    booster, learnt = tried[kept][0], _told_of(tried, kept, measure if classes else kept, encoder)
     import lightgbm
     trained = {"rows": len(x), "loss": learnt["loss"], "rounds": learnt["rounds"], "library": "lightgbm", "version": lightgbm.__version__}
     save_trees(folder, {**spec, "trained": trained}, booster.model_to_string(num_iteration=booster.best_iteration or -1))
@@ -358,7 +393,17 @@ def keep_found(
     shutil.rmtree(folder)
     return {}
 
-# %% ../nbs/31_baseline.ipynb #d36eabfb
+# %% ../nbs/31_baseline.ipynb #0c514dcf
+def _laps():  # a function of a name, and {name: seconds} that it fills
+    "Seconds from one call to the next."
+    clock, seconds = time.perf_counter(), {}
+    def lap(name):
+        "Seconds since the last call."
+        nonlocal clock
+        seconds[name], clock = round(time.perf_counter() - clock, 3), time.perf_counter()
+    return lap, seconds
+
+# %% ../nbs/31_baseline.ipynb #e9b417c7
 def fit_baselines(
     folder: Path,  # gets rule/, linear/ and trees/
     recipe: dict,  # features, task, target, classes
@@ -375,11 +420,7 @@ def fit_baselines(
     if task == "classification" and len(classes) < 2: raise SlmlError(f"the target '{recipe['target']}' has one class only", "baseline", "choose another target, or read more rows")
     kinds = kinds_of(recipe)
     spec = {"task": task, "target": recipe["target"], "classes": classes, "features": list(kinds), "encoding": {}}
-    clock, seconds = time.perf_counter(), {}
-    def lap(name):
-        "Seconds since the last call."
-        nonlocal clock
-        seconds[name], clock = round(time.perf_counter() - clock, 3), time.perf_counter()
+    lap, seconds = _laps()
     expression = rule or constant_rule(train[1], metric, classes)
     save_rule(folder / "rule", {**spec, "trained": {"rows": len(train[1])}}, expression, {k: train[0][k] for k in kinds}, train[0]["target"])
     lap("rule")
@@ -392,7 +433,7 @@ def fit_baselines(
     lap("trees")
     return {"rule": load_model(folder / "rule").predict, **found, "linear": linear, "trees": boosted}, learnt, seconds
 
-# %% ../nbs/31_baseline.ipynb #aa5bd70a
+# %% ../nbs/31_baseline.ipynb #3e42f5cb
 def improvement(
     metric,       # name
     value,        # of the candidate
@@ -403,11 +444,12 @@ def improvement(
     if metric != "error_rate" and direction(metric) == "maximise": value, reference = 1 - value, 1 - reference
     return finite(1 - value / reference) if reference else None
 
+# %% ../nbs/31_baseline.ipynb #bd893537
 def finite(x):
     "The number, or None where it is none (JSON knows no NaN)."
     return None if x is None or not math.isfinite(x) else float(x)
 
-# %% ../nbs/31_baseline.ipynb #c2b49672
+# %% ../nbs/31_baseline.ipynb #93c36589
 def at_worst(
     requirements: list[dict],  # of the problem
     metric: str,  # the main one
@@ -417,14 +459,14 @@ def at_worst(
 ) -> dict:  # {candidate: {requirement: value}}; what cannot be known before the next rung is there is left out
     "The quality of each candidate, at the worse end of its interval."
     names = {r["name"]: r["op"] for r in requirements}
-    draws = {m: bootstrap(m, y, says, n_boot, seed, groups) for m in {metric, *names} if m in DIRECTIONS}
+    with one_thread(): draws = {m: bootstrap(m, y, says, n_boot, seed, groups) for m in {metric, *names} if m in DIRECTIONS}
     gains = {f"improvement_over_{w}": {c: [improvement(metric, a, b) for a, b in zip(d.tolist(), draws[metric][ref].tolist())] for c, d in draws[metric].items()}
              for w, ref in (("rule", "rule"), ("weak", "linear")) if ref in says}
     def _end(samples, op): return (interval([s for s in samples if s is not None], level) or [None, None])[1 if op == "<=" else 0]
     sign = {**{m: "<=" if direction(m) == "minimise" else ">=" for m in draws}, **{g: ">=" for g in gains}}
     return {c: {m: _end(of[c], sign[m]) for m, of in (draws | gains).items() if m == metric or m in names} for c in says}
 
-# %% ../nbs/31_baseline.ipynb #af919ce7
+# %% ../nbs/31_baseline.ipynb #df613160
 SURE = 30  # validation rows without which nothing is decided
 
 
@@ -435,7 +477,7 @@ def faultless(
     if task == "classification": return bool((prediction.argmax(1) == y).all())
     return bool(np.abs(prediction - y).max() <= 1e-9 * max(1.0, float(np.abs(y).max())))
 
-
+# %% ../nbs/31_baseline.ipynb #3188e454
 def enough(
     problem: dict,  # from the frame stage
     y, says: dict,  # truth and {candidate: predictions}, simplest first, of the validation rows
@@ -456,7 +498,7 @@ def enough(
         if not running or not lacking(running, name, measure(name)): return said | {"enough": name, "why": enough_words(label({"name": name, "kind": name, "constant": constant and name == "rule"}), problem, n, numbers_of[name], name in perfect)}
     return said | {"why": "no baseline is sure to meet all requirements on the validation rows" if limits_quality(asked) else "no requirement says how good is good enough"}
 
-
+# %% ../nbs/31_baseline.ipynb #e95b47be
 def lacking(requirements: list[dict], name: str, values: dict) -> list[str]:
     "What a candidate lacks, in words."
     return missing(gate(requirements, [{"name": name, **values}]), name)
@@ -487,7 +529,7 @@ def compare(
         rows.append({"candidate": name, **{k: round(v, 4) for k, v in sorted(m.items(), key=lambda kv: kv[0] != metric)}, "seconds": round(seconds[name], 2), "kB": round(size_of(folder / name) / 1e3, 1)})
     return pd.DataFrame(rows)
 
-# %% ../nbs/31_baseline.ipynb #b5444c97
+# %% ../nbs/31_baseline.ipynb #0d1470bc
 def draw_trees(
     axes,  # two matplotlib axes
     learnt: dict,  # from `fit_trees`
@@ -497,6 +539,16 @@ def draw_trees(
 ):
     "How the trees learnt, against rule and linear, and what they look at."
     left, right = axes
+    _draw_curve(left, learnt, board, metric, unit, colours)
+    top = sorted(learnt["importance"].items(), key=lambda kv: -kv[1])[:10][::-1]
+    total = sum(learnt["importance"].values()) or 1
+    right.barh([n for n, _ in top], [100 * g / total for _, g in top], color=colours[0])
+    right.set(xlabel="share of the gain, %", title="What the trees look at")
+    right.grid(False, axis="y")
+
+# %% ../nbs/31_baseline.ipynb #057999da
+def _draw_curve(left, learnt: dict, board, metric: str, unit: str, colours: list[str]):
+    "The validation error after each tree."
     curve = np.sqrt(learnt["curve"]) if metric == "rmse" else np.array(learnt["curve"])
     comparable = metric in ("mae", "rmse", "mse", "log_loss")
     left.plot(np.arange(1, len(curve) + 1), curve, color=colours[2], label="trees")
@@ -506,11 +558,6 @@ def draw_trees(
         if comparable and value == value: left.axhline(value, color=colour, linestyle="--", label=name)
     left.set(xlabel="trees", ylabel=f"{metric} {'in ' + unit if unit else ''}" if comparable else "log loss", title="Validation error while boosting")
     left.legend()
-    top = sorted(learnt["importance"].items(), key=lambda kv: -kv[1])[:10][::-1]
-    total = sum(learnt["importance"].values()) or 1
-    right.barh([n for n, _ in top], [100 * g / total for _, g in top], color=colours[0])
-    right.set(xlabel="share of the gain, %", title="What the trees look at")
-    right.grid(False, axis="y")
 
 # %% ../nbs/31_baseline.ipynb #53b4a920
 def remarks(

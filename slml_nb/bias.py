@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'NO', 'positive_sql', 'facet_groups', 'facet_sql', 'label_counts', 'divergences', 'disparity', 'wilson',
-           'difference_interval', 'measure_group', 'cramers_v', 'group_cells', 'proxies', 'told_together', 'auc',
+           'difference_interval', 'measure_group', 'cramers_v', 'group_cells', 'proxies', 'auc', 'told_together',
            'check_limits', 'passed', 'bias_of', 'draw_shares', 'draw_proxies']
 
 # %% ../nbs/14_bias.ipynb #81119c65
@@ -34,7 +34,7 @@ def positive_sql(
     rare = con.execute(f"select {y} from {ident(table)} where {y} is not null group by 1 order by count(*), 1::VARCHAR limit 1".replace("1::VARCHAR", f"{y}::VARCHAR")).fetchall()[0][0]
     return f"{y} = {literal(rare)}", f"the rarer label, {rare}; say positive: if the other outcome is the wanted one"
 
-# %% ../nbs/14_bias.ipynb #49028323
+# %% ../nbs/14_bias.ipynb #263f7ece
 def facet_groups(
     con,
     table: str,
@@ -52,7 +52,7 @@ def facet_groups(
     if len(found) > 100: raise SlmlError(f"it has {len(found):,} different values", where, "write groups: age >= 40, or a CASE")
     return found[:most]
 
-
+# %% ../nbs/14_bias.ipynb #41ec4340
 def facet_sql(
     facet: str,  # column or expression
     names,  # columns of the table
@@ -60,7 +60,7 @@ def facet_sql(
     "A facet as text."
     return f"CAST({ident(facet) if facet in names else f'({facet})'} AS VARCHAR)"
 
-
+# %% ../nbs/14_bias.ipynb #634f4150
 def label_counts(
     con,
     table: str,
@@ -73,7 +73,7 @@ def label_counts(
     return {r[:3]: r[3] for r in con.execute(f"""select {g}, {facet}, CAST({label} AS VARCHAR), count(*) from {ident(table)}
         where {facet} is not null and ({label}) is not null group by 1, 2, 3 order by 1, 2, 3""").fetchall()}
 
-# %% ../nbs/14_bias.ipynb #02b31b8e
+# %% ../nbs/14_bias.ipynb #9f9534ab
 def divergences(
     a: dict,  # {label: rows} of group a
     d: dict,  # {label: rows} of group d
@@ -86,7 +86,7 @@ def divergences(
     mean, gaps = [(x + y) / 2 for x, y in zip(pa, pd)], [abs(x - y) for x, y in zip(pa, pd)]
     return dict(KL=kl(pa, pd), JS=kl(pa, mean) / 2 + kl(pd, mean) / 2, LP=sum(g ** p for g in gaps) ** (1 / p), TVD=sum(gaps) / 2, KS=max(gaps))
 
-
+# %% ../nbs/14_bias.ipynb #0500c8e2
 def disparity(
     a: tuple[int, int],  # rows of a with a label that is not positive, and with one that is
     d: tuple[int, int],
@@ -95,7 +95,7 @@ def disparity(
     refused, accepted = a[0] + d[0], a[1] + d[1]
     return d[0] / refused - d[1] / accepted if refused and accepted else None
 
-# %% ../nbs/14_bias.ipynb #5ace34b0
+# %% ../nbs/14_bias.ipynb #95bec2aa
 def wilson(
     k: int,  # successes
     n: int,  # trials
@@ -105,7 +105,7 @@ def wilson(
     mid, half = (k + z * z / 2) / (n + z * z), z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
     return mid - half, mid + half
 
-
+# %% ../nbs/14_bias.ipynb #0f764d3d
 def difference_interval(
     ka: int, na: int,  # positive labels and rows of a
     kd: int, nd: int,  # of d
@@ -114,10 +114,23 @@ def difference_interval(
     pa, pd, (la, ua), (ld, ud) = ka / na, kd / nd, wilson(ka, na), wilson(kd, nd)
     return pa - pd - math.hypot(pa - la, ud - pd), pa - pd + math.hypot(ua - pa, pd - ld)
 
-# %% ../nbs/14_bias.ipynb #4271a28b
+# %% ../nbs/14_bias.ipynb #5a8ba5a5
 MEASURES = ("CI", "DPL", "KL", "JS", "LP", "TVD", "KS", "DD", "CDD")
 
 
+def _split(counts: dict, value: str, own: bool, among=None) -> tuple[int, int]:
+    "Rows with a label that is not positive, and with one that is: of the group (or of everybody else), in one subgroup or in all."
+    return tuple(sum(n for (g, f, label), n in counts.items() if label == y and (f == value) == own and among in (None, g)) for y in ("false", "true"))
+
+
+def _conditional(binary: dict, value: str) -> dict:
+    "CDD: the disparity within each subgroup, weighted by its rows; how many subgroups there are, and how many could be measured."
+    groups = sorted({k[0] for k in binary})
+    sides = [(_split(binary, value, False, g), _split(binary, value, True, g)) for g in groups] if len(groups) > 1 else []
+    known = [(sum(a) + sum(d), x) for a, d in sides if (x := disparity(a, d)) is not None]
+    return dict(CDD=sum(n * x for n, x in known) / sum(n for n, _ in known) if known else None, subgroups=len(sides), subgroups_measured=len(known))
+
+# %% ../nbs/14_bias.ipynb #d4451f72
 def measure_group(
     labels: dict,  # from `label_counts` of the label as it is: {("", facet value, label): rows}
     binary: dict,  # from `label_counts` of the predicate: {(subgroup, facet value, "true" or "false"): rows}
@@ -125,16 +138,13 @@ def measure_group(
 ) -> dict:  # value, rows, share_positive, share_positive_others, one entry per measure, dpl_interval
     "All measures of one group against everybody else."
     side = lambda own: {y: sum(n for (_, f, label), n in labels.items() if label == y and (f == value) == own) for y in {k[2] for k in labels}}
-    split = lambda own, of=None: tuple(sum(n for (g, f, label), n in binary.items() if label == y and (f == value) == own and of in (None, g)) for y in ("false", "true"))
-    d, a, kd, ka = side(True), side(False), split(True), split(False)
-    nd, na, subgroups = sum(kd), sum(ka), sorted({k[0] for k in binary})
+    kd, ka = _split(binary, value, True), _split(binary, value, False)
+    nd, na = sum(kd), sum(ka)
     low, high = difference_interval(ka[1], na, kd[1], nd)
-    within = [(sum(split(True, g)) + sum(split(False, g)), disparity(split(False, g), split(True, g))) for g in subgroups] if len(subgroups) > 1 else []
-    known = [(n, x) for n, x in within if x is not None]
     return dict(value=value, rows=nd, share_positive=kd[1] / nd, share_positive_others=ka[1] / na, CI=(na - nd) / (na + nd), DPL=ka[1] / na - kd[1] / nd, dpl_interval=[low, high],
-                **divergences(a, d), DD=disparity(ka, kd), CDD=sum(n * x for n, x in known) / sum(n for n, _ in known) if known else None, subgroups=len(within), subgroups_measured=len(known))
+                **divergences(side(False), side(True)), DD=disparity(ka, kd), **_conditional(binary, value))
 
-# %% ../nbs/14_bias.ipynb #20957739
+# %% ../nbs/14_bias.ipynb #c811d341
 def cramers_v(
     cells: dict[tuple, int],  # {(value of the column, group): rows}
 ) -> float:  # 0 to 1; 0 where nothing can be said
@@ -147,7 +157,7 @@ def cramers_v(
     phi2, r2, c2 = max(0.0, phi2 - (r - 1) * (c - 1) / (n - 1)), r - (r - 1) ** 2 / (n - 1), c - (c - 1) ** 2 / (n - 1)
     return min(1.0, math.sqrt(phi2 / (min(r2, c2) - 1))) if min(r2, c2) > 1 else 0.0
 
-
+# %% ../nbs/14_bias.ipynb #ba3d1f93
 def group_cells(
     con,
     table: str,
@@ -163,7 +173,7 @@ def group_cells(
     x = f"case when {c} is not null then (rank() over (partition by {c} is null order by {c}) - 1) * {bins} // count(*) over (partition by {c} is null) end" if many else f"CAST({c} AS VARCHAR)"
     return {r[:2]: r[2] for r in con.execute(f"select x, g, count(*) from (select {x} as x, {facet} as g from {ident(table)} where {facet} is not null) group by 1, 2 order by all").fetchall()}
 
-
+# %% ../nbs/14_bias.ipynb #3022adc2
 def proxies(
     con,
     table: str,
@@ -174,7 +184,20 @@ def proxies(
     types = {r[0]: r[1] for r in con.execute(f"describe {ident(table)}").fetchall() if r[0] not in ("row_id", "source", *leave)}
     return sorted((dict(column=c, strength=round(cramers_v(group_cells(con, table, c, t, facet)), 4)) for c, t in types.items()), key=lambda p: (-p["strength"], p["column"]))
 
-# %% ../nbs/14_bias.ipynb #8debd6cc
+# %% ../nbs/14_bias.ipynb #0c168d79
+def auc(
+    score,  # array of floats
+    y,  # array of 0 and 1
+) -> float:  # ties count half (Mann and Whitney, 1947)
+    "The chance that a row of the group scores above one that is not."
+    import numpy as np
+    order, counts = np.unique(score, return_inverse=True)[1], None
+    counts = np.bincount(order)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[order]
+    ones = y.sum()
+    return (rank[y == 1].sum() - ones * (ones + 1) / 2) / (ones * (len(y) - ones))
+
+# %% ../nbs/14_bias.ipynb #c1294c1a
 def told_together(
     con,
     table: str,
@@ -196,20 +219,7 @@ def told_together(
     for h in (0, 1): score[half == h] = lgb.train(options, lgb.Dataset(x[half != h], y[half != h]), 50).predict(x[half == h])
     return round(float(sum(auc(score[half == h], y[half == h]) for h in (0, 1)) / 2), 4)
 
-
-def auc(
-    score,  # array of floats
-    y,  # array of 0 and 1
-) -> float:  # ties count half (Mann and Whitney, 1947)
-    "The chance that a row of the group scores above one that is not."
-    import numpy as np
-    order, counts = np.unique(score, return_inverse=True)[1], None
-    counts = np.bincount(order)
-    rank = (np.cumsum(counts) - (counts - 1) / 2)[order]
-    ones = y.sum()
-    return (rank[y == 1].sum() - ones * (ones + 1) / 2) / (ones * (len(y) - ones))
-
-# %% ../nbs/14_bias.ipynb #0b952527
+# %% ../nbs/14_bias.ipynb #d8d25bb8
 def check_limits(
     limits: dict[str, float],  # {measure: limit}
     where: str,  # the parameter, for messages
@@ -220,7 +230,7 @@ def check_limits(
         if isinstance(v, bool) or not isinstance(v, (int, float)) or v < 0: raise SlmlError(f"the limit of {k} is {v!r}", f"bias: {where}", "give a number, 0 or more")
     return limits
 
-
+# %% ../nbs/14_bias.ipynb #5a58eaea
 def passed(
     facet: dict,  # one entry of the report: facet, groups, proxies
     limits: dict[str, float],
@@ -236,10 +246,25 @@ def passed(
     if "proxy" in limits: said += [f"{p['column']} gives {facet['facet']} away: Cramér's V {p['strength']:.2f}, the limit is {limits['proxy']:g}." for p in facet["proxies"] if p["strength"] > limits["proxy"]]
     return said
 
-# %% ../nbs/14_bias.ipynb #bfcfa3f0
+# %% ../nbs/14_bias.ipynb #1c9d2840
+def _checked_within(con, table: str, within: str, types: dict) -> str:
+    "SQL of the subgroups, or empty."
+    if not within: return ""
+    if within in types: return ident(within)
+    check_portable(within, "bias: within"), check_expression(con, within, table, "bias: within")
+    return f"({within})"
+
+# %% ../nbs/14_bias.ipynb #01dba4ec
 NO = ("0", "0.0", "false", "no", "n")  # of a yes-or-no facet, the group in question is the yes
 
 
+def _all_groups(con, table: str, facet: str, labels: dict, binary: dict) -> list[dict]:
+    "The measures of each group that has labels."
+    sides = {f for _, f, _ in binary}
+    groups = [measure_group(labels, binary, v) for v, _ in facet_groups(con, table, facet) if v in sides and len(sides) > 1]
+    return [min(groups, key=lambda g: (g["value"].lower() in NO, g["share_positive"], g["value"]))] if len(groups) == 2 else groups
+
+# %% ../nbs/14_bias.ipynb #450f47e9
 def bias_of(
     con,
     table: str,
@@ -253,17 +278,15 @@ def bias_of(
     types = {r[0]: r[1] for r in con.execute(f"describe {ident(table)}").fetchall()}
     x, y, rows = facet_sql(facet, types), ident(problem["target"]), con.execute(f"select count(*) from {ident(table)}").fetchall()[0][0]
     label = y if problem["task"] != "regression" else f"({positive})"
-    if within and within not in types: check_portable(within, "bias: within"), check_expression(con, within, table, "bias: within")
-    labels, binary = label_counts(con, table, x, label), label_counts(con, table, x, f"({positive})", (ident(within) if within in types else f"({within})") if within else "")
-    sides = {f for _, f, _ in binary}
-    groups = [measure_group(labels, binary, v) for v, _ in facet_groups(con, table, facet) if v in sides and len(sides) > 1]
-    if len(groups) == 2: groups = [min(groups, key=lambda g: (g["value"].lower() in NO, g["share_positive"], g["value"]))]  # of two, the other is its mirror
+    among = _checked_within(con, table, within, types)
+    labels, binary = label_counts(con, table, x, label), label_counts(con, table, x, f"({positive})", among)
+    groups = _all_groups(con, table, facet, labels, binary)
     hidden = [facet, problem["target"], *leave, *(c for c in types if facet not in types and c in facet)]
     shown = proxies(con, table, x, hidden)
     for g in groups: g["together"] = told_together(con, table, x, g["value"], [p["column"] for p in shown if problem.get("time") != p["column"]])
     return dict(facet=facet, unknown=rows - sum(binary.values()), groups=groups, proxies=shown)
 
-# %% ../nbs/14_bias.ipynb #bf0c473b
+# %% ../nbs/14_bias.ipynb #fa8622f5
 def draw_shares(ax, facets: list[dict], positive: str, colours: list[str]):
     "The share of positive labels in each group, with its interval, beside everybody else's."
     lines = [(f["facet"], g) for f in facets for g in f["groups"]][:16]
@@ -276,7 +299,7 @@ def draw_shares(ax, facets: list[dict], positive: str, colours: list[str]):
     ax.set(xlabel=f"% of rows with {positive}"[:60], ylim=(len(lines) - .4, -1.1))
     ax.legend(loc="upper right", ncols=2, fontsize=7)
 
-
+# %% ../nbs/14_bias.ipynb #14918107
 def draw_proxies(ax, facets: list[dict], colours: list[str], most: int = 12):
     "The columns that say most about each facet."
     best = sorted(((p["strength"], p["column"], f["facet"]) for f in facets for p in f["proxies"]), key=lambda b: (-b[0], b[1]))[:most]

@@ -20,7 +20,7 @@ from .sql import connect, literal
 from .stage import list_runs, made_in, sample_folder
 from .store import FolderStore, S3Store, _s3_errors, aws_errors, client_of, open_store
 
-# %% ../nbs/16_catalog.ipynb #4f51a5ec
+# %% ../nbs/16_catalog.ipynb #37cc2a3a
 @dataclass
 class Table:
     "A table of the catalog: one version of it."
@@ -40,12 +40,15 @@ class Table:
     description: str = ""
     sha256: str = ""
 
-    @property
-    def called(self) -> str:
-        "Its name with its version."
-        return f"{self.name}@{self.version}" if self.version else self.name
+# %% ../nbs/16_catalog.ipynb #20c604ec
+def _called(self: Table) -> str:
+    "Its name with its version."
+    return f"{self.name}@{self.version}" if self.version else self.name
 
-# %% ../nbs/16_catalog.ipynb #b346dade
+
+Table.called = property(_called)
+
+# %% ../nbs/16_catalog.ipynb #5141bc0d
 KINDS = {"parquet": ("parquet", "pq"), "csv": ("csv", "tsv", "csv.gz", "tsv.gz", "csv.zst"), "json": ("json", "jsonl", "ndjson", "json.gz", "jsonl.gz")}
 
 
@@ -54,6 +57,11 @@ def format_of(
 ) -> str:  # parquet, csv, json; "" when its name does not say
     "The format of a file, by its name."
     return next((k for k, ends in KINDS.items() if path.lower().endswith(tuple(f".{e}" for e in ends))), "")
+
+# %% ../nbs/16_catalog.ipynb #e09a08fe
+def _aside(name: str) -> bool:
+    "Whether a path leads through something that is no data."
+    return any(part.startswith((".", "_")) for part in name.split("/") if part != "..")
 
 
 def files_of(
@@ -67,11 +75,9 @@ def files_of(
     whole = path.is_file() or not path.is_dir()
     return sorted(p for p in found if os.path.isfile(p) and not _aside(os.path.relpath(p, path) if path.is_dir() else os.path.basename(p)) and (whole or format_of(p) == format))
 
-
-def _aside(name: str) -> bool: return any(part.startswith((".", "_")) for part in name.split("/") if part != "..")
-
-
+# %% ../nbs/16_catalog.ipynb #2fe55421
 def _bucket_files(place: str, format: str) -> list[str]:
+    "The objects that an address in S3 means."
     bucket, _, key = place.removeprefix("s3://").partition("/")
     if not any(c in key for c in "*?[") and format_of(key): return [place]
     prefix = re.split(r"[*?[]", key)[0] if any(c in key for c in "*?[") else key.rstrip("/") + "/" if key else ""
@@ -82,12 +88,13 @@ def _bucket_files(place: str, format: str) -> list[str]:
 
 
 def _listed(bucket: str, prefix: str) -> list[str]:
+    "The keys of a bucket that begin so, but for those of empty objects."
     store = open_store(f"s3://{bucket}")
     with _s3_errors(f"s3://{bucket}/{prefix}"):
         pages = store.s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return sorted(o["Key"] for page in pages for o in page.get("Contents", []) if o["Size"])
 
-# %% ../nbs/16_catalog.ipynb #f430cd8f
+# %% ../nbs/16_catalog.ipynb #0c3a53f2
 class _S3File:
     "An object of a bucket, as DuckDB reads it."
 
@@ -100,25 +107,30 @@ class _S3File:
     def seekable(self): return True
     def close(self): pass
 
-    def seek(self, at, whence=0):
-        "Where this thread reads next."
-        self.here.at = at + {0: 0, 1: self.tell(), 2: self.head["ContentLength"]}[whence]
-        return self.here.at
-
-    def read(self, count=-1):
-        "The next bytes; asked for again when they break off."
-        first, end = self.tell(), self.head["ContentLength"]
-        last = (end if count < 0 else min(end, first + count)) - 1
-        if last < first: return b""
-        with _s3_errors(self.place): data = _piece(self, first, last)
-        self.here.at = first + len(data)
-        return data
+# %% ../nbs/16_catalog.ipynb #d49d887a
+def _seek(self, at, whence=0):
+    "Where this thread reads next."
+    self.here.at = at + {0: 0, 1: self.tell(), 2: self.head["ContentLength"]}[whence]
+    return self.here.at
 
 
+def _read(self, count=-1):
+    "The next bytes; asked for again when they break off."
+    first, end = self.tell(), self.head["ContentLength"]
+    last = (end if count < 0 else min(end, first + count)) - 1
+    if last < first: return b""
+    with _s3_errors(self.place): data = _piece(self, first, last)
+    self.here.at = first + len(data)
+    return data
+
+
+_S3File.seek, _S3File.read = _seek, _read
+
+# %% ../nbs/16_catalog.ipynb #71d55ccd
 def _piece(self: _S3File, first: int, last: int, tries: int = 5) -> bytes:
+    "Bytes first to last of an object."
     from botocore.exceptions import HTTPClientError, IncompleteReadError
     for attempt in range(tries):
-        # a file that is replaced meanwhile would be read half old, half new
         answer = self.s3.get_object(Bucket=self.bucket, Key=self.key, Range=f"bytes={first}-{last}", IfMatch=self.head["ETag"])
         try: return answer["Body"].read()
         except (HTTPClientError, IncompleteReadError):
@@ -149,7 +161,12 @@ def reads_s3(
     con.register_filesystem(S3Files())
     return con
 
-# %% ../nbs/16_catalog.ipynb #a4eb2f97
+# %% ../nbs/16_catalog.ipynb #3473fcdf
+def _hive(file: str) -> list[str]:
+    "The columns that stand in the folders of a path, `month` in …/month=3/…"
+    return re.findall(r"/([A-Za-z_]\w*)=[^/]*(?=/)", file)
+
+
 def reading(
     table: Table,
     files: list[str] | None = None,  # instead of its own
@@ -161,10 +178,7 @@ def reading(
     function = {"parquet": "read_parquet", "csv": "read_csv", "json": "read_json"}[table.format]
     return f"{function}([{', '.join(map(literal, files))}]{hive}, union_by_name = {'true' if len(files) > 1 else 'false'})"
 
-
-def _hive(file: str) -> list[str]: return re.findall(r"/([A-Za-z_]\w*)=[^/]*(?=/)", file)
-
-
+# %% ../nbs/16_catalog.ipynb #0e5be8e2
 def measured(
     table: Table,
     con=None,  # DuckDB connection that reads its files
@@ -183,7 +197,12 @@ def measured(
     table.partitions = [p for p in dict.fromkeys(p for f in files for p in _hive(f)) if p in names]
     return table
 
-# %% ../nbs/16_catalog.ipynb #da749283
+# %% ../nbs/16_catalog.ipynb #e0479af8
+def _made_table(name: str, record: dict, file: str, **more) -> Table:
+    "A table, by its record in made.json."
+    return Table(name, "made", record["sha256"][:8], [file], columns=record.get("columns", []), rows=record.get("rows"), bytes=record.get("bytes"), sha256=record["sha256"], **more)
+
+
 def run_tables(
     run: Path,  # folder of a run
 ) -> dict[str, Table]:  # {artifact: table}
@@ -193,12 +212,7 @@ def run_tables(
     return {a: _made_table(f"{project}.{a}", r, f"{r['root']}/{r['file']}", stage=r["stage"], run=f"{project}/{name}", made=str(record.get("started", ""))[:19], owner=record.get("who", ""))
             for a, r in made_in(run).items() if r.get("kind") == "table"}
 
-
-def _made_table(name: str, record: dict, file: str, **more) -> Table:
-    "A table, by its record in made.json."
-    return Table(name, "made", record["sha256"][:8], [file], columns=record.get("columns", []), rows=record.get("rows"), bytes=record.get("bytes"), sha256=record["sha256"], **more)
-
-
+# %% ../nbs/16_catalog.ipynb #37453519
 def store_tables(
     store,  # FolderStore or S3Store
 ) -> list[Table]:  # newest first
@@ -207,7 +221,7 @@ def store_tables(
     with ThreadPoolExecutor(16) as pool: found = [t for tables in pool.map(lambda k: _key_tables(store, k), keys) for t in tables]
     return sorted(found, key=lambda t: (t.made, t.name), reverse=True)
 
-
+# %% ../nbs/16_catalog.ipynb #51fc00fa
 def _key_tables(store, key: str) -> list[Table]:
     "The tables that one execution of a stage has left in a store."
     try:
@@ -220,7 +234,7 @@ def _key_tables(store, key: str) -> list[Table]:
                 for a, r in made["artifacts"].items() if r.get("kind") == "table"]
     except (SlmlError, ValueError, KeyError, TypeError, AttributeError): return []  # a damaged record is as good as none
 
-# %% ../nbs/16_catalog.ipynb #feddc249
+# %% ../nbs/16_catalog.ipynb #3e702766
 class Catalog:
     "The tables of this machine's runs, or of a store; and those that were registered."
 
@@ -235,17 +249,22 @@ class Catalog:
 
     def __repr__(self): return f"Catalog({self.store})"
 
-    def folders(self) -> list[Path]:
-        "The runs that are looked at, newest first; the built-in sample where there is none, and in a test."
-        if self.given: return []
-        return (not self.tested and list_runs(self.runs)) or [sample_folder()]
+# %% ../nbs/16_catalog.ipynb #d442c94f
+def _folders(self: Catalog) -> list[Path]:
+    "The runs that are looked at, newest first; the built-in sample where there is none, and in a test."
+    if self.given: return []
+    return (not self.tested and list_runs(self.runs)) or [sample_folder()]
 
-    def made(self):
-        "Every table that a run has made, newest first."
-        if not self.given: yield from (t for run in self.folders() for t in run_tables(run).values())
-        else:
-            if self._all is None: self._all = store_tables(self.store)
-            yield from self._all
+
+def _made(self: Catalog):
+    "Every table that a run has made, newest first."
+    if not self.given: yield from (t for run in self.folders() for t in run_tables(run).values())
+    else:
+        if self._all is None: self._all = store_tables(self.store)
+        yield from self._all
+
+
+Catalog.folders, Catalog.made = _folders, _made
 
 
 def open_catalog(
@@ -254,7 +273,7 @@ def open_catalog(
     "The catalog of a store, or of the project."
     return Catalog(store)
 
-# %% ../nbs/16_catalog.ipynb #b73dfb8d
+# %% ../nbs/16_catalog.ipynb #e2d5d696
 def entries(
     self: Catalog,
     name: str = "",  # "": of every name
@@ -265,7 +284,7 @@ def entries(
         if m := re.fullmatch(r"catalog/tables/([^/]+)/(\d{6})\.json", key): found.setdefault(m[1], []).append((int(m[2]), key))
     return {n: [{**json.loads(self.store.get(k)), "entry": i} for i, k in sorted(keys)] for n, keys in found.items()}
 
-
+# %% ../nbs/16_catalog.ipynb #12cfa316
 def _write(self: Catalog, name: str, entry: dict) -> int:
     "Add an entry; its number."
     entry = {"name": name, "by": getpass.getuser(), "when": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()), **entry}
@@ -274,7 +293,7 @@ def _write(self: Catalog, name: str, entry: dict) -> int:
         if self.store.put_if_absent(f"catalog/tables/{name}/{last + 1:06}.json", json.dumps(entry, ensure_ascii=False)): return last + 1
     raise SlmlError(f"'{name}' is written to all the time", str(self.store), "try again later")
 
-
+# %% ../nbs/16_catalog.ipynb #055162ca
 def registered(self: Catalog) -> dict[str, Table]:
     "Tables that were registered and not dropped, by name."
     newest = {n: e[-1] for n, e in entries(self).items()}
@@ -287,10 +306,17 @@ def _entry_table(entry: dict) -> Table:
 
 Catalog.entries, Catalog.registered = entries, registered
 
-# %% ../nbs/16_catalog.ipynb #7baa225b
+# %% ../nbs/16_catalog.ipynb #c45142bb
 _NAME = re.compile(r"[A-Za-z_]\w{0,99}(\.[A-Za-z_]\w{0,99})?")
 
 
+def _check_name(self: Catalog, name: str, files: list[str]):
+    "Whether files can be registered under a name."
+    if not _NAME.fullmatch(name): raise SlmlError(f"'{name}' cannot be the name of a table", "catalog", "letters, digits and _, not a digit first: trips, or city.trips")
+    if any(t.name == name for t in self.made()): raise SlmlError(f"'{name}' is a table that runs make", "catalog", "take another name")
+    if isinstance(self.store, S3Store) and (here := [f for f in files if "://" not in f]): raise SlmlError(f"{here[0]} is on this machine", f"catalog {self.store}", "nobody else could read it: copy it into the bucket first")
+
+# %% ../nbs/16_catalog.ipynb #c2775334
 def register(
     self: Catalog,
     name: str,  # letters, digits and _, perhaps with one dot: trips, city.trips
@@ -299,10 +325,8 @@ def register(
     owner: str = "",  # "": you
 ) -> Table:
     "Give files a name, or a name other files."
-    if not _NAME.fullmatch(name): raise SlmlError(f"'{name}' cannot be the name of a table", "catalog", "letters, digits and _, not a digit first: trips, or city.trips")
-    if any(t.name == name for t in self.made()): raise SlmlError(f"'{name}' is a table that runs make", "catalog", "take another name")
     files = [f if "://" in f else str(Path(f).expanduser().resolve()) for f in ([files] if isinstance(files, str) else files)]
-    if isinstance(self.store, S3Store) and (here := [f for f in files if "://" not in f]): raise SlmlError(f"{here[0]} is on this machine", f"catalog {self.store}", "nobody else could read it: copy it into the bucket first")
+    _check_name(self, name, files)
     before = self.registered().get(name)
     format = next((format_of(f) for f in files if format_of(f)), "parquet")
     table = measured(Table(name, "registered", files=files, format=format))
@@ -311,7 +335,7 @@ def register(
     _write(self, name, {"kind": "registered", **kept, **told})
     return self.registered()[name]
 
-
+# %% ../nbs/16_catalog.ipynb #5ab912a2
 def annotate(self: Catalog, name: str, description: str = "", owner: str = "") -> Table:
     "Say what a table is, and whose."
     table = self.find(name)
@@ -321,7 +345,7 @@ def annotate(self: Catalog, name: str, description: str = "", owner: str = "") -
     _write(self, table.name, {**{k: v for k, v in entry.items() if k not in ("entry", "by", "when")}, **told})
     return self.find(table.name)
 
-
+# %% ../nbs/16_catalog.ipynb #38f720a8
 def drop(self: Catalog, name: str) -> None:
     "Take a registered name out of the catalog; its files stay, and so do its earlier entries."
     if name not in (known := self.registered()): raise SlmlError(f"no table '{name}' is registered", "catalog", suggest(name, known))
@@ -329,14 +353,14 @@ def drop(self: Catalog, name: str) -> None:
 
 Catalog.register, Catalog.annotate, Catalog.drop = register, annotate, drop
 
-# %% ../nbs/16_catalog.ipynb #a384fbea
+# %% ../nbs/16_catalog.ipynb #0d9254dc
 def is_path(
     name: str,  # as it stands behind FROM
 ) -> bool:
     "Whether it names files rather than a table of the catalog."
     return "/" in name or "*" in name or bool(format_of(name))
 
-
+# %% ../nbs/16_catalog.ipynb #1ebd3bbe
 def file_table(
     path: str,  # file, folder, pattern or s3:// address
 ) -> Table:
@@ -347,12 +371,12 @@ def file_table(
         raise SlmlError("there is no such file", path, suggest(path, [os.path.relpath(h) if not path.startswith("/") else h for h in here if format_of(h)]) if here else "check the address")
     return table
 
-
+# %% ../nbs/16_catalog.ipynb #f58d2b7c
 def find(self: Catalog, name: str, run: str = "") -> Table:
     "A table by its name: clean, flights.clean, flights.clean@VERSION, flights.clean@RUN, trips, or a path."
     return self.find_all([name], run)[name]
 
-# %% ../nbs/16_catalog.ipynb #17bfc896
+# %% ../nbs/16_catalog.ipynb #ba5f5e5b
 def find_all(
     self: Catalog,
     names: list[str],
@@ -370,7 +394,7 @@ def find_all(
     found |= _of_one_run(self, bare, run, known) if bare else {}
     return _told(self, found)
 
-
+# %% ../nbs/16_catalog.ipynb #0996cb54
 def _told(self: Catalog, tables: dict[str, Table]) -> dict[str, Table]:
     "Tables with what people have written of them."
     notes = {n: e[-1] for n, e in self.entries().items() if e[-1]["kind"] == "note"}
@@ -380,7 +404,7 @@ def _told(self: Catalog, tables: dict[str, Table]) -> dict[str, Table]:
 
 Catalog.find, Catalog.find_all = find, find_all
 
-# %% ../nbs/16_catalog.ipynb #1c58fa1a
+# %% ../nbs/16_catalog.ipynb #f8612ee3
 def _entry_version(self: Catalog, table: Table, version: str) -> Table:
     "An earlier entry of a registered table."
     if not version: return table
@@ -388,7 +412,7 @@ def _entry_version(self: Catalog, table: Table, version: str) -> Table:
     if version not in there: raise SlmlError(f"'{table.name}' has no version {version}", "catalog", suggest(version, there))
     return _entry_table(there[version])
 
-
+# %% ../nbs/16_catalog.ipynb #f61f6b70
 def _version(self: Catalog, plain: str, version: str) -> Table:
     "A table that runs have made: the newest, or the version asked for."
     some = [t for t in self.made() if t.name.lower() == plain.lower() or ("." not in plain and t.name.lower().endswith("." + plain.lower()))]
@@ -406,7 +430,7 @@ def _unknown(self: Catalog, name: str, near=()) -> SlmlError:
     if hint.startswith("there is ") and (close := nearest(plain, bare)): hint = f"did you mean '{bare[close]}'?"
     return SlmlError(f"there is no table '{name}'", str(self.store) if self.given else "runs/", hint if names else "there are none yet: slml run params/flights.yaml")
 
-# %% ../nbs/16_catalog.ipynb #ca3e31c8
+# %% ../nbs/16_catalog.ipynb #4141623a
 def _of_one_run(self: Catalog, names: list[str], run: str, known: dict) -> dict[str, Table]:
     "Bare names, all from the newest run that has them."
     if self.given: return {n: _in_store(self, n, run) for n in names}
@@ -419,7 +443,7 @@ def _of_one_run(self: Catalog, names: list[str], run: str, known: dict) -> dict[
     if lost := [n for w, n in want.items() if w not in there]: raise _unknown(self, lost[0], [*known, *sorted(there)])
     raise SlmlError(f"no run has made all of {', '.join(names)}", "runs/", "write project.table, as in " + ", ".join(_version(self, n, "").name for n in names))
 
-
+# %% ../nbs/16_catalog.ipynb #e0be3511
 def _in_store(self: Catalog, name: str, run: str) -> Table:
     "A bare name in a store: of one project only."
     some = [t for t in self.made() if t.name.lower().rpartition(".")[2] == name.lower() and (not run or run in (t.run, *t.run.split("/")))]
@@ -427,14 +451,14 @@ def _in_store(self: Catalog, name: str, run: str) -> Table:
     if len(projects := {t.name for t in some}) > 1: raise SlmlError(f"several projects have a table '{name}'", str(self.store), f"write {' or '.join(sorted(projects))}")
     return some[0]
 
-# %% ../nbs/16_catalog.ipynb #b530c11d
+# %% ../nbs/16_catalog.ipynb #8346ab8f
 def listing(self: Catalog) -> list[Table]:
     "Every table once, its newest version, by name."
     newest = {}
     for t in self.made(): newest.setdefault(t.name, t)
     return sorted([*_told(self, newest).values(), *self.registered().values()], key=lambda t: t.name)
 
-
+# %% ../nbs/16_catalog.ipynb #70e6bebf
 def versions(self: Catalog, name: str) -> list[dict]:
     "Every content that a table had, newest first, with the first run that has it."
     if name in (known := self.registered()):
@@ -444,7 +468,7 @@ def versions(self: Catalog, name: str) -> list[dict]:
         found[t.version] = {"version": t.version, "made": t.made, "rows": t.rows, "bytes": t.bytes, "run": t.run, "runs": found.get(t.version, {}).get("runs", 0) + 1}
     return list(found.values())
 
-
+# %% ../nbs/16_catalog.ipynb #8254c4bc
 def describe(self: Catalog, name: str, run: str = "") -> dict:
     "What is known of a table."
     table = self.find(name, run)
@@ -471,7 +495,7 @@ def text_of(
     wide = [max(len(r[i]) for r in rows) for i in range(7)]
     return "\n".join("  ".join(v.rjust(w) if i in (2, 3) else v.ljust(w) for i, (v, w) in enumerate(zip(r, wide))).rstrip() for r in rows)
 
-# %% ../nbs/16_catalog.ipynb #71d906e4
+# %% ../nbs/16_catalog.ipynb #82ed77f9
 _HIVE = {"boolean": "boolean", "tinyint": "tinyint", "smallint": "smallint", "integer": "int", "bigint": "bigint", "utinyint": "smallint", "usmallint": "int", "uinteger": "bigint", "ubigint": "decimal(20,0)",
          "hugeint": "double", "uhugeint": "double", "float": "float", "double": "double", "varchar": "string", "enum": "string", "blob": "binary", "date": "date", "timestamp": "timestamp",
          "timestamp_s": "timestamp", "timestamp_ms": "timestamp", "timestamp_ns": "timestamp", "timestamp with time zone": "timestamp"}  # hugeint: Parquet keeps it as double
@@ -484,8 +508,9 @@ def hive_type(
     import duckdb
     return _hive_of(duckdb.sqltype(kind))
 
-
+# %% ../nbs/16_catalog.ipynb #88e33782
 def _hive_of(t) -> str:
+    "A type of DuckDB as Glue and Athena call it."
     kids = dict(t.children) if t.id in ("decimal", "list", "array", "struct", "map") else {}
     if t.id == "decimal": return f"decimal({kids['precision']},{kids['scale']})"
     inner = {n: _hive_of(k) for n, k in kids.items() if not isinstance(k, int)}
@@ -495,7 +520,7 @@ def _hive_of(t) -> str:
     if t.id == "map": return f"map<{inner['key']},{inner['value']}>"
     return _HIVE.get(str(t).lower(), _HIVE.get(t.id, ""))
 
-# %% ../nbs/16_catalog.ipynb #e6cd6aaa
+# %% ../nbs/16_catalog.ipynb #997c6b6c
 LINKS = {"InputFormat": "org.apache.hadoop.hive.ql.io.SymlinkTextInputFormat", "OutputFormat": "org.apache.hadoop.hive.ql.io.HiveIgnoreKeyTextOutputFormat"}
 FOLDER = {"InputFormat": "org.apache.hadoop.hive.ql.io.parquet.MapredParquetInputFormat", "OutputFormat": "org.apache.hadoop.hive.ql.io.parquet.MapredParquetOutputFormat"}
 PARQUET = {"SerializationLibrary": "org.apache.hadoop.hive.ql.io.parquet.serde.ParquetHiveSerDe", "Parameters": {"serialization.format": "1"}}
@@ -508,7 +533,7 @@ def glue_name(
     "A table's name in Glue: lower case, digits and _."
     return re.sub(r"\W+", "_", table.called if version else table.name).strip("_").lower()
 
-
+# %% ../nbs/16_catalog.ipynb #1c893b0b
 def glue_columns(
     table: Table,
 ) -> tuple[list[dict], list[dict], list[str]]:  # columns, partition keys, and those that Glue has no type for
@@ -520,7 +545,7 @@ def glue_columns(
     inside = {p.lower() for p in table.partitions}
     return [c for c in all_ if c["Name"] not in inside], [c for c in all_ if c["Name"] in inside], [f"{c} {t}" for c, t, h in kinds if not h]
 
-# %% ../nbs/16_catalog.ipynb #6d87bc89
+# %% ../nbs/16_catalog.ipynb #624ef0e6
 def glue_input(
     table: Table,
     name: str,  # in Glue
@@ -534,7 +559,7 @@ def glue_input(
     return {"Name": name, **told, "TableType": "EXTERNAL_TABLE", "PartitionKeys": keys, "Parameters": {k: v for k, v in about.items() if v},
             "StorageDescriptor": {"Columns": columns, "Location": place, **(LINKS if links else FOLDER), "SerdeInfo": PARQUET}}, out
 
-
+# %% ../nbs/16_catalog.ipynb #32177a40
 def _glue_place(self: Catalog, table: Table, files: list[str], name: str) -> tuple[str, bool]:
     "Where Glue finds the files: a folder of nothing else, or a list of them."
     if table.partitions or table.files == [table.files[0].rstrip("/") + "/"] or (len(table.files) == 1 and not format_of(table.files[0]) and "*" not in table.files[0]): return table.files[0].split("*")[0].rstrip("/") + "/", False
@@ -564,7 +589,7 @@ def to_glue(
 
 Catalog.to_glue = to_glue
 
-# %% ../nbs/16_catalog.ipynb #a45180ea
+# %% ../nbs/16_catalog.ipynb #d723b1b0
 def _upsert(glue, database: str, given: dict):
     "Make the database and the table, or update the table; Glue keeps the earlier versions itself."
     import botocore.exceptions
@@ -576,7 +601,7 @@ def _upsert(glue, database: str, given: dict):
     _unless_there(glue.create_database, DatabaseInput={"Name": database, "Description": "tables of slml_nb"})
     if _unless_there(glue.create_table, DatabaseName=database, TableInput=given): glue.update_table(DatabaseName=database, TableInput=given)
 
-
+# %% ../nbs/16_catalog.ipynb #8db474f4
 def _glue_partitions(glue, database: str, given: dict, table: Table, files: list[str]) -> int:
     "Every folder of a partitioned table; those that are there already stay."
     base, inputs = given["StorageDescriptor"], {}

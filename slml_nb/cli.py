@@ -40,7 +40,7 @@ class Outcome:
     value: object = None  # for machines: printed with --json
     code: int = DONE
 
-# %% ../nbs/69_cli.ipynb #a1eb7be0
+# %% ../nbs/69_cli.ipynb #6b71f518
 COMMANDS = {}  # {name: (function, sentence, arguments)}
 
 
@@ -51,7 +51,7 @@ def arg(
     "One argument of a command: its flags and its options."
     return flags, options
 
-
+# %% ../nbs/69_cli.ipynb #db2c9625
 def command(
     sentence: str,  # what it does, for --help
     *arguments,  # each from `arg`
@@ -62,7 +62,7 @@ def command(
         return function
     return _keep
 
-# %% ../nbs/69_cli.ipynb #c4e28404
+# %% ../nbs/69_cli.ipynb #f93d8171
 def duration(
     seconds: float,
 ) -> str:  # "3.2 s", "1 min 05 s"
@@ -70,7 +70,7 @@ def duration(
     if seconds < 59.95: return f"{seconds:.1f} s"
     return f"{int(seconds + .5) // 60} min {int(seconds + .5) % 60:02d} s"
 
-
+# %% ../nbs/69_cli.ipynb #441ea718
 def bar(
     done: int, total: int,  # cells
     width: int = 16,  # characters
@@ -98,7 +98,7 @@ class Line:
     said: str = ""  # the last line that it printed
     metrics: dict = field(default_factory=dict)
 
-# %% ../nbs/69_cli.ipynb #211c54f3
+# %% ../nbs/69_cli.ipynb #63fd3230
 def counted(
     metrics: dict,  # of a stage
     most: int = 3,
@@ -107,7 +107,7 @@ def counted(
     numbers = [(k, v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
     return " · ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:,.4g}" for k, v in numbers[:most])
 
-
+# %% ../nbs/69_cli.ipynb #ba7073b9
 def reason(
     why: str,  # "parameter lr 0.1 → 0.2, input clean changed"
     most: int = 44,  # characters
@@ -117,7 +117,7 @@ def reason(
     if len(why) <= most: return why
     return (why[:most].rpartition(", ")[0] or why[:most].rpartition(" ")[0]) + ", …"
 
-
+# %% ../nbs/69_cli.ipynb #516c6890
 def stage_line(
     line: Line,
     wide: int = 12,  # characters of the longest stage name
@@ -138,7 +138,7 @@ def terminal(
     "Whether lines can be drawn again there: not behind `!` in a notebook, which looks like a terminal and is none."
     return out.isatty() and "JPY_PARENT_PID" not in os.environ
 
-# %% ../nbs/69_cli.ipynb #a4c07d21
+# %% ../nbs/69_cli.ipynb #f2c0a1fe
 class Progress:
     "Draws the runner's events: a block of lines that is redrawn on a terminal, a line per finished stage elsewhere."
 
@@ -160,50 +160,59 @@ class Progress:
             getattr(self, "on_" + event["type"], lambda e: None)(event)
             self.draw()
 
-    def on_plan(self, event):
-        "A line per stage, and a clock that ticks."
-        self.lines = {s["stage"]: Line(s["stage"]) for s in event["stages"] if s.get("state") != "skipped"}
-        self.points = event.get("points", 0)
-        if self.live is None: self.live = terminal(self.out) and not self.log and shutil.get_terminal_size().lines > len(self.lines) + 2
-        if self.points: print(f"{self.points} points, {event['executions']} stages to execute instead of {event['plain']}", file=self.out, flush=True)
-        if self.live: threading.Thread(target=self.tick, daemon=True).start()
+# %% ../nbs/69_cli.ipynb #36c5c49d
+def _on_plan(self: Progress, event):
+    "A line per stage, and a clock that ticks."
+    self.lines = {s["stage"]: Line(s["stage"]) for s in event["stages"] if s.get("state") != "skipped"}
+    self.points = event.get("points", 0)
+    if self.live is None: self.live = terminal(self.out) and not self.log and shutil.get_terminal_size().lines > len(self.lines) + 2
+    if self.points: print(f"{self.points} points, {event['executions']} stages to execute instead of {event['plain']}", file=self.out, flush=True)
+    if self.live: threading.Thread(target=self.tick, daemon=True).start()
 
-    def on_start(self, event):
-        "The stage runs."
-        self.update(event, state="running", started=time.monotonic(), said=reason(event.get("why") or ""))
+def _on_finish(self: Progress, event):
+    "The run is over."
+    self.over.set()
 
-    def on_cell(self, event):
-        "One cell further."
-        self.update(event, done=event["done"], total=event["total"])
+Progress.on_plan, Progress.on_finish = _on_plan, _on_finish
 
-    def on_log(self, event):
-        "What a cell has printed: the last line of it, or all of it."
-        said = [l.strip() for l in event["lines"] if l.strip()]
-        if said: self.update(event, said=said[-1])
-        if self.log: print("\n".join(f"{event['stage']:<{self.wide}} | {l}" for l in event["lines"]), file=self.out, flush=True)
+# %% ../nbs/69_cli.ipynb #98742bdb
+def _on_start(self: Progress, event):
+    "The stage runs."
+    self.update(event, state="running", started=time.monotonic(), said=reason(event.get("why") or ""))
 
-    def on_point(self, event):
-        "A point of a sweep is over."
-        values = "  ".join(f"{k} {v}" for k, v in event["values"].items())
-        print(f"{MARKS.get(event['state'], '✓')} {event['point']}  {values}  {event['why'] or ''}".rstrip(), file=self.out, flush=True)
+def _on_cell(self: Progress, event):
+    "One cell further."
+    self.update(event, done=event["done"], total=event["total"])
 
-    def on_finish(self, event):
-        "The run is over."
-        self.over.set()
+def _on_end(self: Progress, event):
+    "The stage is over; without a terminal, this is its one line."
+    line = self.update(event, state=event["state"], seconds=event.get("seconds") or 0, why=event.get("why") or "", metrics=event.get("metrics") or {})
+    if not self.live and not (self.points and event["state"] in ("made", "reused")): print(stage_line(line, self.wide), file=self.out, flush=True)
 
-    def on_end(self, event):
-        "The stage is over; without a terminal, this is its one line."
-        line = self.update(event, state=event["state"], seconds=event.get("seconds") or 0, why=event.get("why") or "", metrics=event.get("metrics") or {})
-        if not self.live and not (self.points and event["state"] in ("made", "reused")): print(stage_line(line, self.wide), file=self.out, flush=True)
+Progress.on_start, Progress.on_cell, Progress.on_end = _on_start, _on_cell, _on_end
 
-# %% ../nbs/69_cli.ipynb #5b79d215
+# %% ../nbs/69_cli.ipynb #95ea3206
+def _on_log(self: Progress, event):
+    "What a cell has printed: the last line of it, or all of it."
+    said = [l.strip() for l in event["lines"] if l.strip()]
+    if said: self.update(event, said=said[-1])
+    if self.log: print("\n".join(f"{event['stage']:<{self.wide}} | {l}" for l in event["lines"]), file=self.out, flush=True)
+
+def _on_point(self: Progress, event):
+    "A point of a sweep is over."
+    values = "  ".join(f"{k} {v}" for k, v in event["values"].items())
+    print(f"{MARKS.get(event['state'], '✓')} {event['point']}  {values}  {event['why'] or ''}".rstrip(), file=self.out, flush=True)
+
+Progress.on_log, Progress.on_point = _on_log, _on_point
+
+# %% ../nbs/69_cli.ipynb #a4335f2d
 def update(self: Progress, event, **values):
     "Set values of a stage's line."
     line = self.lines.setdefault(event["stage"], Line(event["stage"]))
     for k, v in values.items(): setattr(line, k, v)
     return line
 
-
+# %% ../nbs/69_cli.ipynb #1ebfd170
 def draw(self: Progress):
     "Redraw the block of lines."
     if not self.live or not self.lines: return
@@ -216,7 +225,7 @@ def draw(self: Progress):
     self.out.write(text)
     self.out.flush()
 
-
+# %% ../nbs/69_cli.ipynb #18e71700
 def tick(self: Progress):
     "Redraw twice a second until the run is over."
     while not self.over.wait(0.5):
@@ -245,21 +254,21 @@ def overrides_of(
         out[key.strip()] = value
     return out
 
-# %% ../nbs/69_cli.ipynb #5cb2ed50
+# %% ../nbs/69_cli.ipynb #63fca3c1
 def verdict_of(
     run,  # folder of a run
 ) -> dict | None:  # the `verdict` artifact; None when nothing was evaluated
     "What the evaluation of a run decided."
     return _made_json(run, "verdict")
 
-
+# %% ../nbs/69_cli.ipynb #8161f556
 def _made_json(run, name: str):
     "A JSON artifact of a run; None when it has none of that name."
     from slml_nb.stage import artifact_path, made_in
     record = made_in(run).get(name)
     return json.loads(artifact_path(record).read_text(encoding="utf-8")) if record else None
 
-
+# %% ../nbs/69_cli.ipynb #3a21d062
 def plan_text(
     stages: list[dict],  # of the runner's plan event: stage, state, why
 ) -> str:
@@ -267,7 +276,7 @@ def plan_text(
     wide = max((len(s["stage"]) for s in stages), default=0)
     return "\n".join(f"{s['stage']:<{wide}}  {s['state']:<8} {s.get('why') or ''}".rstrip() for s in stages)
 
-# %% ../nbs/69_cli.ipynb #17712018
+# %% ../nbs/69_cli.ipynb #fe4fd7aa
 def failure_of(
     record: dict,  # run.json of a run that failed
 ) -> str:  # one message; of several broken stages, the first
@@ -275,7 +284,7 @@ def failure_of(
     broken = [s["error"]["message"] for s in record["stages"].values() if s.get("error")]
     return broken[0] if broken else f"the run is {record['state']}"
 
-
+# %% ../nbs/69_cli.ipynb #62e8ac74
 def _report(folder) -> str:
     "Write the report of a run, whatever state the run is in; its path, or empty."
     from slml_nb.report import write_report
@@ -285,7 +294,7 @@ def _report(folder) -> str:
         print(f"the report could not be written ({type(e).__name__}: {e})", file=sys.stderr)
         return ""
 
-# %% ../nbs/69_cli.ipynb #d5aef1ea
+# %% ../nbs/69_cli.ipynb #5b9d54ca
 def finished(
     record: dict,  # what `execute` returned: run.json and "folder"
 ) -> Outcome:
@@ -300,7 +309,7 @@ def finished(
     text = f"\n{verdict['sentence']}\n\n{place}" if verdict else f"\n{place}"
     return Outcome(text, value, NOT_MET if verdict and not verdict["met"] else DONE)
 
-
+# %% ../nbs/69_cli.ipynb #273e4769
 def _finished_sweep(record: dict, report: str) -> Outcome:
     "A sweep that is over: its table, its best point, its report."
     from slml_nb.sweep import sweep_text
@@ -310,35 +319,39 @@ def _finished_sweep(record: dict, report: str) -> Outcome:
     value["error"] = f"{len(failed)} of {len(record['points'])} points failed; the first: {failed[0]['why']}" if failed else ""
     return Outcome(f"\n{sweep_text(record['folder'])}\n\nreport: {_short(report)}", value, FAILED if failed else DONE)
 
-
+# %% ../nbs/69_cli.ipynb #2b7a70e0
 def _track_later(folder):
     "Leave it to a process of its own to tell MLflow."
     from slml_nb.track import track_later
     track_later(folder)
 
-
+# %% ../nbs/69_cli.ipynb #f335b3bd
 def _short(path) -> str:
     "A path as one would type it here."
     try: return str(Path(path).resolve().relative_to(Path.cwd()))
     except ValueError: return str(path)
 
-# %% ../nbs/69_cli.ipynb #cca45a9f
-@command("run a parameter set, from raw rows to report",
-         arg("params", metavar="PARAMS", nargs="?", default="", help="parameter set, a YAML file; one with matrix: is a sweep"),
-         arg("-p", "--param", action="append", metavar="STAGE.NAME=VALUE", help="set one parameter for this run; may be repeated"),
-         arg("-m", "--matrix", action="append", metavar="STAGE.NAME=[A,B]", help="sweep over one parameter; may be repeated: every combination is run"),
-         arg("--from", dest="start", metavar="STAGE", help="make this stage and those after it anew"),
-         arg("--to", dest="stop", metavar="STAGE", help="stop after this stage"),
-         arg("--force", action="store_true", help="make every stage anew"),
-         arg("--climb", action="store_true", help="train the dearer models too, when a simpler one meets all requirements"),
-         arg("--reproduce", metavar="RUN", default="", help="run that run again in a store of its own, and judge every metric and artifact"),
-         arg("--workers", type=int, default=0, metavar="N", help="stages at the same time (default: two)"),
-         arg("--memory", default="", metavar="SIZE", help="what all stages together may take, e.g. 8GB (default: 80 %% of what is free)"),
-         arg("--cold", action="store_true", help="a fresh Jupyter kernel for each stage, instead of one forked from a warm process"),
-         arg("--on", default="", metavar="WHERE", help="run stages as jobs: sagemaker (each on a machine it needs), or a type such as ml.m5.xlarge; one stage: -p STAGE.on=TYPE"),
-         arg("--store", default="", metavar="URI", help="where artifacts go, for this run: a folder or s3://bucket/prefix"),
-         arg("--log", action="store_true", help="show every line that the stages print"),
-         arg("--dry-run", action="store_true", help="check everything, show what would run, run nothing"))
+# %% ../nbs/69_cli.ipynb #79c871e6
+_RUN_OPTIONS = (
+    arg("params", metavar="PARAMS", nargs="?", default="", help="parameter set, a YAML file; one with matrix: is a sweep"),
+    arg("-p", "--param", action="append", metavar="STAGE.NAME=VALUE", help="set one parameter for this run; may be repeated"),
+    arg("-m", "--matrix", action="append", metavar="STAGE.NAME=[A,B]", help="sweep over one parameter; may be repeated: every combination is run"),
+    arg("--from", dest="start", metavar="STAGE", help="make this stage and those after it anew"),
+    arg("--to", dest="stop", metavar="STAGE", help="stop after this stage"),
+    arg("--force", action="store_true", help="make every stage anew"),
+    arg("--climb", action="store_true", help="train the dearer models too, when a simpler one meets all requirements"),
+    arg("--reproduce", metavar="RUN", default="", help="run that run again in a store of its own, and judge every metric and artifact"),
+    arg("--workers", type=int, default=0, metavar="N", help="stages at the same time (default: two)"),
+    arg("--memory", default="", metavar="SIZE", help="what all stages together may take, e.g. 8GB (default: 80 %% of what is free)"),
+    arg("--cold", action="store_true", help="a fresh Jupyter kernel for each stage, instead of one forked from a warm process"),
+    arg("--on", default="", metavar="WHERE", help="run stages as jobs: sagemaker (each on a machine it needs), or a type such as ml.m5.xlarge; one stage: -p STAGE.on=TYPE"),
+    arg("--store", default="", metavar="URI", help="where artifacts go, for this run: a folder or s3://bucket/prefix"),
+    arg("--log", action="store_true", help="show every line that the stages print"),
+    arg("--dry-run", action="store_true", help="check everything, show what would run, run nothing"),
+)
+
+# %% ../nbs/69_cli.ipynb #80ca1900
+@command("run a parameter set, from raw rows to report", *_RUN_OPTIONS)
 def run_command(args) -> Outcome:
     "`slml run PARAMS`."
     if bool(args.params) == bool(args.reproduce): raise SlmlError("one of PARAMS and --reproduce RUN is needed", "command line", "slml run params/flights.yaml")
@@ -410,16 +423,19 @@ def _reproduced(run: str, how: dict) -> Outcome:
     found = reproduce(find_run(run), **how)
     return Outcome("\n" + reproduce_text(found), found, NOT_MET if found["verdict"] == "different" else DONE)
 
-# %% ../nbs/69_cli.ipynb #1eb3d081
+# %% ../nbs/69_cli.ipynb #1191922b
 @command("stop the jobs that a run has started on SageMaker",
-         arg("run", metavar="RUN|JOB", nargs="?", default="latest", help="latest, a run id, a project, a path, or the name of a job (default: latest)"))
+         arg("run", metavar="RUN|JOB|ARN", nargs="?", default="latest", help="latest, a run id, a project, a path, the name of a job, or the ARN of a pipeline's execution or of a tuning job (default: latest)"))
 def stop_command(args) -> Outcome:
     "`slml stop RUN`."
+    if args.run.startswith("arn:"):
+        from slml_nb.pipeline import stop_by_arn
+        return Outcome(stop_by_arn(args.run), {"arn": args.run})
     from slml_nb.jobs import stop
     stopped = stop(args.run)
     return Outcome("\n".join(f"{name} is being stopped" for name in stopped) or "there is no job to stop", {"jobs": stopped})
 
-# %% ../nbs/69_cli.ipynb #6c70e565
+# %% ../nbs/69_cli.ipynb #2458cf44
 @command("a parameter set as a SageMaker pipeline: look at it, create it, start it, watch it",
          arg("what", metavar="WHAT", choices=["render", "create", "start", "status", "stop", "tune"], help="render (needs no account), create (or bring up to date), start, status, stop; tune: SageMaker's own search for tune:"),
          arg("params", metavar="PARAMS", help="parameter set, a YAML file with store: s3://bucket/prefix"),
@@ -427,12 +443,13 @@ def stop_command(args) -> Outcome:
          arg("-p", "--param", action="append", metavar="STAGE.NAME=VALUE", help="with create: another default; with start: for this execution; may be repeated"),
          arg("--plan", action="store_true", help="with create and tune: only say what would change"),
          arg("--again", action="store_true", help="with start: once more, though the same is under way"),
+         arg("--tuned", action="store_true", help="with start: with the best values that the search of tune: has found"),
          arg("--out", default="", metavar="FILE", help="with render: write the definition, JSON"),
          arg("--store", default="", metavar="URI", help="s3://bucket/prefix instead of the set's"))
 def pipeline_command(args) -> Outcome:
     "`slml pipeline WHAT PARAMS`."
     from slml_nb.pipeline import pipeline_do
-    text, value, failed = pipeline_do(args.what, args.params, args.execution, overrides_of(args.param), args.store, args.plan, args.again, args.out)
+    text, value, failed = pipeline_do(args.what, args.params, args.execution, overrides_of(args.param), args.store, args.plan, args.again, args.out, args.tuned)
     return Outcome(text, value, FAILED if failed else DONE)
 
 # %% ../nbs/69_cli.ipynb #49e8d404
@@ -476,7 +493,7 @@ def _exec(args, early) -> Outcome:
     finally: _tell(type="end", state=state, seconds=time.perf_counter() - begun, metrics={}), progress.close()
     return Outcome(_short(args.output), {"output": args.output, **meter})
 
-# %% ../nbs/69_cli.ipynb #467eaae5
+# %% ../nbs/69_cli.ipynb #2d5931f8
 def parameter_help(
     params: str = "",  # a parameter set; "": the defaults of the shipped stages
 ) -> str:
@@ -490,7 +507,7 @@ def parameter_help(
         out += [_parameter_line(p, mask(given.get(p.name, p.default)), p.name in given) for p in node.schema.values() if p.name not in RESERVED]
     return "\n".join(out)
 
-
+# %% ../nbs/69_cli.ipynb #875846d4
 def _parameter_line(p, value, set_here: bool) -> str:
     "One parameter: `* name: type = value`, its comment below."
     shown = json.dumps(value, ensure_ascii=False, default=str)
@@ -525,7 +542,7 @@ def new_command(args) -> Outcome:
     path = _short(write_params(args.name, draft_params(args.name, args.data, args.target, args.time, args.task, args.metric, encoding=args.encoding), args.force))
     return Outcome(f"wrote {path}\nread it, correct what is wrong, then: slml run {path}", {"params": path})
 
-# %% ../nbs/69_cli.ipynb #132636b7
+# %% ../nbs/69_cli.ipynb #f187a05c
 @command("list the runs, the newest last")
 def runs_command(args) -> Outcome:
     "`slml runs`."
@@ -546,7 +563,7 @@ def runs_command(args) -> Outcome:
     wide = [max(len(str(row[i])) for row in text) for i in range(5)]
     return Outcome("\n".join("  ".join(str(v).ljust(w) for v, w in zip(row, wide)).rstrip() for row in text), rows)
 
-
+# %% ../nbs/69_cli.ipynb #c8ead686
 def _seen_today(record: dict) -> dict:
     "A record whose run was killed says that it is running: not if its process is gone."
     from slml_nb.keep import is_running
@@ -569,7 +586,7 @@ def report_command(args) -> Outcome:
         webbrowser.open(path.resolve().as_uri())
     return Outcome(_short(path), {"report": str(path.resolve())})
 
-# %% ../nbs/69_cli.ipynb #4b0d4e71
+# %% ../nbs/69_cli.ipynb #c9387876
 RUN = dict(metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project or a path (default: latest)")
 
 
@@ -579,13 +596,12 @@ RUN = dict(metavar="RUN", nargs="?", default="latest", help="latest, a run id, a
          arg("--refresh", action="store_true", help="first fetch today's prices from AWS (needs credentials)"))
 def cost_command(args) -> Outcome:
     "`slml cost RUN`."
-    from slml_nb.cost import bill, bill_text, cost, cost_text, refresh_prices, refreshed_text
+    from slml_nb.cost import bill, bill_text, billed, billed_text, cost, cost_text, refresh_prices, refreshed_text
     from slml_nb.run import find_run
     before = f"{refreshed_text(refresh_prices())}\n\n" if args.refresh else ""
     if args.by:
         rows = bill(by=args.by)
         return Outcome(before + bill_text(rows), rows)
-    from slml_nb.aws import billed, billed_text
     found, away = cost(run := find_run(args.run)), billed(run)
     return Outcome(before + "\n\n".join(filter(None, [cost_text(found), billed_text(away)])), {**found, "away": away})
 
@@ -643,20 +659,24 @@ def cascade_command(args) -> Outcome:
     lines += [f"waits: {q['id']}  {json.dumps(q['request'], ensure_ascii=False)[:100]}  ({', '.join(q['candidates']) or 'nobody has an idea'})" for q in waiting]
     return Outcome("\n".join(lines) or "nobody has asked anything yet", {"totals": totals, "waiting": waiting})
 
-# %% ../nbs/69_cli.ipynb #5c5896b5
-@command("predict each new file or record, or run at the moments of a timetable, each once",
-         arg("folder", metavar="FOLDER", nargs="?", default="", help="watched for new files"),
-         arg("--records", metavar="FILE", default="", help="or a file of JSON lines that grows"),
-         arg("--cron", metavar="FIELDS", default="", help="or a timetable: 'minute hour day month weekday'"),
-         arg("--zone", default="UTC", help="time zone of the timetable (default: UTC)"),
-         arg("--package", metavar="PACKAGE", default="", help="answers the new file or records"),
-         arg("--run", metavar="PARAMS", default="", help="or the parameter set that is run"),
-         arg("--more", action="append", default=[], metavar="ARGUMENT", help="for slml run; {event} is the path of the file, or the moment; may be repeated"),
-         arg("--out", required=True, metavar="FOLDER", help="of the results and of the ledger events.db"),
-         arg("--pattern", default="*", help="of the files, such as *.csv (default: *)"),
-         arg("--missed", default="latest", choices=("latest", "all", "skip"), help="what to do about moments when nobody was there (default: latest)"),
-         arg("--again", metavar="PATTERN", default="", help="first forget events whose key is like this, such as 'trips.csv@*', and their results"),
-         arg("--once", action="store_true", help="look once and end"))
+# %% ../nbs/69_cli.ipynb #2ede690c
+_WATCH_OPTIONS = (
+    arg("folder", metavar="FOLDER", nargs="?", default="", help="watched for new files"),
+    arg("--records", metavar="FILE", default="", help="or a file of JSON lines that grows"),
+    arg("--cron", metavar="FIELDS", default="", help="or a timetable: 'minute hour day month weekday'"),
+    arg("--zone", default="UTC", help="time zone of the timetable (default: UTC)"),
+    arg("--package", metavar="PACKAGE", default="", help="answers the new file or records"),
+    arg("--run", metavar="PARAMS", default="", help="or the parameter set that is run"),
+    arg("--more", action="append", default=[], metavar="ARGUMENT", help="for slml run; {event} is the path of the file, or the moment; may be repeated"),
+    arg("--out", required=True, metavar="FOLDER", help="of the results and of the ledger events.db"),
+    arg("--pattern", default="*", help="of the files, such as *.csv (default: *)"),
+    arg("--missed", default="latest", choices=("latest", "all", "skip"), help="what to do about moments when nobody was there (default: latest)"),
+    arg("--again", metavar="PATTERN", default="", help="first forget events whose key is like this, such as 'trips.csv@*', and their results"),
+    arg("--once", action="store_true", help="look once and end"),
+)
+
+# %% ../nbs/69_cli.ipynb #baa7441f
+@command("predict each new file or record, or run at the moments of a timetable, each once", *_WATCH_OPTIONS)
 def watch_command(args) -> Outcome:
     "`slml watch FOLDER`."
     from slml_nb.events import look_once, told_text, watching
@@ -677,7 +697,7 @@ def diff_command(args) -> Outcome:
     found = diff(find_run(args.one), find_run(args.other))
     return Outcome(diff_text(found), found)
 
-# %% ../nbs/69_cli.ipynb #93a0e303
+# %% ../nbs/69_cli.ipynb #9f0b5639
 @command("hash everything of a run again", arg("run", **RUN))
 def verify_command(args) -> Outcome:
     "`slml verify RUN`."
@@ -686,7 +706,7 @@ def verify_command(args) -> Outcome:
     found = verify(find_run(args.run))
     return Outcome(verify_text(found), found, DONE if found["ok"] else FAILED)
 
-
+# %% ../nbs/69_cli.ipynb #f942ccb6
 @command("free what nothing refers to",
          arg("--keep", default="30d", metavar="AGE", help="what is younger stays: 12h, 30d, 4w (default: 30d)"),
          arg("--runs", action="store_true", help="old run folders too, but never the latest of a project, nor one with a file named pinned"),
@@ -731,17 +751,21 @@ def track_command(args) -> Outcome:
     found = track(find_run(args.run), args.uri) if args.run else sync(uri=args.uri, wait=True)
     return Outcome(track_text(found), found, FAILED if found.get("failed") else DONE)
 
-# %% ../nbs/69_cli.ipynb #c775285e
-@command("search for the best values of any parameters, within a number of trials, of seconds or of dollars",
-         arg("params", metavar="PARAMS", help="parameter set, a YAML file with tune: {space: …, metric: …}"),
-         arg("-p", "--param", action="append", metavar="STAGE.NAME=VALUE", help="set one parameter for all trials; may be repeated"),
-         arg("--trials", type=int, metavar="N", help="at most, of the study as a whole (default: as the set says, or 50)"),
-         arg("--seconds", type=float, metavar="S", help="hard budget of the study as a whole; it ends with the best so far"),
-         arg("--usd", type=float, metavar="D", help="hard budget in money, by the meter and the price list"),
-         arg("--workers", type=int, metavar="N", help="trials at the same time (default: two)"),
-         arg("--memory", default="", metavar="SIZE", help="what all stages together may take, e.g. 8GB (default: 80 %% of what is free)"),
-         arg("--cold", action="store_true", help="a fresh Jupyter kernel for each stage"),
-         arg("--dry-run", action="store_true", help="check everything, show what would be searched, run nothing"))
+# %% ../nbs/69_cli.ipynb #4ae34fe0
+_TUNE_OPTIONS = (
+    arg("params", metavar="PARAMS", help="parameter set, a YAML file with tune: {space: …, metric: …}"),
+    arg("-p", "--param", action="append", metavar="STAGE.NAME=VALUE", help="set one parameter for all trials; may be repeated"),
+    arg("--trials", type=int, metavar="N", help="at most, of the study as a whole (default: as the set says, or 50)"),
+    arg("--seconds", type=float, metavar="S", help="hard budget of the study as a whole; it ends with the best so far"),
+    arg("--usd", type=float, metavar="D", help="hard budget in money, by the meter and the price list"),
+    arg("--workers", type=int, metavar="N", help="trials at the same time (default: two)"),
+    arg("--memory", default="", metavar="SIZE", help="what all stages together may take, e.g. 8GB (default: 80 %% of what is free)"),
+    arg("--cold", action="store_true", help="a fresh Jupyter kernel for each stage"),
+    arg("--dry-run", action="store_true", help="check everything, show what would be searched, run nothing"),
+)
+
+# %% ../nbs/69_cli.ipynb #d4fcc09b
+@command("search for the best values of any parameters, within a number of trials, of seconds or of dollars", *_TUNE_OPTIONS)
 def tune_command(args) -> Outcome:
     "`slml tune PARAMS`; the same command goes on where it ended."
     from slml_nb.tune import tune, tune_text
@@ -756,7 +780,7 @@ def tune_command(args) -> Outcome:
     value = {**{k: record.get(k) for k in ("run", "project", "folder", "state", "points", "tune")}, "report": report}
     return Outcome(f"\n{tune_text(record)}\n\nreport: {_short(report)}", value, DONE if record["tune"]["best"] else FAILED)
 
-# %% ../nbs/69_cli.ipynb #77ed4350
+# %% ../nbs/69_cli.ipynb #5de5e1c4
 def _mirrored(name: str, run: str, uri: str) -> str:
     "Copy a name of the registry into MLflow; a sentence when that did not work."
     from slml_nb.core import project_root
@@ -769,26 +793,30 @@ def _mirrored(name: str, run: str, uri: str) -> str:
     except TrackingFailed as e: return f"\nMLflow has no copy yet: {e}"
     return ""
 
-
+# %% ../nbs/69_cli.ipynb #be5ca6b4
 def _packaged(name: str) -> str:
     "The run or package that is meant by RUN."
     from slml_nb.run import find_run
     return name if (Path(name) / "manifest.json").is_file() else str(find_run(name))
 
-# %% ../nbs/69_cli.ipynb #0e1c73ce
-@command("which model answers: register, approve, roll back",
-         arg("name", metavar="NAME", nargs="?", default="", help="what the model is registered as (default: list all names)"),
-         arg("--register", default="", metavar="RUN", help="take in the package of a run (latest, a run id, a project, a path), or the folder of a package"),
-         arg("--approval", choices=["automatic", "person"], default="", help="with --register: who lets versions of this name into production (default: as it was; automatic at first)"),
-         arg("--sign", type=int, default=0, metavar="VERSION", help="approve a version, which puts it into production (needs --who)"),
-         arg("--refuse", type=int, default=0, metavar="VERSION", help="turn a version down (needs --who)"),
-         arg("--move", type=int, default=0, metavar="VERSION", help="put a version on the step that --to names"),
-         arg("--to", choices=["candidate", "staging", "production", "archived"], default="", help="with --move"),
-         arg("--rollback", action="store_true", help="let the version before answer again"),
-         arg("--repair", action="store_true", help="set a damaged record aside and go back to the newest intact one"),
-         arg("--who", default="", help="who decides (default: the user of this machine, except for --sign and --refuse)"),
-         arg("--note", default="", help="why"),
-         arg("--uri", default="", help="address of MLflow (default: sqlite in runs/mlflow.db; off: none)"))
+# %% ../nbs/69_cli.ipynb #c8d5b7ed
+_REGISTRY_OPTIONS = (
+    arg("name", metavar="NAME", nargs="?", default="", help="what the model is registered as (default: list all names)"),
+    arg("--register", default="", metavar="RUN", help="take in the package of a run (latest, a run id, a project, a path), or the folder of a package"),
+    arg("--approval", choices=["automatic", "person"], default="", help="with --register: who lets versions of this name into production (default: as it was; automatic at first)"),
+    arg("--sign", type=int, default=0, metavar="VERSION", help="approve a version, which puts it into production (needs --who)"),
+    arg("--refuse", type=int, default=0, metavar="VERSION", help="turn a version down (needs --who)"),
+    arg("--move", type=int, default=0, metavar="VERSION", help="put a version on the step that --to names"),
+    arg("--to", choices=["candidate", "staging", "production", "archived"], default="", help="with --move"),
+    arg("--rollback", action="store_true", help="let the version before answer again"),
+    arg("--repair", action="store_true", help="set a damaged record aside and go back to the newest intact one"),
+    arg("--who", default="", help="who decides (default: the user of this machine, except for --sign and --refuse)"),
+    arg("--note", default="", help="why"),
+    arg("--uri", default="", help="address of MLflow (default: sqlite in runs/mlflow.db; off: none)"),
+)
+
+# %% ../nbs/69_cli.ipynb #5ab289c5
+@command("which model answers: register, approve, roll back", *_REGISTRY_OPTIONS)
 def registry_command(args) -> Outcome:
     "`slml registry flights --register latest`."
     from slml_nb import registry as r
@@ -807,25 +835,29 @@ def registry_command(args) -> Outcome:
     record = r.read_registered(args.name)
     return Outcome(r.registry_text(record) + said, record)
 
-# %% ../nbs/69_cli.ipynb #727b8d0a
+# %% ../nbs/69_cli.ipynb #9ae0e507
 STORE = arg("--store", default="", metavar="URI", help="only what this store holds: a folder, or s3://bucket/prefix (default: the runs here)")
 
 
-@command("ask a question in SQL about any table of the runs",
-         arg("query", metavar="QUERY", help="one query in quotes: \"select count(*) from clean\"; - reads it from standard input; slml tables names the tables; files: from 'path/*.parquet'"),
-         arg("--engine", choices=["duckdb", "spark", "athena"], default="duckdb", help="what answers (default: duckdb)"),
-         arg("--run", default="", metavar="RUN", help="whose tables bare names mean: latest, a run id, a project or a path (default: the newest run that has them)"),
-         STORE,
-         arg("--dry-run", "--explain", dest="dry_run", action="store_true", help="answer nothing: show the engine's own text, the bytes it would read at most, and the cost"),
-         arg("--format", choices=["table", "csv", "json", "parquet"], default="", help="of the answer (default: that of the file behind -o, else a table)"),
-         arg("-o", "--out", default="", metavar="FILE", help="write the whole answer there"),
-         arg("--rows", type=int, default=40, metavar="N", help="how many rows of a table, or of --json, are shown (default: 40)"),
-         arg("--memory", default="2GB", metavar="SIZE", help="what the engine on this machine may take (default: 2GB)"),
-         arg("--master", default="local[*]", metavar="WHERE", help="Spark's: local[*], spark://HOST:7077, emr-serverless:APPLICATION or glue:JOB (default: local[*])"),
-         arg("--role", default="", metavar="ARN", help="that a job on EMR Serverless runs as"),
-         arg("--workgroup", default="primary", help="Athena's (default: primary)"),
-         arg("--database", default="slml", help="Glue's, for Athena (default: slml)"),
-         arg("--output", default="", metavar="S3", help="s3://bucket/prefix for what Athena, EMR and Glue write (default: in the store)"))
+_SQL_OPTIONS = (
+    arg("query", metavar="QUERY", help="one query in quotes: \"select count(*) from clean\"; - reads it from standard input; slml tables names the tables; files: from 'path/*.parquet'"),
+    arg("--engine", choices=["duckdb", "spark", "athena"], default="duckdb", help="what answers (default: duckdb)"),
+    arg("--run", default="", metavar="RUN", help="whose tables bare names mean: latest, a run id, a project or a path (default: the newest run that has them)"),
+    STORE,
+    arg("--dry-run", "--explain", dest="dry_run", action="store_true", help="answer nothing: show the engine's own text, the bytes it would read at most, and the cost"),
+    arg("--format", choices=["table", "csv", "json", "parquet"], default="", help="of the answer (default: that of the file behind -o, else a table)"),
+    arg("-o", "--out", default="", metavar="FILE", help="write the whole answer there"),
+    arg("--rows", type=int, default=40, metavar="N", help="how many rows of a table, or of --json, are shown (default: 40)"),
+    arg("--memory", default="2GB", metavar="SIZE", help="what the engine on this machine may take (default: 2GB)"),
+    arg("--master", default="local[*]", metavar="WHERE", help="Spark's: local[*], spark://HOST:7077, emr-serverless:APPLICATION or glue:JOB (default: local[*])"),
+    arg("--role", default="", metavar="ARN", help="that a job on EMR Serverless runs as"),
+    arg("--workgroup", default="primary", help="Athena's (default: primary)"),
+    arg("--database", default="slml", help="Glue's, for Athena (default: slml)"),
+    arg("--output", default="", metavar="S3", help="s3://bucket/prefix for what Athena, EMR and Glue write (default: in the store)"),
+)
+
+# %% ../nbs/69_cli.ipynb #b863cc37
+@command("ask a question in SQL about any table of the runs", *_SQL_OPTIONS)
 def sql_command(args) -> Outcome:
     "`slml sql QUERY`."
     from slml_nb.catalog import open_catalog
@@ -840,7 +872,7 @@ def sql_command(args) -> Outcome:
         answer = query(text, args.engine, catalog, args.run, out, args.memory, elsewhere=where)
         return _answered(answer, args, out)
 
-# %% ../nbs/69_cli.ipynb #a72d910d
+# %% ../nbs/69_cli.ipynb #0ff6c018
 def _answer_file(args, folder: str) -> str:
     "Where an answer is written: as asked, or a file that is then printed; '' for a table."
     from slml_nb.catalog import format_of
@@ -850,7 +882,7 @@ def _answer_file(args, folder: str) -> str:
     if kind == "parquet" and not args.out: raise SlmlError("Parquet is not for a terminal", "command line", "add -o FILE.parquet")
     return args.out or ("" if kind == "table" or args.json else f"{folder}/answer.{kind}")
 
-
+# %% ../nbs/69_cli.ipynb #a93ee400
 def _answered(answer, args, out: str) -> Outcome:
     "An answer, for people or for programs."
     from slml_nb.query import table_text
@@ -864,15 +896,19 @@ def _answered(answer, args, out: str) -> Outcome:
     more = f"\n… {answer.meter['rows'] - len(rows):,} more rows (--rows N, or -o FILE for all)" if answer.meter["rows"] > len(rows) else ""
     return Outcome(f"{table_text(answer.columns, rows)}{more}\n\n{answer.line()}", {**value, "rows": rows})
 
-# %% ../nbs/69_cli.ipynb #9e49f016
-@command("the tables there are: list, describe, register",
-         arg("name", metavar="NAME", nargs="?", default="", help="a table to be described: clean, flights.clean, flights.clean@VERSION (default: list all)"),
-         STORE,
-         arg("--register", action="append", default=[], metavar="FILES", help="give these files that name: a file, a folder, a pattern or s3://bucket/prefix; may be repeated"),
-         arg("--description", default="", help="what the table is"),
-         arg("--owner", default="", help="whose it is"),
-         arg("--drop", action="store_true", help="take a registered name out of the catalog; its files stay"),
-         arg("--glue", nargs="?", const="slml", default="", metavar="DATABASE", help="register it, or every table in S3, in Glue, where Athena finds it (default: slml)"))
+# %% ../nbs/69_cli.ipynb #b757cb42
+_TABLES_OPTIONS = (
+    arg("name", metavar="NAME", nargs="?", default="", help="a table to be described: clean, flights.clean, flights.clean@VERSION (default: list all)"),
+    STORE,
+    arg("--register", action="append", default=[], metavar="FILES", help="give these files that name: a file, a folder, a pattern or s3://bucket/prefix; may be repeated"),
+    arg("--description", default="", help="what the table is"),
+    arg("--owner", default="", help="whose it is"),
+    arg("--drop", action="store_true", help="take a registered name out of the catalog; its files stay"),
+    arg("--glue", nargs="?", const="slml", default="", metavar="DATABASE", help="register it, or every table in S3, in Glue, where Athena finds it (default: slml)"),
+)
+
+# %% ../nbs/69_cli.ipynb #a911c975
+@command("the tables there are: list, describe, register", *_TABLES_OPTIONS)
 def tables_command(args) -> Outcome:
     "`slml tables NAME`."
     from slml_nb.catalog import open_catalog, text_of
@@ -890,7 +926,7 @@ def tables_command(args) -> Outcome:
     found = catalog.describe(args.name)
     return Outcome(described_text(found), found)
 
-
+# %% ../nbs/69_cli.ipynb #b2f0f34d
 def _to_glue(catalog, name: str, database: str) -> Outcome:
     "Register tables in Glue; those on this machine cannot be."
     tables = [catalog.find(name)] if name else catalog.tables()
@@ -924,27 +960,33 @@ def package_of(
     if "package" not in made: raise SlmlError("this run has no package", _short(folder), "run it to the end: slml run PARAMS")
     return artifact_path(made["package"])
 
-# %% ../nbs/69_cli.ipynb #076a2a19
-@command("serve models over HTTP: one, or many beside each other",
-         arg("run", metavar="RUN", nargs="*", help="latest, a run id, a project, a path, or the folder of a package (default: latest); several: [NAME=]RUN …; or a folder of packages, followed as it changes"),
-         arg("--port", type=int, default=8000, help="default: 8000"),
-         arg("--host", default="127.0.0.1", help="default: this machine only; where others can reach it, keys are asked for (SLML_KEYS)"),
-         arg("--jwt", default="", metavar="RULES", help="tokens that are good, too: 'alg=RS256 jwks=URL_OR_FILE iss=ISSUER aud=AUDIENCE' (or key=FILE; RS256, ES256, HS256); default: the variable SLML_JWT"),
-         arg("--open", action="store_true", help="ask for no keys, though others can reach it: something in front of it does"),
-         arg("--rate", type=float, metavar="N", help="requests a second of one caller (default: 50 where others can reach it)"),
-         arg("--workers", type=int, default=0, metavar="N", help="processes of each package at most (default: one a core; a single package without this answers in the server's own process)"),
-         arg("--replicas", type=int, default=1, metavar="N", help="a single package: server processes that share the port (default: 1)"),
-         arg("--idle", type=float, default=300.0, metavar="SECONDS", help="without a request after which the processes of a package go (default: 300)"),
-         arg("--traffic", action="append", default=[], metavar="SPEC", help="a name whose requests are shared among variants: a YAML or JSON file (name, policy, variants, state, log); may be repeated"),
-         arg("--log", default="", metavar="WHERE", help="where predictions go (with --traffic: and feedback), a folder; or kinesis://STREAM, beside it"),
-         arg("--online", default="", metavar="STORE", help="feature store to ask for what a request leaves out: the SQLite file of the stage feature_store, or dynamodb://TABLE"))
+# %% ../nbs/69_cli.ipynb #b3a4a707
+_SERVE_OPTIONS = (
+    arg("run", metavar="RUN", nargs="*", help="latest, a run id, a project, a path, or the folder of a package (default: latest); several: [NAME=]RUN …; or a folder of packages, followed as it changes"),
+    arg("--port", type=int, default=8000, help="default: 8000"),
+    arg("--host", default="127.0.0.1", help="default: this machine only; where others can reach it, keys are asked for (SLML_KEYS)"),
+    arg("--jwt", default="", metavar="RULES", help="tokens that are good, too: 'alg=RS256 jwks=URL_OR_FILE iss=ISSUER aud=AUDIENCE' (or key=FILE; RS256, ES256, HS256); default: the variable SLML_JWT"),
+    arg("--open", action="store_true", help="ask for no keys, though others can reach it: something in front of it does"),
+    arg("--rate", type=float, metavar="N", help="requests a second of one caller (default: 50 where others can reach it)"),
+    arg("--workers", type=int, default=0, metavar="N", help="processes of each package at most (default: one a core; a single package without this answers in the server's own process)"),
+    arg("--replicas", type=int, default=1, metavar="N", help="a single package: server processes that share the port (default: 1)"),
+    arg("--idle", type=float, default=300.0, metavar="SECONDS", help="without a request after which the processes of a package go (default: 300)"),
+    arg("--traffic", action="append", default=[], metavar="SPEC", help="a name whose requests are shared among variants: a YAML or JSON file (name, policy, variants, state, log); may be repeated"),
+    arg("--log", default="", metavar="WHERE", help="where predictions go (with --traffic: and feedback), a folder; or kinesis://STREAM, beside it"),
+    arg("--online", default="", metavar="STORE", help="feature store to ask for what a request leaves out: the SQLite file of the stage feature_store, or dynamodb://TABLE"),
+)
+
+# %% ../nbs/69_cli.ipynb #1bfa2fe4
+@command("serve models over HTTP: one, or many beside each other", *_SERVE_OPTIONS)
 def serve_command(args) -> Outcome:
     "`slml serve RUN …`."
     from slml_nb.serve import limits_for, serve
     packages, watch = served(args.run or ([] if args.traffic else ["latest"]))
-    traffic = [_variants(spec, packages, args.log) for spec in args.traffic]
+    traffic = [_variants(spec, packages, args.log, watch) for spec in args.traffic]
     limits = limits_for(args.host, args.open, args.rate, args.jwt)
-    if not args.json: print(f"serving {', '.join(filter(None, [*packages, watch and f'what is in {watch}']))}\n  http://{args.host}:{args.port}/{'docs' if len(packages) == 1 and not watch else ''}   Ctrl-C stops", flush=True)
+    if not args.json:
+        for name in (t.spec["name"] for t, _ in traffic): print(f"traffic {name}: POST /{name}/predict, POST /{name}/feedback (with the x-prediction-id of the answer), GET /{name}/traffic")
+        print(f"serving {', '.join(filter(None, [*packages, watch and f'what is in {watch}']))}\n  http://{args.host}:{args.port}/{'docs' if len(packages) == 1 and not (watch or traffic) else ''}   Ctrl-C stops", flush=True)
     alone = len(packages) == 1 and not (watch or traffic or args.workers)
     if not alone and (args.replicas > 1 or args.log and not traffic): raise SlmlError("--replicas, and --log without --traffic, are for a single package without --workers", "command line", "serve one, or name a --traffic")
     if alone:
@@ -957,30 +999,28 @@ def serve_command(args) -> Outcome:
             for variants, log in traffic: variants.close(); log.close()  # what is left goes to disk, and into the stream
     return Outcome()
 
-# %% ../nbs/69_cli.ipynb #6edc229d
+# %% ../nbs/69_cli.ipynb #8aaeaa21
 def _noted(log: str, name: str):  # noted() -> a note, as `invoke` takes it
     "Write each prediction of a single package into a log."
     def begin():
-        from slml_nb.feedback import FeedbackLog
-        from slml_nb.traffic import Choice
-        kept = FeedbackLog.open({"name": name, "variants": [name], "stream" if "://" in log else "log": log})
-        def note(requests, answers, seconds, one):
-            choice = Choice(os.urandom(9).hex(), name, 1.0)
-            for i, (request, answer) in enumerate(zip(requests, answers)): kept.prediction(choice if one else choice.part(i), request, answer, 1000 * seconds)
-            return choice.id
-        return note
+        from slml_nb.feedback import FeedbackLog, noting
+        return noting(FeedbackLog.open({"name": name, "variants": [name], "stream" if "://" in log else "log": log}), name)
     return begin
 
-
-def _variants(spec: str, packages: dict, log: str = "") -> tuple:  # Traffic, FeedbackLog
-    "Open a traffic, and add the packages of its variants."
+# %% ../nbs/69_cli.ipynb #18ac099f
+def _variants(spec: str, packages: dict, log: str = "", watch: str = "") -> tuple:  # Traffic, FeedbackLog
+    "Add the packages of a traffic's variants; open it when each has one, or a watched folder may bring it."
     from slml_nb.feedback import FeedbackLog
     from slml_nb.traffic import Traffic, read_spec
-    traffic = Traffic.open({**read_spec(spec), **({"stream" if "://" in log else "log": log} if log else {})})
-    packages |= {f"{traffic.spec['name']}.{v}": _package_or_run(p) for v, p in traffic.spec["variants"].items() if p}
+    name, variants = (asked := read_spec(spec))["name"], asked["variants"]
+    for v, p in variants.items():
+        try: packages |= {f"{name}.{v}": _package_or_run(p)} if p else {}
+        except SlmlError as e: raise SlmlError(f"variant '{v}' is '{p}', and {e.what}", spec, e.fix) from None
+        if not watch and f"{name}.{v}" not in packages: raise SlmlError(f"variant '{v}' of '{name}' has no package", spec, f"in the spec: variants: {{{v}: RUN}}; or slml serve {name}.{v}=RUN …")
+    traffic = Traffic.open({**asked, **({"stream" if "://" in log else "log": log} if log else {})})
     return traffic, FeedbackLog.open(spec, traffic)
 
-# %% ../nbs/69_cli.ipynb #e87779e0
+# %% ../nbs/69_cli.ipynb #97aedeab
 def served(runs: list[str]) -> tuple[dict[str, Path], str]:  # {name: package}, and a folder of packages or ""
     "What is meant by the names behind `slml serve`."
     packages, watch = {}, ""
@@ -994,13 +1034,13 @@ def served(runs: list[str]) -> tuple[dict[str, Path], str]:  # {name: package}, 
         packages[name] = package
     return packages, watch
 
-
+# %% ../nbs/69_cli.ipynb #4ab0545c
 def _project_of(run: str) -> str:
     "The project of a run."
     from slml_nb.run import find_run
     return find_run(run).resolve().parent.name
 
-
+# %% ../nbs/69_cli.ipynb #dcd7ecc2
 def _package_or_run(run: str) -> Path:
     "The folder of a package, or the package of a run."
     return Path(run) if (Path(run) / "manifest.json").is_file() else package_of(run)
@@ -1035,27 +1075,42 @@ def place_command(args) -> Outcome:
     found = place(_package_or_run(args.run), args.rps, args.p99)
     return Outcome(place_text(found), found, DONE if found["choice"] else NOT_MET)
 
-# %% ../nbs/69_cli.ipynb #7a6e41a0
-@command("bring a model to AWS: show the plan, make a change set, execute it, undo it",
-         arg("run", metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project, a path, or the folder of a package (default: latest)"),
-         arg("--to", default="lambda", metavar="TARGET", help="lambda, container, sagemaker, or events: a function that answers every new file of a bucket (default: lambda)"),
-         arg("--plan", action="store_true", help="show every resource, its permissions and its monthly cost; needs no account"),
-         arg("--rps", type=float, default=1.0, metavar="N", help="with --plan: requests (of events: files) a second, on average (default: 1)"),
-         arg("--stack", default="", metavar="NAME", help="of the CloudFormation stack (default: slml- and the name of the project)"),
-         arg("--region", default="", help="default: as AWS is configured"),
-         arg("--share", type=float, default=1.0, metavar="SHARE", help="of the traffic for the new version of a function (default: 1)"),
-         arg("--instance", default="", metavar="TYPE", help="with --to sagemaker: on instances of this type (default: serverless; with --batch: ml.m5.large)"),
-         arg("--batch", nargs=2, default=None, metavar=("FROM", "TO"), help="with --to sagemaker: answer the files of s3://FROM into s3://TO by a transform job, once"),
-         arg("--rows", type=float, default=1e6, metavar="N", help="with --batch --plan: rows of those files (default: 1,000,000)"),
-         arg("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the template, such as Image; may be repeated"),
-         arg("--execute", default="", metavar="STACK/CHANGESET", help="execute a change set that was shown, or the requests of a transform job: FILE.json"),
-         arg("--undo", default="", metavar="STACK", help="put a stack back as it was before the last execution, or stop the transform job of FILE.json"))
+# %% ../nbs/69_cli.ipynb #dcdee935
+_DEPLOY_OPTIONS = (
+    arg("run", metavar="RUN", nargs="?", default="latest", help="latest, a run id, a project, a path, or the folder of a package (default: latest)"),
+    arg("--to", default="lambda", metavar="TARGET", help="lambda, container, sagemaker, or events: a function that answers every new file of a bucket (default: lambda)"),
+    arg("--plan", action="store_true", help="show every resource, its permissions and its monthly cost; needs no account"),
+    arg("--rps", type=float, default=1.0, metavar="N", help="with --plan: requests (of events: files) a second, on average (default: 1)"),
+    arg("--stack", default="", metavar="NAME", help="of the CloudFormation stack (default: slml- and the name of the project)"),
+    arg("--region", default="", help="default: as AWS is configured"),
+    arg("--share", type=float, default=1.0, metavar="SHARE", help="of the traffic for the new version of a function (default: 1)"),
+    arg("--instance", default="", metavar="TYPE", help="with --to sagemaker: on instances of this type (default: serverless; with --batch: ml.m5.large)"),
+    arg("--batch", nargs=2, default=None, metavar=("FROM", "TO"), help="with --to sagemaker: answer the files of s3://FROM into s3://TO by a transform job, once"),
+    arg("--rows", type=float, default=1e6, metavar="N", help="with --batch --plan: rows of those files (default: 1,000,000)"),
+    arg("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the template, such as Image; may be repeated"),
+    arg("--execute", default="", metavar="STACK/CHANGESET", help="execute a change set that was shown, or the requests of a transform job: FILE.json"),
+    arg("--outcome", default="", metavar="FILE.json", help="how a transform job went: waits for its end, counts rows answered and refused"),
+    arg("--undo", default="", metavar="STACK", help="put a stack back as it was before the last execution, or stop the transform job of FILE.json"),
+)
+
+# %% ../nbs/69_cli.ipynb #3aa0a72b
+@command("bring a model to AWS: show the plan, make a change set, execute it, undo it", *_DEPLOY_OPTIONS)
 def deploy_command(args) -> Outcome:
     "`slml deploy RUN --to TARGET`."
     from slml_nb import deploy as d
+    with d.aws_words(): return _deploy(d, args)
+
+# %% ../nbs/69_cli.ipynb #53b10942
+def _deploy(d, args) -> Outcome:
+    "Plan, propose, or what follows."
     if args.execute or args.undo: return _deployed(d, args)
-    package, size = _package_or_run(args.run), {"instance": args.instance} if args.instance and args.to == "sagemaker" else {}
-    if args.batch and args.to != "sagemaker": raise SlmlError("--batch is a transform job of SageMaker", "deploy", "--to sagemaker --batch s3://FROM s3://TO; on this machine: slml predict RUN FILE")
+    if args.outcome:
+        from slml_nb.store import client_of
+        d.batch_file(args.outcome)
+        found = d.outcome(client_of("sagemaker", args.region), client_of("s3", args.region), args.outcome)
+        return Outcome(d.outcome_text(found), found, FAILED if found["missing"] or found["refused"] == found["rows"] > 0 else DONE)
+    package, size = _package_or_run(args.run), {"instance": args.instance} if args.instance else {}
+    d.check_words(args.to, args.instance, args.share, args.rps, args.rows, bool(args.batch))
     if args.plan:
         from slml_nb.events import events_plan
         if args.to == "events": found = events_plan(package, args.rps)
@@ -1070,13 +1125,14 @@ def deploy_command(args) -> Outcome:
     else: found = d.deploy(package, args.to, stack, args.region, args.share, Path("deploy"), given, **size)
     return Outcome(d.changes_text(found), found)
 
-# %% ../nbs/69_cli.ipynb #41803865
+# %% ../nbs/69_cli.ipynb #81e37f4d
 def _deployed(d, args) -> Outcome:
     "Execute or undo."
     from slml_nb.store import client_of
     if (what := args.execute or args.undo).endswith(".json"):  # a transform job: its requests as they were written
+        d.batch_file(what)
         done = (d.run_batch if args.execute else d.undo_batch)(client_of("sagemaker", args.region), what)
-        return Outcome(f"{done} has begun\nback again: slml deploy --undo {what}" if args.execute else done, {"file": what, "done": done})
+        return Outcome(f"{done} has begun\nhow it went: slml deploy --outcome {what}\nback again: slml deploy --undo {what}" if args.execute else done, {"file": what, "done": done})
     client, storage = client_of("cloudformation", args.region), client_of("s3", args.region)
     if args.undo: return Outcome(done := d.undo(client, storage, args.undo, d.kept_bucket(client)), {"stack": args.undo, "done": done})
     stack, _, changeset = args.execute.partition("/")
@@ -1106,7 +1162,7 @@ def as_ingested(
     to_parquet(con, f"select * exclude (row_id, source) from ({table.query}) order by row_id", folder / "typed.parquet")
     return folder / "typed.parquet", [r for f in table.files for r in f.rejects]
 
-# %% ../nbs/69_cli.ipynb #9df0157d
+# %% ../nbs/69_cli.ipynb #314789a4
 @command("predict the rows of a file with the model of a run",
          arg("run", metavar="RUN", help="latest, a run id, a project, a path, or the folder of a package"),
          arg("file", metavar="FILE", help="CSV (also gz), JSON lines or Parquet, written like the data of the run; a row a prediction"),
@@ -1114,6 +1170,7 @@ def as_ingested(
 def predict_command(args) -> Outcome:
     "`slml predict RUN FILE`."
     from slml_nb.package import load_package, predict_table
+    if args.out and Path(args.out).suffix not in (".csv", ".parquet"): raise SlmlError(f"answers are not written as {Path(args.out).suffix or 'a file without an ending'}", args.out, "--out FILE.csv or --out FILE.parquet")
     alone = (Path(args.run) / "manifest.json").is_file()  # a package needs no run beside it, and for CSV no DuckDB
     predictor = load_package(args.run if alone else package_of(args.run))
     with tempfile.TemporaryDirectory() as folder:
@@ -1128,7 +1185,7 @@ def predict_command(args) -> Outcome:
     if done["errors"]: _say(f"{done['errors']:,} of {done['rows']:,} rows have no prediction; the column error says why")
     return Outcome(text, {**done, "out": args.out, "rejects": len(rejects)}, FAILED if done["errors"] == done["rows"] > 0 else DONE)
 
-# %% ../nbs/69_cli.ipynb #ae459260
+# %% ../nbs/69_cli.ipynb #96713cd1
 @dataclass
 class Check:
     "One thing the doctor looked at."
@@ -1137,7 +1194,7 @@ class Check:
     ok: bool = True
     fix: str = ""  # what to type
 
-
+# %% ../nbs/69_cli.ipynb #73de18b5
 def check_packages(
     requirements: list[str] | None = None,  # as in a requirements file; None: those of slml_nb
 ) -> list[Check]:
@@ -1156,7 +1213,7 @@ def check_packages(
         out.append(Check(r.name, have or "missing", ok, "" if ok else f"pip install '{r.name}{r.specifier}'"))
     return out
 
-# %% ../nbs/69_cli.ipynb #a03dd375
+# %% ../nbs/69_cli.ipynb #b8183012
 def check_machine(
     folder=".",  # the disk to look at
 ) -> list[Check]:
@@ -1170,7 +1227,7 @@ def check_machine(
             Check("memory", f"{memory:.0f} GB", not memory < 3.5, "set memory: \"1GB\" in the stages, or take a larger machine"),
             Check("free disk", f"{free:.0f} GB", free > 2, "free some space, or set store: to another disk"), Check("gpu", gpu)]
 
-
+# %% ../nbs/69_cli.ipynb #040896af
 def check_reach() -> list[Check]:
     "Jupyter's kernel, and whether AWS has been set up (never needed on this machine alone)."
     kernel = any((Path(p) / "kernels" / "python3").is_dir() for p in [Path(sys.prefix) / "share/jupyter"])
@@ -1179,11 +1236,11 @@ def check_reach() -> list[Check]:
     return [Check("jupyter kernel", "python3" if kernel else "missing", kernel, "python -m ipykernel install --sys-prefix"),
             Check("aws credentials", f"from {keys}" if keys else "none: s3:// is closed, everything else works")]
 
-# %% ../nbs/69_cli.ipynb #69ee57cc
+# %% ../nbs/69_cli.ipynb #4c1b0ca5
 @command("what is installed, what is missing, what to type; with --on sagemaker, of an account on AWS",
          arg("params", metavar="PARAMS", nargs="?", default="", help="with --on: the parameter set that shall run there"),
          arg("--on", default="", metavar="PLACE", help="sagemaker: look at an account instead of this machine"),
-         arg("--policy", nargs="?", const="run", default="", metavar="WHO", help="print only the smallest IAM policy: of who starts a run (run, the default), of its jobs (job), or trust, doctor, bucket"),
+         arg("--policy", nargs="?", const="run", default="", metavar="WHO", help="print only the smallest IAM policy: of who starts a run (run, the default), of its jobs (job), or pipeline, pipeline-role, trust, doctor, bucket"),
          arg("--make-bucket", action="store_true", help="make the bucket of the store first: private, encrypted; of one that is there, mend what is missing"),
          arg("--store", default="", metavar="URI", help="another store than that of the parameter set"),
          arg("-p", "--param", action="append", metavar="STAGE.NAME=VALUE", help="set one parameter; may be repeated"))
@@ -1196,7 +1253,7 @@ def doctor_command(args) -> Outcome:
     text.append(f"\n{len(bad)} thing{'s' if len(bad) > 1 else ''} to mend" if bad else "\neverything is here")
     return Outcome("\n".join(text), [vars(c) for c in checks], FAILED if bad else DONE)
 
-# %% ../nbs/69_cli.ipynb #d872afed
+# %% ../nbs/69_cli.ipynb #b180b628
 def _account_doctor(args) -> Outcome:
     "`slml doctor --on sagemaker`."
     from slml_nb.aws import examine, printed_policy
@@ -1212,13 +1269,13 @@ def _account_doctor(args) -> Outcome:
     text, found, fine = examine(params, overrides, args.make_bucket, _job_image)
     return Outcome(text, found, DONE if fine else FAILED)
 
-
+# %% ../nbs/69_cli.ipynb #821c528c
 def _job_image(account, machine) -> str:
     "The image that a job would have."
     from slml_nb.jobs import image_of
     return image_of(account, machine)
 
-# %% ../nbs/69_cli.ipynb #b13782a2
+# %% ../nbs/69_cli.ipynb #1d548b13
 class _Parser(argparse.ArgumentParser):
     "An argument parser that suggests."
     def error(self, message):
@@ -1228,7 +1285,7 @@ class _Parser(argparse.ArgumentParser):
             message = f"there is no command '{typed}': {suggest(typed, COMMANDS)}"
         raise SlmlError(message, "command line", f"see {self.prog} --help")
 
-
+# %% ../nbs/69_cli.ipynb #06a7f9b8
 def make_parser() -> argparse.ArgumentParser:
     "The parser of `slml`, from the commands that were registered."
     raw = argparse.RawDescriptionHelpFormatter
@@ -1242,10 +1299,10 @@ def make_parser() -> argparse.ArgumentParser:
         p.add_argument("--json", action="store_true", help="print one JSON document, for programs")
     return parser
 
-# %% ../nbs/69_cli.ipynb #9a9aa4d1
+# %% ../nbs/69_cli.ipynb #66596fe3
 def _say(text: str): print(f"slml: {text}", file=sys.stderr)
 
-
+# %% ../nbs/69_cli.ipynb #5984a96b
 def guarded(
     work,  # a function without arguments
 ) -> int:  # the exit code
@@ -1265,7 +1322,7 @@ def guarded(
         else: _say(f"unexpected {type(e).__name__}: {e} (SLML_DEBUG=1 shows where)")
         return WRONG if isinstance(e, SlmlError) else FAILED
 
-# %% ../nbs/69_cli.ipynb #9c114e1d
+# %% ../nbs/69_cli.ipynb #4a58844f
 def _main(argv) -> int:
     "Parse, do, print."
     parser = make_parser()
@@ -1282,7 +1339,7 @@ def _main(argv) -> int:
     elif outcome.text: print(outcome.text, flush=True)
     return outcome.code
 
-
+# %% ../nbs/69_cli.ipynb #ae9fa7ff
 def main(
     argv: list[str] | None = None,  # without the program's name; None: the command line
 ) -> int:  # the exit code

@@ -16,7 +16,7 @@ from .graph import normal_code
 from .stage import artifact_path
 from .store import below
 
-# %% ../nbs/52_compare.ipynb #f954ad69
+# %% ../nbs/52_compare.ipynb #61b354ae
 def _json(path: Path, unknown: list) -> dict:
     "A record from a file; {} and a word about it when it is missing or damaged."
     try: found = json.loads(path.read_bytes())
@@ -27,7 +27,7 @@ def _json(path: Path, unknown: list) -> dict:
     unknown.append(f"{'/'.join(path.parts[-3:])} {what}")
     return {}
 
-
+# %% ../nbs/52_compare.ipynb #3c8d6c26
 def gather(
     run,  # folder of a run
 ) -> dict:  # name, folder, record (run.json), stages: {stage: info, made, key, notebook}, unknown: what could not be read
@@ -44,7 +44,7 @@ def gather(
         stages[stage] = {"info": info, "made": _json(run / stage / "made.json", say), "key": _json(run / stage / "key.json", say), "notebook": run / stage / "notebook.ipynb"}
     return {"name": "/".join(run.parts[-3 if run.parent.name == "points" else -2:]), "folder": run, "record": record, "stages": stages, "unknown": unknown}
 
-# %% ../nbs/52_compare.ipynb #23f5c63c
+# %% ../nbs/52_compare.ipynb #9ffd91be
 def flatten(
     value,  # dictionaries in dictionaries
     name: str = "",
@@ -53,7 +53,7 @@ def flatten(
     if not isinstance(value, dict) or not value: return {name: value}
     return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{name}.{key}" if name else str(key)).items()}
 
-
+# %% ../nbs/52_compare.ipynb #00c59f2e
 def _same(a, b) -> bool: return a == b or canonical_json(a) == canonical_json(b)
 
 
@@ -66,7 +66,7 @@ def differing(
     names = dict.fromkeys([*a, *b])
     return [{**about, "name": n, **({"a": a[n]} if n in a else {}), **({"b": b[n]} if n in b else {})} for n in names if (n in a) != (n in b) or n in a and not _same(a[n], b[n])]
 
-# %% ../nbs/52_compare.ipynb #45d4f6c2
+# %% ../nbs/52_compare.ipynb #ab672b37
 def _parameters(a: dict, b: dict) -> list[dict]:
     "Parameters that differ, stage by stage."
     found = []
@@ -78,14 +78,14 @@ def _parameters(a: dict, b: dict) -> list[dict]:
         found += [{"stage": stage, "name": n, "a": "***", "b": "*** (another)"} for n in one if one[n] == two.get(n) == "***" and hashes[0].get(n) != hashes[1].get(n)]
     return found
 
-
+# %% ../nbs/52_compare.ipynb #66f94298
 def _parameters_of(run: dict, stage: str) -> tuple[dict, str]:
     "The values a stage ran with, and where they were read."
     given = (run["record"].get("parameters") or {}).get(stage)
     if given is not None: return given, "run.json"
     return run["stages"][stage]["key"].get("shown", {}).get("parameters", {}), "key.json"
 
-# %% ../nbs/52_compare.ipynb #c9860fdc
+# %% ../nbs/52_compare.ipynb #cd6bea90
 def _counted(notebook: Path) -> list[tuple[int, str, str]]:
     "(index, hash, source) of the cells that decide what an executed notebook makes."
     cells = [c for c in read_notebook(notebook)["cells"] if "injected-parameters" not in c["metadata"].get("tags", [])]
@@ -93,12 +93,12 @@ def _counted(notebook: Path) -> list[tuple[int, str, str]]:
     return [(i, sha256_text(normal_code(c["source"]))[:16], c["source"]) for i, c in enumerate(cells)
             if c["cell_type"] == "code" and i not in out and c["source"].strip() and "parameters" not in c["metadata"].get("tags", [])]
 
-
+# %% ../nbs/52_compare.ipynb #132f8880
 def _cells(key: dict) -> list[tuple]:
     "(index or None, hash) of each cell in a key; older keys have the hashes alone."
     return [tuple(c) if isinstance(c, list) else (None, c) for c in key["cells"]]
 
-
+# %% ../nbs/52_compare.ipynb #7b6feee6
 def changed_cells(
     a: list,  # [(index, hash), …]
     b: list,
@@ -132,17 +132,17 @@ def code_changes(
     lines = [[line for _, _, source in book for line in source.splitlines()] for book in books] if cells and all(books) else [[], []]
     return {"stage": stage, "cells": cells, "modules": modules, "patch": list(difflib.unified_diff(*lines, "a", "b", n=1, lineterm=""))[2:]}
 
-# %% ../nbs/52_compare.ipynb #2edf11b2
+# %% ../nbs/52_compare.ipynb #486793a1
 def _outside(run: dict) -> dict: return {u: f for s in run["stages"].values() for u, f in s["key"].get("outside", {}).items()}
 
-
+# %% ../nbs/52_compare.ipynb #6891a34c
 def _artifacts(run: dict) -> dict[str, dict]:
     "{artifact: stage, hash, rows} of a run; from the keys of the stages that read them where made.json is lost."
     made = {n: {"stage": stage, **r} for stage, s in run["stages"].items() for n, r in s["made"].get("artifacts", {}).items()}
     read = {n: {"stage": "", "sha256": h} for s in run["stages"].values() for n, h in s["key"].get("inputs", {}).items() if n not in made}
     return {n: {k: r[k] for k in ("stage", "sha256", "rows") if k in r} for n, r in {**made, **read}.items()}
 
-
+# %% ../nbs/52_compare.ipynb #ee870f9f
 def _data(a: dict, b: dict) -> list[dict]:
     "Sources and artifacts that differ."
     one, two = _artifacts(a), _artifacts(b)
@@ -150,7 +150,7 @@ def _data(a: dict, b: dict) -> list[dict]:
         {"kind": "artifact", "name": n, "stage": (one.get(n) or two[n])["stage"], **{side: x[n] for side, x in (("a", one), ("b", two)) if n in x}}
         for n in dict.fromkeys([*one, *two]) if one.get(n, {}).get("sha256") != two.get(n, {}).get("sha256")]
 
-# %% ../nbs/52_compare.ipynb #e1db81dd
+# %% ../nbs/52_compare.ipynb #00b70c1b
 def _metrics_of(run: dict) -> dict[tuple, object]:
     "{(stage, metric): value}; of a sweep also {(point's values, metric): value}."
     found = {(stage, n): v for stage, s in run["stages"].items() for n, v in (s["info"].get("metrics") or s["made"].get("metrics", {})).items()}
@@ -159,7 +159,7 @@ def _metrics_of(run: dict) -> dict[tuple, object]:
         found.update({(name, n): v for n, v in point.get("metrics", {}).items()})
     return found
 
-
+# %% ../nbs/52_compare.ipynb #8ddac0a9
 def _metrics(a: dict, b: dict) -> list[dict]:
     "Metrics that differ, and by how much."
     found = [{"stage": m["name"][0], **m, "name": m["name"][1]} for m in differing(_metrics_of(a), _metrics_of(b))]
@@ -170,7 +170,7 @@ def _metrics(a: dict, b: dict) -> list[dict]:
         if numbers[0]: m["relative"] = m["difference"] / abs(numbers[0])
     return found
 
-# %% ../nbs/52_compare.ipynb #54d2b8ee
+# %% ../nbs/52_compare.ipynb #539da47f
 def _environment(a: dict, b: dict) -> list[dict]:
     "What differs of machine, interpreter and packages."
     def of(run):
@@ -184,7 +184,7 @@ def _environment(a: dict, b: dict) -> list[dict]:
             d["a"], d["b"] = [x for x in d["a"] if x not in d["b"]], [x for x in d["b"] if x not in d["a"]]
     return found
 
-
+# %% ../nbs/52_compare.ipynb #99cff050
 def _stages(a: dict, b: dict) -> list[dict]:
     "State and seconds of each stage; the side that does not have it is left out."
     return [{"stage": s, **{side: {k: run["stages"][s]["info"][k] for k in ("state", "seconds") if k in run["stages"][s]["info"]} for side, run in (("a", a), ("b", b)) if s in run["stages"]}}
@@ -205,7 +205,7 @@ def diff(
     same = not any(found.values()) and all(s.get("a", {}).get("state") in (x := s.get("b", {}).get("state"), "made", "reused") and "a" in s and "b" in s and x is not None for s in stages)
     return {"a": a["name"], "b": b["name"], "same": same and not unknown, **found, "stages": stages, "unknown": unknown}
 
-# %% ../nbs/52_compare.ipynb #c35d46f4
+# %% ../nbs/52_compare.ipynb #40e795ba
 def _short(value, width: int = 48) -> str:
     "A value on one line."
     if isinstance(value, bool) or not isinstance(value, (int, float)): text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
@@ -213,26 +213,26 @@ def _short(value, width: int = 48) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
 
-
+# %% ../nbs/52_compare.ipynb #f0b0260a
 def _arrow(d: dict, show=_short) -> str: return " → ".join(show(d[side]) if side in d else "(not there)" for side in "ab")
 
 
 def _artifact_words(r: dict) -> str: return r["sha256"][:12] + (f", {r['rows']:,} rows" if "rows" in r else "")
 
-
+# %% ../nbs/52_compare.ipynb #fe75dee4
 def _table(rows: list[list[str]]) -> list[str]:
     "Lines with their columns aligned."
     widths = [max(len(r[i]) for r in rows if i < len(r)) for i in range(max(map(len, rows), default=0))]
     return ["  " + "  ".join(f"{c:{w}}" for c, w in zip(r, widths)).rstrip() for r in rows]
 
-
+# %% ../nbs/52_compare.ipynb #e2653cd8
 def _code_lines(c: dict) -> list[str]:
     "One stage's change of code in words and lines."
     places = [" → ".join(f"cell{'s' * (len(p[s]) > 1)} {', '.join(map(str, p[s]))}" if p[s] else "(none)" for s in "ab") for p in c["cells"]]
     modules = [f"module {m['name']}" + ("" if "a" in m and "b" in m else " (only the second)" if "b" in m else " (only the first)") for m in c["modules"]]
     return [f"  {c['stage']}: {', '.join(places + modules)}", *(f"    {line}" for line in c["patch"][:60]), *(["    …"] if len(c["patch"]) > 60 else [])]
 
-# %% ../nbs/52_compare.ipynb #087fbbbc
+# %% ../nbs/52_compare.ipynb #ed43943e
 def _stage_lines(stages: list[dict]) -> list[str]:
     "Stages of which the state or, markedly, the time differs."
     rows = []
@@ -244,7 +244,7 @@ def _stage_lines(stages: list[dict]) -> list[str]:
         elif a.get("state") != b.get("state") or marked: rows.append([s["stage"], " → ".join(f"{x.get('state', '?')} {x.get('seconds', 0):.1f} s" for x in (a, b))])
     return _table(rows)
 
-
+# %% ../nbs/52_compare.ipynb #ce2732f3
 def diff_text(
     found: dict,  # from `diff`
 ) -> str:
@@ -259,13 +259,13 @@ def diff_text(
     lines = [line for name, body in parts.items() if body for line in ("", name, *body)]
     return "\n".join([f"{found['a']} → {found['b']}", *(["the same in parameters, code, data, metrics and environment"] if found["same"] else []), *lines])
 
-# %% ../nbs/52_compare.ipynb #f38b9a94
+# %% ../nbs/52_compare.ipynb #a98c0a0a
 NOT_JUDGED = ("seconds", "seconds_*", "*_seconds", "*_seconds_*", "*_ms", "*_ms_*", "*_rps", "*usd_*", "*_usd", "*peak_mb", "gpu_*",  # how long, how much, how dear
               "p99_met", "service", "service.*",  # latencies and what follows from them
               "package_mb", "package.hash", "*sha256*", "*manifest.json*")  # sizes and hashes of files: the files themselves are judged
 LEVELS = ("equal", "within tolerance", "different")
 
-
+# %% ../nbs/52_compare.ipynb #f504c6f9
 def judged(
     name: str,  # of a metric, column or JSON key, or a dotted path
 ) -> bool:
@@ -273,7 +273,7 @@ def judged(
     names = (str(name), str(name).rsplit(".", 1)[-1])
     return not any(fnmatch.fnmatchcase(n, pattern) for n in names for pattern in NOT_JUDGED)
 
-# %% ../nbs/52_compare.ipynb #575d1657
+# %% ../nbs/52_compare.ipynb #f420eac7
 class Agreement:
     "How far two things agree, as a comparison goes along."
 
@@ -289,18 +289,22 @@ class Agreement:
         if level > self.level or (level == self.level and relative > self.largest): self.level, self.where = level, where
         self.largest = max(self.largest, relative)
 
-    def number(self, a, b, where: str):
-        "Two numbers."
-        if a == b or (a != a and b != b): return
-        if isinstance(a, int) and isinstance(b, int) or not (math.isfinite(a) and math.isfinite(b)): return self.say(2, where, math.inf)
-        size, scale = abs(a - b), max(abs(a), abs(b))
-        self.say(1 if size <= max(self.tolerance * scale, self.tolerance / 1000) else 2, where, size / scale)
-
     def __repr__(self):
         largest = f" by {self.largest:.1e}" if 0 < self.largest < math.inf else ""
         return LEVELS[self.level] + (f": {self.where}{largest}" if self.level else "") + (f" ({', '.join(sorted(self.ignored)[:4])} not judged)" if self.ignored else "")
 
-# %% ../nbs/52_compare.ipynb #aa055e84
+# %% ../nbs/52_compare.ipynb #2edd11cc
+def _agree_numbers(self: Agreement, a, b, where: str):
+    "Two numbers."
+    if a == b or (a != a and b != b): return
+    if isinstance(a, int) and isinstance(b, int) or not (math.isfinite(a) and math.isfinite(b)): return self.say(2, where, math.inf)
+    size, scale = abs(a - b), max(abs(a), abs(b))
+    self.say(1 if size <= max(self.tolerance * scale, self.tolerance / 1000) else 2, where, size / scale)
+
+
+Agreement.number = _agree_numbers
+
+# %% ../nbs/52_compare.ipynb #7595ef60
 def agree_texts(self: Agreement, a: str, b: str, where: str):
     "Two texts: words must be the same, numbers in them may differ within the tolerance; lines that name a measurement are passed over."
     one, two = ([line for line in t.splitlines() if all(self.judges(w) for w in re.findall(r"\w+_\w+", line))] for t in (a, b))
@@ -309,6 +313,9 @@ def agree_texts(self: Agreement, a: str, b: str, where: str):
     for x, y in zip(re.findall(number, "\n".join(one)), re.findall(number, "\n".join(two))): self.number(float(x), float(y), where)
 
 
+Agreement.text = agree_texts
+
+# %% ../nbs/52_compare.ipynb #1a85c436
 def agree_values(self: Agreement, a, b, where: str):
     "Two JSON values, all the way down."
     if not self.judges(where): self.ignored.add(where.rsplit(".", 1)[-1])
@@ -326,9 +333,9 @@ def agree_values(self: Agreement, a, b, where: str):
 
 def _is_number(v) -> bool: return isinstance(v, (int, float)) and not isinstance(v, bool)
 
-Agreement.text, Agreement.value = agree_texts, agree_values
+Agreement.value = agree_values
 
-# %% ../nbs/52_compare.ipynb #3abdea78
+# %% ../nbs/52_compare.ipynb #6b5c367c
 def _column_sql(name: str, kind: str, tolerance: float) -> str:
     "Three aggregates of a column: cells that differ, cells that differ beyond the tolerance, the largest relative difference."
     from slml_nb.sql import ident
@@ -344,7 +351,16 @@ def _column_sql(name: str, kind: str, tolerance: float) -> str:
     other = f"{a} is distinct from {b}"
     return f"count(*) filter (where {other}), count(*) filter (where {other} and not coalesce({close}, false)), max(case when {other} then {size} end)"
 
+# %% ../nbs/52_compare.ipynb #93323033
+def _both_open(a, b) -> tuple:  # DuckDB connection with the views a and b (where the columns are the same); [(column, type)] of each
+    "Two Parquet files side by side."
+    from slml_nb.sql import connect, literal
+    con, files = connect("1GB"), {"a": literal(str(a)), "b": literal(str(b))}
+    columns = [[r[:2] for r in con.execute(f"describe select * from read_parquet({f})").fetchall()] for f in files.values()]
+    for side, f in files.items() if columns[0] == columns[1] else (): con.execute(f"create view {side} as select * from read_parquet({f}, file_row_number = true)")
+    return con, columns
 
+# %% ../nbs/52_compare.ipynb #38c8c2bd
 def agree_tables(
     a,  # Parquet file
     b,  # another
@@ -352,12 +368,8 @@ def agree_tables(
     where: str = "table",
 ):
     "Compare two tables; `found` is told."
-    from slml_nb.sql import connect, literal
-    con = connect("1GB")
-    shapes = [con.execute(f"describe select * from read_parquet({literal(str(p))})").fetchall() for p in (a, b)]
-    columns = [[(r[0], r[1]) for r in s] for s in shapes]
+    con, columns = _both_open(a, b)
     if columns[0] != columns[1]: return found.say(2, f"{where}: its columns")
-    for side, p in (("a", a), ("b", b)): con.execute(f"create view {side} as select * from read_parquet({literal(str(p))}, file_row_number = true)")
     counts = [con.execute(f"select count(*){', count(distinct row_id)' if 'row_id' in dict(columns[0]) else ', 0'} from {side}").fetchall()[0] for side in "ab"]
     if counts[0][0] != counts[1][0]: return found.say(2, f"{where}: {counts[0][0]:,} rows and {counts[1][0]:,}")
     found.ignored |= {n for n, _ in columns[0] if not found.judges(f"{where}.{n}")}
@@ -370,7 +382,7 @@ def agree_tables(
         other, beyond, size = row[1 + 3 * i:4 + 3 * i]
         if other: found.say(2 if beyond else 1, f"{where}.{n}", size if size == size and size is not None else math.inf)
 
-# %% ../nbs/52_compare.ipynb #d74b29b3
+# %% ../nbs/52_compare.ipynb #65cbfa83
 def agree_files(
     a,  # a file or folder
     b,  # another
@@ -391,7 +403,7 @@ def agree_files(
     elif a.suffix == ".onnx" and importlib.util.find_spec("onnx"): _agree_networks(a, b, found, where)
     else: found.say(2, f"{where}: its bytes")
 
-
+# %% ../nbs/52_compare.ipynb #d5241ddf
 def _agree_networks(a: Path, b: Path, found: Agreement, where: str):
     "Two ONNX graphs: the same nodes, and weights within the tolerance of the largest in their tensor."
     import numpy as np, onnx
@@ -405,13 +417,13 @@ def _agree_networks(a: Path, b: Path, found: Agreement, where: str):
         size = float(np.abs(w.astype(float) - weights[1][n].astype(float)).max() / max(np.abs(w).max(), 1e-30))
         found.say(1 if w.dtype.kind == "f" and size <= found.tolerance else 2, f"{where}: weights {n}", size)
 
-# %% ../nbs/52_compare.ipynb #fb080afe
+# %% ../nbs/52_compare.ipynb #cc0a87ce
 def _tolerance(tolerances: dict | None, stage: str, name: str):
     "The tolerance that applies; None: not judged."
     given = {"": 1e-6, **(tolerances or {})}
     return next(given[n] for n in (f"{stage}.{name}", name, "") if n in given)
 
-
+# %% ../nbs/52_compare.ipynb #dcc4fcd1
 def _judge_metric(stage, name, a: dict, b: dict, tolerances) -> dict:
     "One metric of both runs."
     tolerance, found = _tolerance(tolerances, stage, name), {"stage": stage, "name": name, **{s: m[(stage, name)] for s, m in (("a", a), ("b", b)) if (stage, name) in m}}
@@ -421,7 +433,7 @@ def _judge_metric(stage, name, a: dict, b: dict, tolerances) -> dict:
     agreement.value(found["a"], found["b"], name)
     return {**found, "verdict": LEVELS[agreement.level], **({"relative": agreement.largest} if agreement.level and agreement.largest < math.inf else {})}
 
-
+# %% ../nbs/52_compare.ipynb #3b239990
 def _judge_artifact(name, a: dict, b: dict, tolerances, data=()) -> dict:
     "One artifact of both runs."
     stage = (a.get(name) or b[name])["stage"]
@@ -435,7 +447,7 @@ def _judge_artifact(name, a: dict, b: dict, tolerances, data=()) -> dict:
     except (OSError, ValueError, SlmlError) as e: return {**found, "verdict": "different", "why": f"its hash differs and it cannot be read ({e})"}
     return {**found, "verdict": LEVELS[agreement.level], "why": repr(agreement).split(": ", 1)[-1].removeprefix("equal ")}
 
-# %% ../nbs/52_compare.ipynb #f152386c
+# %% ../nbs/52_compare.ipynb #43c097e0
 def judge(
     old_run,  # folder of a run
     new_run,  # folder of the run that is to be the same
@@ -454,7 +466,7 @@ def judge(
     verdict = LEVELS[max(levels)] if levels else "different"
     return {"a": a["name"], "b": b["name"], "verdict": verdict, "metrics": metrics, "artifacts": artifacts, **reasons}
 
-
+# %% ../nbs/52_compare.ipynb #7c89f3f6
 def _made(run: dict) -> dict:
     "The artifacts of a run whose records can be read."
     found = {}
@@ -481,7 +493,7 @@ def judge_text(
     elif apart: lines += ["", "parameters, code, sources and environment are the same: the difference is in the computation itself (an unseeded draw, the order of threads)"]
     return "\n".join([*lines, *([""] + [f"could not be compared: {u}" for u in found["unknown"]] if found["unknown"] else [])])
 
-# %% ../nbs/52_compare.ipynb #9ccac1a5
+# %% ../nbs/52_compare.ipynb #eaf3650e
 def params_of(
     run,  # folder of a run
 ):  # ParamSet, with the parameters the run had
@@ -493,20 +505,20 @@ def params_of(
     today = load_params(path if path.is_file() else project_root() / path)
     return dataclasses.replace(today, project=record.get("project", today.project), matrix={}, values={s: _with_secrets(v, today.values.get(s, {})) for s, v in record["parameters"].items() if not unneeded(record, s)})
 
-
+# %% ../nbs/52_compare.ipynb #e6ed4416
 def unneeded(record: dict, stage: str) -> bool:
     "Whether a run left a stage out since a simpler model was enough; with a section of its own, it would be asked for."
     info = record.get("stages", {}).get(stage, {})
     return info.get("state") == "skipped" and (info.get("why") or "").startswith("not needed")
 
-
+# %% ../nbs/52_compare.ipynb #8fb83536
 def _with_secrets(then, now):
     "The old values, with each *** as the parameter set has it now."
     if then == "***": return now
     if isinstance(then, dict): return {k: _with_secrets(v, now.get(k) if isinstance(now, dict) else None) for k, v in then.items()}
     return then
 
-
+# %% ../nbs/52_compare.ipynb #956819bb
 def changed_since(
     run,  # folder of a run
     params,  # ParamSet
@@ -524,7 +536,7 @@ def changed_since(
         if code or versions: found[stage] = {"stage": stage, **(code or {"cells": [], "modules": [], "patch": []}), "versions": versions}
     return {s: found[s] for s in [*graph.order, *then["stages"]] if s in found}
 
-# %% ../nbs/52_compare.ipynb #f2b8de76
+# %% ../nbs/52_compare.ipynb #75f86193
 def reproduce(
     run,  # folder of a run
     execute=None,  # what runs a parameter set; slml_nb.run.execute when None
@@ -543,7 +555,7 @@ def reproduce(
     atomic_write(Path(new["folder"]) / "reproduced.json", json.dumps(found, indent=1, ensure_ascii=False, default=str))
     return found
 
-
+# %% ../nbs/52_compare.ipynb #18c2f7f2
 def reproduce_text(
     found: dict,  # from `reproduce`
 ) -> str:

@@ -36,7 +36,7 @@ def error_code(e) -> str:
     "The code of an error of boto3: AWS's own, or the name of its class."
     return (getattr(e, "response", None) or {}).get("Error", {}).get("Code", type(e).__name__)
 
-# %% ../nbs/00_core.ipynb #6c1a73c7
+# %% ../nbs/00_core.ipynb #e1da4451
 def nearest(
     name: str,  # what was typed
     valid,  # iterable of the names that exist
@@ -47,7 +47,7 @@ def nearest(
     hit = hit or sorted((n for n in names if str(name).lower() in n and len(str(name)) > 2), key=len)
     return names[hit[0]] if hit else ""
 
-
+# %% ../nbs/00_core.ipynb #7d47f091
 def suggest(
     name: str,  # what was typed
     valid,  # iterable of the names that exist
@@ -58,21 +58,21 @@ def suggest(
     if close: return f"did you mean '{close}'?"
     return f"there is {', '.join(valid[:12])}{', …' if len(valid) > 12 else ''}" if valid else "there are none"
 
-# %% ../nbs/00_core.ipynb #25e3365f
+# %% ../nbs/00_core.ipynb #74506b6c
 def canonical_json(
     value,  # anything JSON can hold; dates and paths are written as text
 ) -> str:  # one spelling for equal values
     "JSON with sorted keys and no spaces: equal values give equal text."
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
 
-
+# %% ../nbs/00_core.ipynb #92c7ce6d
 def sha256_text(
     text: str,
 ) -> str:  # 64 hex digits
     "SHA-256 of a text in UTF-8."
     return hashlib.sha256(text.encode()).hexdigest()
 
-
+# %% ../nbs/00_core.ipynb #dda7a798
 def sha256_file(
     path,  # a file, or a folder (then: of the relative names and hashes of all files in it)
 ) -> str:  # 64 hex digits
@@ -91,7 +91,7 @@ def size_of(
     files = (f for p in map(Path, paths) for f in ([p] if p.is_file() else p.rglob("*")))
     return sum(f.stat().st_size for f in files if f.is_file())
 
-# %% ../nbs/00_core.ipynb #fc2735fa
+# %% ../nbs/00_core.ipynb #8cab57a8
 def seal(
     record: dict,  # anything JSON can hold
 ) -> dict:  # the same, with "seal"
@@ -99,7 +99,7 @@ def seal(
     plain = {k: v for k, v in record.items() if k != "seal"}
     return {**plain, "seal": sha256_text(canonical_json(json.loads(json.dumps(plain, default=str))))}
 
-
+# %% ../nbs/00_core.ipynb #1b6b3920
 def sealed(
     record: dict,  # read from a file
 ) -> bool:  # False when it was changed after it was sealed, or never was
@@ -136,7 +136,7 @@ def atomic_write(
         raise
     return path
 
-# %% ../nbs/00_core.ipynb #50e5ef68
+# %% ../nbs/00_core.ipynb #debe2d3b
 def read_json(
     path,
     default=None,
@@ -145,7 +145,7 @@ def read_json(
     with contextlib.suppress(OSError, ValueError): return json.loads(Path(path).read_bytes())
     return default
 
-
+# %% ../nbs/00_core.ipynb #ab407fd1
 def cache_folder() -> Path:
     "Where copies lie that can be fetched or worked out again: SLML_CACHE, or ~/.cache/slml_nb."
     return Path(os.environ.get("SLML_CACHE") or Path.home() / ".cache" / "slml_nb")
@@ -160,7 +160,7 @@ def project_root(
         if any((folder / mark).exists() for mark in ("params", "runs", "settings.ini")): return folder
     return start
 
-# %% ../nbs/00_core.ipynb #8f8c3ee4
+# %% ../nbs/00_core.ipynb #a6f04ec2
 def read_notebook(
     path,  # .ipynb file
 ) -> dict:  # the notebook, each cell's source joined to one text
@@ -171,7 +171,7 @@ def read_notebook(
     for cell in nb.get("cells", []): cell["source"] = "".join(cell["source"])
     return nb
 
-
+# %% ../nbs/00_core.ipynb #17402590
 _parsing = threading.Lock()
 
 
@@ -182,7 +182,7 @@ def parse_python(
     "`ast.parse`, one thread at a time: Python 3.11 counts the depth of all threads together and stumbles."
     with _parsing: return ast.parse(source, mode=mode)
 
-
+# %% ../nbs/00_core.ipynb #7b954eb9
 def cells_tagged(
     nb: dict,  # from `read_notebook`
     tag: str,
@@ -226,7 +226,7 @@ class Param:
     comment: str = ""  # what stands behind it on its line, without "required:"
     required: bool = False  # its comment begins with "required": a parameter set must give it
 
-# %% ../nbs/00_core.ipynb #f2edf0a4
+# %% ../nbs/00_core.ipynb #65749013
 UNDECLARED = {"int": "int | float", "str": "str | int | float | bool", "NoneType": "Any", "tuple": "Any", "set": "Any", "bytes": "Any", "complex": "Any"}  # what fits where no type is written
 
 
@@ -246,7 +246,7 @@ def _declarations(source: str, where: str, computed: bool):
                             "write a plain value: the cell is read, not run") from None
         yield node.end_lineno, ast.unparse(target), kind or UNDECLARED.get(type(default).__name__, type(default).__name__), default
 
-
+# %% ../nbs/00_core.ipynb #0578f323
 def read_parameters(
     nb: dict,  # from `read_notebook`
     where: str = "notebook",  # its name, for messages
@@ -262,7 +262,7 @@ def read_parameters(
         found[name] = Param(name, kind, default, re.sub(r"^required:?\s*", "", comment), comment.startswith("required"))
     return found
 
-
+# %% ../nbs/00_core.ipynb #38f39eaa
 def _comment(line: str) -> str:
     "What stands behind the last `#` outside a string."
     import io, tokenize
@@ -271,11 +271,11 @@ def _comment(line: str) -> str:
             if t.type == tokenize.COMMENT: return t.string.lstrip("# ").strip()
     return ""
 
-# %% ../nbs/00_core.ipynb #372cdb00
+# %% ../nbs/00_core.ipynb #15d3de5b
 class Refused(ValueError):
     "A value that does not fit a declared type; the message says what would."
 
-
+# %% ../nbs/00_core.ipynb #b7a0704e
 def _integer(v):
     if isinstance(v, str) and re.fullmatch(r"[+-]?[\d_]+", v.strip()): v = int(v)
     elif isinstance(v, str):
@@ -284,32 +284,32 @@ def _integer(v):
     if isinstance(v, bool) or not isinstance(v, int): raise Refused("a whole number")
     return v
 
-
+# %% ../nbs/00_core.ipynb #5df2f9b4
 def _number(v):
     try: return float(v) if not isinstance(v, bool) and isinstance(v, (int, float, str)) else float(None)
     except (TypeError, ValueError): raise Refused("a number") from None
 
-
+# %% ../nbs/00_core.ipynb #87f6965b
 def _boolean(v):
     words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
     if isinstance(v, bool): return v
     if isinstance(v, str) and v.strip().lower() in words: return words[v.strip().lower()]
     raise Refused("true or false")
 
-
+# %% ../nbs/00_core.ipynb #038d7121
 def _text(v):
     if isinstance(v, (dt.date, Path)): return str(v)
     if not isinstance(v, str): raise Refused("text (put quotes around it)")
     return v
 
-# %% ../nbs/00_core.ipynb #ff622c4d
+# %% ../nbs/00_core.ipynb #f3459ba6
 def _json_or_yaml(text):
     "JSON as programs send it, or YAML as people type it; None when it is neither."
     import yaml
     with contextlib.suppress(ValueError): return json.loads(text)
     with contextlib.suppress(yaml.YAMLError): return yaml.safe_load(text)
 
-
+# %% ../nbs/00_core.ipynb #05f0f40e
 def _parsed(v, kind):
     "A list or a dict; from text when that is how it came."
     if isinstance(v, str):
@@ -319,7 +319,7 @@ def _parsed(v, kind):
     if not isinstance(v, kind): raise Refused("a list like [a, b]" if kind is list else "a mapping like {a: 1}")
     return v
 
-
+# %% ../nbs/00_core.ipynb #d3f4c247
 def _date(v):
     if isinstance(v, dt.datetime): return v.date()
     try: return v if isinstance(v, dt.date) else dt.date.fromisoformat(v)
@@ -329,7 +329,7 @@ def _date(v):
 SCALARS = {"int": _integer, "float": _number, "bool": _boolean, "str": _text, "Path": lambda v: Path(_text(v)),
            "date": _date, "Any": lambda v: v, "object": lambda v: v}
 
-# %% ../nbs/00_core.ipynb #73faa96b
+# %% ../nbs/00_core.ipynb #37314776
 def coerce(
     value,  # from YAML, the command line or a remote job
     kind: str,  # a type as written in a parameters cell
@@ -337,7 +337,7 @@ def coerce(
     "`value` as the declared type `kind`, or `Refused` with the words for what was expected."
     return _coerce(value, parse_python(kind, mode="eval").body)
 
-
+# %% ../nbs/00_core.ipynb #1ca5b96e
 def _coerce(v, t):
     if isinstance(t, ast.BinOp): return _either(v, [t.left, t.right])
     if isinstance(t, ast.Constant) and t.value is None:
@@ -353,7 +353,7 @@ def _coerce(v, t):
     if name not in SCALARS: raise Refused(f"a type that can be checked (not {name})")
     return SCALARS[name](v)
 
-
+# %% ../nbs/00_core.ipynb #ab4f136f
 def _either(v, options):
     words = []
     for t in sorted(options, key=lambda t: not (isinstance(t, ast.Constant) and t.value is None)):
@@ -361,19 +361,19 @@ def _either(v, options):
         except Refused as e: words.append(str(e))
     raise Refused(" or ".join(reversed(words)))
 
-
+# %% ../nbs/00_core.ipynb #2dc1df6e
 def _choice(v, choices):
     for c in choices:
         if v == c and type(v) is type(c) or isinstance(v, str) and str(c) == v: return c
     raise Refused("one of " + ", ".join(map(str, choices)) + (f" (nearest: {nearest(v, choices)})" if nearest(v, choices) else ""))
 
-# %% ../nbs/00_core.ipynb #9dffa08f
+# %% ../nbs/00_core.ipynb #0cf3a398
 class Secret(str):
     "A text that came from the environment and is never shown."
     name = ""  # of the environment variable
     def __repr__(self): return "'***'"
 
-
+# %% ../nbs/00_core.ipynb #53ad96d7
 def mask(
     value,  # anything
     show=lambda secret: "***",  # what stands for a secret
@@ -383,7 +383,7 @@ def mask(
     if isinstance(value, dict): return {k: mask(v, show) for k, v in value.items()}
     return [mask(v, show) for v in value] if isinstance(value, (list, tuple)) else value
 
-
+# %% ../nbs/00_core.ipynb #50267fa0
 def every(
     value,  # anything, with lists and mappings in it
     kind: type,  # of what is looked for
@@ -392,14 +392,14 @@ def every(
     if isinstance(value, kind): return [value]
     return [found for v in (value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []) for found in every(v, kind)]
 
-
+# %% ../nbs/00_core.ipynb #51c88698
 def named(
     value,  # anything
 ):  # the same with each `Secret` as the name it has in a parameter set
     "A copy in which secrets are told apart by their names, which decide; their values do not."
     return mask(value, lambda secret: f"!env {secret.name}")
 
-# %% ../nbs/00_core.ipynb #5dc0a397
+# %% ../nbs/00_core.ipynb #550c37f8
 def spellings(
     secrets,  # texts that must not be kept
 ) -> list[str]:  # each line of them as text, in JSON, in Python, in HTML, in an address and in a header of HTTP; the longest first
@@ -410,7 +410,7 @@ def spellings(
                                               urllib.parse.quote(p, safe=""), base64.b64encode(p.encode()).decode())}
     return sorted(forms, key=len, reverse=True)
 
-
+# %% ../nbs/00_core.ipynb #16960560
 def strike_out(
     text: str,
     forms: list[str],  # from `spellings`
@@ -419,14 +419,14 @@ def strike_out(
     for form in forms: text = text.replace(form, "***")
     return text
 
-# %% ../nbs/00_core.ipynb #bad0f168
+# %% ../nbs/00_core.ipynb #9d240a82
 def _secret(name: str, where: str) -> Secret:
     if name not in os.environ: raise SlmlError(f"environment variable {name} is not set", where, f"export {name}=…")
     s = Secret(os.environ[name])
     s.name = name
     return s
 
-
+# %% ../nbs/00_core.ipynb #6fb9cdda
 PLAIN = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value")
 
 
@@ -447,38 +447,42 @@ def _build(node, path: tuple, file: str, lines: dict):
     if isinstance(node, yaml.SequenceNode): return [_build(v, (*path, i), file, lines) for i, v in enumerate(node.value)]
     return yaml.constructor.SafeConstructor().construct_object(node)
 
-# %% ../nbs/00_core.ipynb #571d068c
+# %% ../nbs/00_core.ipynb #14e56146
 def _merge(base: dict, over: dict) -> dict:
     "`over` on top of `base`: mappings merge, everything else is replaced."
     both = {k: _merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}
     return {**base, **both}
 
-
+# %% ../nbs/00_core.ipynb #c884c8b6
 def _composed(text: str):
     "The nodes of a YAML text: by libyaml where it is there, which is ten times faster; in Python when there is something to complain about, in its better words."
     import yaml
     with contextlib.suppress(AttributeError, yaml.YAMLError): return yaml.compose(text, Loader=yaml.CSafeLoader)
     return yaml.compose(text, Loader=yaml.SafeLoader)
 
-
-def load_yaml(
-    path,  # a YAML file; `extends:` names another, relative to it
-    seen: tuple = (),  # files on the way here, to find a circle
-) -> tuple[dict, dict]:  # the merged values, and {path of keys: "file:line"}
-    "A YAML file with what it extends, and where each value was written."
+# %% ../nbs/00_core.ipynb #1991d095
+def _read_nodes(path: Path, name: str):
+    "The nodes of a YAML file, or an error with its line."
     import yaml
-    path, name = Path(path), str(path)
-    if not path.is_file():
-        there = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise SlmlError("there is no such parameter set", name, suggest(path.name, there))
-    if path.resolve() in seen: raise SlmlError("extends: leads back to this file", name, "break the circle")
-    try: node = _composed(path.read_text(encoding="utf-8"))
+    try: return _composed(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         raise SlmlError(f"not valid YAML ({e.problem})", f"{name}:{mark.line + 1}", "mind the indentation and the colons") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise SlmlError(f"not a text file in UTF-8 ({e})", name, "save it as UTF-8") from None
-    lines = {}
+
+# %% ../nbs/00_core.ipynb #99c73103
+def load_yaml(
+    path,  # a YAML file; `extends:` names another, relative to it
+    seen: tuple = (),  # files on the way here, to find a circle
+) -> tuple[dict, dict]:  # the merged values, and {path of keys: "file:line"}
+    "A YAML file with what it extends, and where each value was written."
+    path, name = Path(path), str(path)
+    if not path.is_file():
+        there = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise SlmlError("there is no such parameter set", name, suggest(path.name, there))
+    if path.resolve() in seen: raise SlmlError("extends: leads back to this file", name, "break the circle")
+    node, lines = _read_nodes(path, name), {}
     values = _build(node, (), name, lines) if node else {}
     if not isinstance(values, dict): raise SlmlError("a parameter set is a mapping", f"{name}:1", "start with project: NAME")
     if not (parent := values.pop("extends", None)): return values, lines

@@ -7,10 +7,10 @@ __all__ = ['SERVICES', 'TABLES', 'INSTANCE', 'ABOUT', 'FARGATE', 'MONTH', 'HEADR
            'LINUX', 'check_prices', 'load_prices', 'lambda_usd', 'fargate_usd', 'instance_usd', 's3_usd', 'dollars',
            'needs_of', 'holds', 'smallest', 'lambda_offer', 'fargate_offer', 'sagemaker_offer', 'serverless',
            'read_meter', 'cost_stage', 'demand', 'always_on', 'price_warnings', 'cost', 'cost_rows', 'table_text',
-           'cost_sentences', 'cost_text', 'machine_like', 'sizes_between', 'saving', 'size_of', 'earlier', 'expected',
-           'profile_stage', 'profile_run', 'profile_rows', 'longest', 'profile_sentences', 'profile_text',
-           'profile_picture', 'forget_samples', 'forecast', 'forecast_text', 'bill', 'bill_text', 'price_of',
-           'prices_text', 'refresh_prices', 'refreshed_text']
+           'cost_sentences', 'cost_text', 'billed', 'billed_text', 'machine_like', 'sizes_between', 'saving', 'size_of',
+           'earlier', 'expected', 'profile_stage', 'profile_run', 'profile_rows', 'longest', 'profile_sentences',
+           'profile_text', 'profile_picture', 'forget_samples', 'forecast', 'forecast_text', 'bill', 'bill_text',
+           'price_of', 'prices_text', 'refresh_prices', 'refreshed_text']
 
 # %% ../nbs/54_cost.ipynb #7da308c4
 import contextlib, datetime as dt, json, math, re
@@ -469,6 +469,30 @@ def cost_text(
     p = found["prices"]
     head = f"{found['project']}/{found['run']}, {found['state']}. Prices: {p['date']}, {p['region']}, {p['file']}"
     return "\n".join([head, "", *table_text(cost_rows(found)), "", *cost_sentences(found)])
+
+# %% ../nbs/54_cost.ipynb #a4684082
+def billed(
+    run,  # folder of a run, or its record
+) -> list[dict]:  # stage, machine, seconds, estimated USD, at most USD, billed USD, spot saved; of the stages that ran away
+    "What the stages of a run cost on other machines, beside what was estimated."
+    record = run if isinstance(run, dict) else load_run(run)
+    out = []
+    for stage, entry in (record.get("stages") or {}).items():
+        bill, said = entry.get("bill") or {}, entry.get("estimate") or {}
+        if not bill and not said: continue
+        machine = f"{bill.get('instances', said.get('instances', 1))} × {bill.get('instance') or said.get('instance', '')}{' spot' if bill.get('spot', said.get('spot')) else ''}"
+        out.append({"stage": stage, "machine": machine, "seconds": bill.get("seconds"), "estimated USD": said.get("usd"), "at most USD": said.get("most_usd"), "billed USD": bill.get("usd"), "spot saved": bill.get("spot_saved")})
+    return out
+
+# %% ../nbs/54_cost.ipynb #16024d58
+def billed_text(rows: list[dict]) -> str:  # '' when nothing ran away
+    "The bill of other machines for a terminal."
+    if not rows: return ""
+    shown = [{**r, "spot saved": f"{r['spot saved']:.0%}" if r["spot saved"] is not None else ""} for r in rows]
+    both = [(r["estimated USD"], r["billed USD"]) for r in rows if r["estimated USD"] and r["billed USD"] is not None]
+    said, was, unknown = sum(e for e, _ in both), sum(b for _, b in both), [r["stage"] for r in rows if r["billed USD"] is None]
+    words = [f"Billed {dollars(sum(r['billed USD'] or 0 for r in rows))}" + (f"; of {dollars(said)} that were estimated, {was / said:.0%}." if both else ".")]
+    return "\n".join(["On SageMaker:", *table_text(shown), "", *words, *([f"Not known yet: {', '.join(unknown)}."] if unknown else [])])
 
 # %% ../nbs/54_cost.ipynb #fada4e4f
 def machine_like(

@@ -10,18 +10,19 @@ __all__ = ['ARRAYS', 'FILES', 'CUT', 'LAMBDA_ROOTS', 'EDGE_ROOTS', 'ZIP_MB', 'UN
            'ready_features', 'is_plain', 'plain_code', 'library_files', 'function_files', 'bytecode', 'compiled_files',
            'tried', 'same_answer', 'write_zip', 'storage_template', 'lambda_template', 'container_template',
            'sagemaker_template', 'check_enums', 'instance_types', 'dockerfile', 'write_image', 'write_edge', 'around',
-           'monthly', 'permissions', 'plan', 'plan_text', 'stack_now', 'made_by', 'version_before', 'propose',
-           'execute', 'settle', 'undo', 'deploy', 'image_steps', 'changes_text', 'kept_bucket', 'bucket_of',
-           'batch_template', 'batch_requests', 'plan_batch', 'deploy_batch', 'run_batch', 'undo_batch', 'place',
-           'place_text']
+           'monthly', 'sensible', 'check_words', 'known_words', 'aws_words', 'permissions', 'plan', 'plan_text',
+           'stack_now', 'made_by', 'version_before', 'propose', 'execute', 'settle', 'undo', 'deploy', 'image_steps',
+           'changes_text', 'kept_bucket', 'bucket_of', 'apart', 'batch_template', 'batch_form', 'batch_requests',
+           'plan_batch', 'deploy_batch', 'batch_file', 'run_batch', 'undo_batch', 'lines_in', 'refused_as', 'outcome',
+           'counted', 'outcome_text', 'place', 'place_text']
 
-# %% ../nbs/43_deploy.ipynb #2c51f341
+# %% ../nbs/43_deploy.ipynb #f6056d41
 import hashlib, json, math, os, platform, re, subprocess, sys, time, zipfile
 from pathlib import Path
 from .core import SlmlError, atomic_write, load_yaml, sha256_file, suggest
 from .package import PLAIN, check_seal, load_package, package_key, seal
 from .query import prices_file
-from .store import client_of
+from .store import aws_errors, client_of
 
 # %% ../nbs/43_deploy.ipynb #6eee49cd
 _LOOK = """import json, sys, time
@@ -808,6 +809,40 @@ WHY = {"AWS::Logs::LogGroup": "what it says, kept for 30 days", "AWS::IAM::Role"
        "AWS::S3::Bucket": "zips of code", "AWS::S3::BucketPolicy": "TLS only", "AWS::ECR::Repository": "images"}
 TARGETS = {"lambda": lambda_template, "container": container_template, "sagemaker": sagemaker_template}
 
+# %% ../nbs/43_deploy.ipynb #5a5a0235
+def sensible(
+    name: str, value: float,  # as typed
+    least: float = 0.0, most: float = math.inf,
+    open_: bool = False,  # the least itself is too little
+) -> float:  # the value
+    "A number within its limits."
+    if math.isfinite(value) and least <= value <= most and not (open_ and value == least): return value
+    raise SlmlError(f"{name} is {value:g}", "deploy", f"a number {'above' if open_ else 'from'} {least:g}{f' to {most:g}' if math.isfinite(most) else ''}")
+
+
+def check_words(
+    to: str,  # the target
+    instance: str = "", share: float = 1.0, rps: float = 1.0, rows: float = 1e6,  # as typed
+    batch: bool = False,
+):
+    "Refuse what would have no effect, or cannot be meant."
+    if to not in (known := [*TARGETS, "events"]): raise SlmlError(f"there is no target '{to}'", "deploy", suggest(to, known))
+    sensible("--rps", rps), sensible("--rows", rows), sensible("--share", share, 0, 1)
+    if instance and to != "sagemaker": raise SlmlError(f"--instance {instance} has no effect on {to}", "deploy", "--to sagemaker, or without --instance")
+    if share < 1 and to != "lambda": raise SlmlError(f"--share {share:g} has no effect on {to}", "deploy", "--to lambda shares traffic between versions; elsewhere: slml serve --traffic SPEC")
+    if batch and to != "sagemaker": raise SlmlError("--batch is a transform job of SageMaker", "deploy", "--to sagemaker --batch s3://FROM s3://TO; on this machine: slml predict RUN FILE")
+
+# %% ../nbs/43_deploy.ipynb #0ad9a1b5
+def known_words(given: dict, names):
+    "Refuse what `--set` names and nothing has."
+    for name in given or {}:
+        if name not in names: raise SlmlError(f"--set {name} sets nothing", "deploy", suggest(name, list(names)))
+
+
+def aws_words():  # a context
+    "What AWS says, with a way out."
+    return aws_errors("deploy", {"ValidationError": "look at the name of the stack: letters, digits and -, beginning with a letter"}, "look at the account, the region, and the role that you have")
+
 # %% ../nbs/43_deploy.ipynb #43e26fa8
 def permissions(
     template: dict,
@@ -887,13 +922,14 @@ def version_before(client, stack: str, now: dict | None) -> str:  # "": there is
     name = next((n for n, r in now["template"]["Resources"].items() if r["Type"] == "AWS::Lambda::Version"), "")
     return made_by(client, stack).get(name, "").rpartition(":")[2]
 
-# %% ../nbs/43_deploy.ipynb #ea6452dc
+# %% ../nbs/43_deploy.ipynb #1145e4cb
 def propose(
     client, stack: str, template: dict,
     parameters: dict,  # {name: value}
     wait: float = 300.0,  # seconds
 ) -> dict:  # stack, changeset ("": nothing would change), changes: (what is done, name, type, replaced)
     "Let CloudFormation say what would change."
+    known_words(parameters.keys() - {"Repository"}, template["Parameters"])
     missing = [k for k, v in template["Parameters"].items() if "Default" not in v and k not in parameters]
     if missing: raise SlmlError(f"{missing[0]} is not given ({template['Parameters'][missing[0]].get('Description') or template['Parameters'][missing[0]]['Type']})", "deploy", " ".join(f"--set {k}=…" for k in missing))
     name = f"slml-{hashlib.sha256(json.dumps([template, parameters, time.time()], sort_keys=True).encode()).hexdigest()[:12]}"
@@ -913,7 +949,7 @@ def propose(
     return {"stack": stack, "changeset": name, "changes": [(c["Action"], c["LogicalResourceId"], c["ResourceType"],
                                                             c.get("Replacement") == "True") for c in changes]}
 
-# %% ../nbs/43_deploy.ipynb #54edbd23
+# %% ../nbs/43_deploy.ipynb #1313bd17
 def execute(
     client, storage,  # clients of CloudFormation and S3
     stack: str, changeset: str,  # from `propose`
@@ -923,7 +959,8 @@ def execute(
     "Execute a change set that was read; keep what was there before."
     from botocore.exceptions import ClientError
     before = stack_now(client, stack)
-    try: client.describe_change_set(StackName=stack, ChangeSetName=changeset or "none")
+    if not changeset: raise SlmlError(f"no change set of '{stack}' is named", "deploy", "--execute STACK/CHANGESET, as slml deploy RUN --to … has said it")
+    try: client.describe_change_set(StackName=stack, ChangeSetName=changeset)
     except ClientError: raise SlmlError(f"there is no change set '{changeset}'", stack, "make one: slml deploy RUN --to …, which says how to go on") from None
     if bucket:
         kept = json.dumps({"stack": stack, "before": before and {k: before[k] for k in ("template", "parameters")}}).encode()
@@ -1013,7 +1050,7 @@ def kept_bucket(client) -> str:
     "The bucket of the storage stack; empty while there is none."
     return made_by(client, STORAGE).get("Bucket", "") if stack_now(client, STORAGE) else ""
 
-# %% ../nbs/43_deploy.ipynb #a981f40c
+# %% ../nbs/43_deploy.ipynb #15d9868d
 BATCH_FORMS = {"csv": "text/csv", "jsonl": "application/jsonlines"}  # of the files; what comes back has the same form
 
 
@@ -1024,6 +1061,13 @@ def bucket_of(
     found = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?", address)
     if not found: raise SlmlError(f"'{address}' is no place in S3", "--batch", "s3://BUCKET/FOLDER")
     return found[1], (found[2] or "").strip("/")
+
+
+def apart(source: str, target: str):
+    "Refuse answers among the rows: S3 takes the first address as the beginning of names, and the next job would read them."
+    bucket_of(source), bucket_of(target)
+    if not target.startswith(source): return
+    raise SlmlError("the answers would lie among the rows, and be rows of the next job", f"--batch {source} {target}", f"end the first with a slash ({source.rstrip('/')}/), and let the second begin otherwise")
 
 
 def batch_template(
@@ -1037,7 +1081,33 @@ def batch_template(
     role = _role("sagemaker.amazonaws.com", _IMAGE_PULL, _ECR_TOKEN, logs, (["s3:ListBucket"], arn(here)), (["s3:GetObject"], arn(here, rows + "*")), (["s3:PutObject"], arn(there, answers, "*")))
     return _template("slml: the role of a batch transform", {"Repository": _text("name of the image's repository")}, {"Role": role}, {"Role": _att("Role", "Arn")})
 
-# %% ../nbs/43_deploy.ipynb #9f0ed952
+# %% ../nbs/43_deploy.ipynb #3159017a
+def batch_form(
+    storage,  # client of S3
+    source: str,  # s3:// address of the rows
+    most: int = 1000,  # names that are looked at
+) -> tuple[str, bool, str]:  # csv or jsonl; by gzip?; what one should know
+    "What the files are that a job would read."
+    from botocore.exceptions import ClientError
+    bucket, _ = bucket_of(source)
+    try: names = [o["Key"] for o in storage.list_objects_v2(Bucket=bucket, Prefix=source.removeprefix(f"s3://{bucket}").lstrip("/"), MaxKeys=most).get("Contents", []) if not o["Key"].endswith("/")]
+    except ClientError as e: return "csv", False, f"the rows cannot be looked at from here ({e.response['Error']['Code']}): taken for CSV"
+    kinds = {_kind(n) for n in names}
+    if not kinds: return "csv", False, f"there is nothing at {source} yet: taken for CSV"
+    if len(kinds) > 1: raise SlmlError(f"there are files of several kinds ({', '.join(sorted(' '.join(k).strip() for k in kinds))})", source, "give each kind a folder of its own, and a job")
+    form, packed = kinds.pop()
+    if form in BATCH_FORMS: return form, bool(packed), ""
+    raise SlmlError(f"a transform job cannot cut a {form or 'file without an ending'} into lines", f"s3://{bucket}/{names[0]}", "give CSV or JSON lines; Parquet is answered on one machine: slml predict RUN FILE --out ANSWERS.parquet")
+
+
+def _kind(name: str) -> tuple[str, str]:
+    "Form of a file, and gz if it is packed."
+    parts = name.rpartition("/")[2].lower().split(".")[1:]
+    packed = "gz" if parts[-1:] == ["gz"] else ""
+    form = (parts[:-1] if packed else parts)[-1:] or [""]
+    return {"jsonlines": "jsonl", "ndjson": "jsonl"}.get(form[0], form[0]), packed
+
+# %% ../nbs/43_deploy.ipynb #ed0afacb
 def batch_requests(
     package,  # folder
     source: str, target: str,  # s3:// addresses of the rows and of the answers
@@ -1050,9 +1120,10 @@ def batch_requests(
     "What SageMaker is asked for."
     if form not in BATCH_FORMS: raise SlmlError(f"files of the form '{form}' are not sent", "--batch", suggest(form, BATCH_FORMS))
     if instance not in (there := instance_types("TransformInstanceType")): raise SlmlError(f"SageMaker has no instance type '{instance}' for batch transform", "deploy", suggest(instance, there))
+    apart(source, target)
     digest, kind = check_seal(package)[:12], BATCH_FORMS[form]
     name = f"slml-{digest}-{hashlib.sha256(json.dumps([source, target, image, time.time()]).encode()).hexdigest()[:8]}"
-    model = {"ModelName": name, "ExecutionRoleArn": role, "EnableNetworkIsolation": True, "PrimaryContainer": {"Image": image, "Environment": {"SLML_OPEN": "1"}}}
+    model = {"ModelName": name, "ExecutionRoleArn": role, "EnableNetworkIsolation": True, "PrimaryContainer": {"Image": image, "Environment": {"SLML_OPEN": "1", "SLML_EACH": "1"}}}
     rows = {"DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": source}}, "ContentType": kind, "SplitType": "Line", "CompressionType": "Gzip" if packed else "None"}
     cpus = (load_yaml(prices_file())[0]["sagemaker"].get(instance) or {"vcpu": 1})["vcpu"]
     job = {"TransformJobName": name, "ModelName": name, "BatchStrategy": "MultiRecord", "MaxPayloadInMB": 1, "MaxConcurrentTransforms": cpus, "TransformInput": rows,
@@ -1061,7 +1132,7 @@ def batch_requests(
     if join: job["DataProcessing"] = {"JoinSource": "Input"}
     return {"model": model, "job": job}
 
-# %% ../nbs/43_deploy.ipynb #245e9c97
+# %% ../nbs/43_deploy.ipynb #f5e66f70
 START_S = 240  # seconds until an instance answers: a rule of thumb, and paid for
 
 
@@ -1073,6 +1144,7 @@ def plan_batch(
     prices: dict | None = None,  # of `params/prices.yaml`
 ) -> dict:  # as `plan`
     "What a transform job would be, could do and would cost."
+    apart(source, target)
     p, seen, template = prices or load_yaml(prices_file())[0], observe(package, 50), batch_template(source, target)
     if instance not in p["sagemaker"]: raise SlmlError(f"the price list has no '{instance}'", "deploy", suggest(instance, p["sagemaker"]))
     kind, each = p["sagemaker"][instance], sum(seen["times_s"]) / len(seen["times_s"])
@@ -1081,7 +1153,7 @@ def plan_batch(
     resources = [("Role", "AWS::IAM::Role", WHY["AWS::IAM::Role"]), ("model", "AWS::SageMaker::Model", WHY["AWS::SageMaker::Model"]), ("job", "transform job", f"{source} to {target}, then gone")]
     return {"to": "batch", "template": template, "resources": resources, "permissions": permissions(template), "costs": costs, "usd": costs[0][1], "rows": rows, "seconds": each, "peak_mb": seen["peak_mb"]}
 
-# %% ../nbs/43_deploy.ipynb #77968b3d
+# %% ../nbs/43_deploy.ipynb #ba3b5a70
 def deploy_batch(
     package, source: str, target: str,
     stack: str,  # its name; the role's has `-batch` behind it
@@ -1091,38 +1163,140 @@ def deploy_batch(
     **size,  # of `batch_requests`
 ) -> dict:  # as `deploy`; file: the requests, once all is there
     "Get a transform job ready; nothing is executed."
+    apart(source, target)
     client, given, role = client_of("cloudformation", region), given or {}, f"{stack}-batch"
     template = batch_template(source, target)
+    known_words(given, ["Image", "Role"])
     if not stack_now(client, STORAGE): return {**propose(client, STORAGE, storage_template(), {}), "notes": ["this is where code and images will wait; execute it, then deploy again"]}
     home = made_by(client, STORAGE)
     if "Image" not in given: return image_steps(package, stack, home["Images"], region, out)
-    now = stack_now(client, role)
+    now, (form, packed, note) = stack_now(client, role), batch_form(client_of("s3", region), source)
     if "Role" not in given and (not now or now["template"] != template):
         return {**propose(client, role, template, {"Repository": home["Images"]}), "notes": ["the role of the job; execute it, then deploy again"]}
     arn = given.get("Role") or client_of("iam", region).get_role(RoleName=made_by(client, role)["Role"])["Role"]["Arn"]
-    asked = batch_requests(package, source, target, given["Image"], arn, **size)
+    asked = batch_requests(package, source, target, given["Image"], arn, **{"form": form, "packed": packed, **size})
     atomic_write(file := out / "batch.json", json.dumps(asked, indent=1))
-    return {"stack": role, "changeset": "", "file": str(file), "notes": [f"{file} holds the two requests"],
+    return {"stack": role, "changeset": "", "file": str(file), "notes": [*filter(None, [note]), f"{file} holds the two requests"],
             "changes": [("Create", asked["model"]["ModelName"], "SageMaker model", False), ("Create", asked["job"]["TransformJobName"], "SageMaker transform job", False)]}
 
-# %% ../nbs/43_deploy.ipynb #ef2cda3a
+# %% ../nbs/43_deploy.ipynb #2603f3c2
+def batch_file(file) -> dict:  # model, job: the two requests
+    "The requests that `deploy --batch` has written."
+    try: found = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as e: raise SlmlError(f"the requests cannot be read ({e.strerror})", str(file), "slml deploy RUN --to sagemaker --batch FROM TO writes deploy/batch.json") from None
+    except ValueError: found = None
+    if isinstance(found, dict) and {"model", "job"} <= found.keys(): return found
+    raise SlmlError("these are not the requests of a transform job", str(file), "name the file that slml deploy RUN --to sagemaker --batch FROM TO has written")
+
+
 def run_batch(client, file) -> str:  # name of the job
     "Send the two requests that were read; client: of SageMaker."
-    asked = json.loads(Path(file).read_text(encoding="utf-8"))
-    client.create_model(**asked["model"])
-    client.create_transform_job(**asked["job"])
-    return asked["job"]["TransformJobName"]
+    asked = batch_file(file)
+    with _job_words(name := asked["job"]["TransformJobName"], file):
+        if not _model_there(client, asked["model"]["ModelName"]): client.create_model(**asked["model"])  # there already: the second call did not come through the last time
+        client.create_transform_job(**asked["job"])
+    return name
+
+
+def _model_there(client, name: str) -> bool:
+    "Was the first of the two calls made before?"
+    from botocore.exceptions import ClientError
+    try: return bool(client.describe_model(ModelName=name))
+    except ClientError as e:
+        if e.response["Error"]["Code"] in ("ValidationException", "ResourceNotFound"): return False
+        raise
+
+# %% ../nbs/43_deploy.ipynb #cfd2cd05
+def _job_words(name: str, file):  # a context
+    "What SageMaker says, with a way out."
+    return aws_errors(name, {"ResourceInUse": f"it was begun already; how it went: slml deploy --outcome {file}", "ResourceLimitExceeded": "a smaller --instance, or a higher quota for batch transform",
+                             "AccessDeniedException": "the right to sagemaker:CreateModel, CreateTransformJob and iam:PassRole"}, "look at the account, the region and the name")
 
 
 def undo_batch(client, file) -> str:  # what was done
     "Stop the job and take its model away; what was answered already stays in the bucket."
-    asked = json.loads(Path(file).read_text(encoding="utf-8"))
+    asked = batch_file(file)
     name = asked["job"]["TransformJobName"]
-    if client.describe_transform_job(TransformJobName=name)["TransformJobStatus"] == "InProgress": client.stop_transform_job(TransformJobName=name)
-    client.delete_model(ModelName=asked["model"]["ModelName"])
+    with _job_words(name, file):
+        if client.describe_transform_job(TransformJobName=name)["TransformJobStatus"] == "InProgress": client.stop_transform_job(TransformJobName=name)
+        if _model_there(client, asked["model"]["ModelName"]): client.delete_model(ModelName=asked["model"]["ModelName"])
     return f"the job {name} is stopped and its model deleted; answers that were written stay in {asked['job']['TransformOutput']['S3OutputPath']}"
 
-# %% ../nbs/43_deploy.ipynb #a34022d7
+# %% ../nbs/43_deploy.ipynb #ff595caf
+def lines_in(
+    storage,  # client of S3
+    address: str,  # s3://bucket/prefix
+    packed: bool = False,  # files are compressed by gzip
+    names=None,  # only files of these names
+):  # yields file name, place of the line (from 0), line
+    "The lines of all files under an address."
+    import gzip
+    bucket, _ = bucket_of(address)
+    with aws_errors(address, {"NoSuchBucket": "look at the name of the bucket, and at the account"}, "look at the right to s3:ListBucket and s3:GetObject there"):
+        for page in storage.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=address.removeprefix(f"s3://{bucket}").lstrip("/")):
+            for key in (o["Key"] for o in page.get("Contents", [])):
+                if not (name := key.rpartition("/")[2]) or names is not None and name not in names: continue
+                body = storage.get_object(Bucket=bucket, Key=key)["Body"]
+                for i, line in enumerate(gzip.GzipFile(fileobj=body) if packed else body.iter_lines()): yield name, i, line.decode("utf-8", "replace").rstrip("\r\n")
+
+# %% ../nbs/43_deploy.ipynb #a644e581
+def refused_as(
+    line: str,  # of the answers, with or without the row before it
+    form: str,  # csv or jsonl
+) -> str | None:  # "": it was answered; None: a header
+    "Why a line has no answer."
+    import csv
+    if form == "csv": return None if (last := (next(csv.reader([line]), None) or [""])[-1]) == "error" else last
+    said = json.loads(line)
+    return said.get("SageMakerOutput", said).get("error", "")
+
+# %% ../nbs/43_deploy.ipynb #aac00d21
+def outcome(
+    sagemaker, storage,  # clients of SageMaker and S3
+    file,  # with the two requests
+    wait: float = 7200.0,  # seconds until the job must have ended
+    every: float = 15.0,  # seconds between two looks
+) -> dict:  # job, state, files, rows, answered, refused, missing (lines without any answer), examples (file, line from 1, why)
+    "How a transform job went; waits for its end."
+    asked = batch_file(file)["job"]
+    name, end = asked["TransformJobName"], time.monotonic() + wait
+    with _job_words(name, file):
+        while (now := sagemaker.describe_transform_job(TransformJobName=name))["TransformJobStatus"] in ("InProgress", "Stopping"):
+            if time.monotonic() > end: raise SlmlError(f"the job has not ended after {wait:g} s", name, "the same command again, later")
+            time.sleep(every)
+    if now["TransformJobStatus"] != "Completed": raise SlmlError(f"the job is {now['TransformJobStatus'].lower()}: {now.get('FailureReason', 'no reason is given')}", name,
+                                                                "its log is the group /aws/sagemaker/TransformJobs in CloudWatch; mend what it says, then deploy again")
+    return {"job": name, "state": now["TransformJobStatus"], **counted(storage, asked)}
+
+# %% ../nbs/43_deploy.ipynb #75e152b2
+def counted(
+    storage,  # client of S3
+    job: dict,  # the request
+    most: int = 5,  # examples
+) -> dict:  # files, rows, answered, refused, missing, examples
+    "The lines of a job's rows and answers."
+    given, form = job["TransformInput"], "csv" if job["TransformInput"]["ContentType"] == BATCH_FORMS["csv"] else "jsonl"
+    asked, said, headers, refused, examples = {}, 0, 0, 0, []
+    for name, *_ in lines_in(storage, given["DataSource"]["S3DataSource"]["S3Uri"], given["CompressionType"] == "Gzip"): asked[name] = asked.get(name, 0) + 1
+    for name, i, line in lines_in(storage, job["TransformOutput"]["S3OutputPath"], names={f"{n}.out" for n in asked}):
+        why, said = refused_as(line, form), said + 1
+        if why is None and i == 0: headers += 1
+        elif why: refused += 1; examples += [(name.removesuffix(".out"), i + 1, why)] if len(examples) < most else []
+    rows = sum(asked.values()) - headers
+    return {"files": len(asked), "rows": rows, "answered": said - headers - refused, "refused": refused, "missing": sum(asked.values()) - said, "examples": examples}
+
+# %% ../nbs/43_deploy.ipynb #e8324165
+def outcome_text(
+    found: dict,  # from `outcome`
+) -> str:
+    "How a transform job went, for people."
+    lines = [f"{found['rows']:,} rows in {found['files']:,} files: {found['answered']:,} answered, {found['refused']:,} refused"]
+    lines += [f"  line {i} of {name}: {why}" for name, i, why in found["examples"]]
+    if found["refused"] > len(found["examples"]): lines.append(f"  and {found['refused'] - len(found['examples']):,} more; the column error says why")
+    if found["missing"]: lines.append(f"{abs(found['missing']):,} lines {'have no answer' if found['missing'] > 0 else 'too many are among the answers: others lie there, too'}")
+    return "\n".join(lines)
+
+# %% ../nbs/43_deploy.ipynb #963e2d36
 def place(
     package,  # folder
     rps: float,  # requests a second, on average
@@ -1131,6 +1305,7 @@ def place(
     seen: dict | None = None,  # from `observe`; None: measured now
 ) -> dict:  # choice, why, options: [{place, usd, p99_ms, fits, why}], measured
     "Which place is right for a package."
+    sensible("--rps", rps), sensible("--p99", p99_ms, open_=True)
     p, seen = prices or load_yaml(prices_file())[0], seen or observe(package, 200)
     mean, worst = sum(seen["times_s"]) / len(seen["times_s"]), seen["times_s"][int(0.99 * (len(seen["times_s"]) - 1))]
     size = sum(f.stat().st_size for f in Path(package).rglob("*") if f.is_file()) / 1e6
@@ -1193,7 +1368,7 @@ def _instance(p, rps, m):
     return _option("instance", m, sum(c[1] for c in monthly("sagemaker", rps, m["mean_ms"] / 1000, p, instance=min(fits)[1])), True,
                    f"a SageMaker endpoint on {min(fits)[1]}", queue=2.0)
 
-# %% ../nbs/43_deploy.ipynb #89e78eab
+# %% ../nbs/43_deploy.ipynb #90048702
 def place_text(
     found: dict,  # from `place`
 ) -> str:
@@ -1201,6 +1376,6 @@ def place_text(
     usd = lambda o: "" if o["usd"] is None else f"${o['usd']:,.2f}"
     rows = [f"  {'→' if o['place'] == found['choice'] else ' '} {o['place']:<17}{usd(o):>12}  {o['p99_ms']:>8.2f} ms  {'' if o['fits'] else 'no: '}{o['why']}" for o in found["options"]]
     m = found["measured"]
-    return "\n".join([f"{found['choice'] or 'nowhere'}: {found['why']}", "",
+    return "\n".join([found["why"] if found["why"].startswith(found["choice"]) and found["choice"] else f"{found['choice'] or 'nowhere'}: {found['why']}", "",
                       f"measured here: {m['mean_ms']:.2f} ms an answer, p99 {m['p99_ms']:.2f} ms, {m['peak_mb']:.0f} MB, {1000 * m['cold_s']:.0f} ms from nothing, package {m['package_mb']:.2f} MB", "",
                       f"    {'place':<17}{'a month':>12}  {'p99':>11}", *rows])

@@ -51,7 +51,7 @@ def _add(kind: str, lines: str, row: bool = True):
         name = signature.partition("(")[0]
         SUBSET[name] = Function(name, kind, signature, doc.strip(), row)
 
-# %% ../nbs/09_dialect.ipynb #91d856fc
+# %% ../nbs/09_dialect.ipynb #cc0e146a
 _add("scalar", """
 +(NUMBER, NUMBER)  sum; also date + days, and date or timestamp + interval
 -(NUMBER[, NUMBER])  difference or negative; also date - date (days), date - days, date or timestamp - interval
@@ -66,6 +66,10 @@ _add("scalar", """
 <=(ANY, ANY)  less or equal; a BETWEEN b AND c is a >= b AND a <= c
 >(ANY, ANY)  greater
 >=(ANY, ANY)  greater or equal
+""")
+
+# %% ../nbs/09_dialect.ipynb #73f870f5
+_add("scalar", """
 is distinct from(ANY, ANY)  not equal, where missing equals missing
 is not distinct from(ANY, ANY)  equal, where missing equals missing
 is null(ANY)  is it missing?
@@ -84,7 +88,7 @@ cast(ANY)  CAST(x AS type), x::type; a value that does not fit is an error
 try_cast(ANY)  the same; a value that does not fit is missing
 """)
 
-# %% ../nbs/09_dialect.ipynb #56b7c672
+# %% ../nbs/09_dialect.ipynb #a242d97e
 _add("scalar", """
 coalesce(ANY, …)  the first that is not missing; also ifnull(a, b)
 nullif(ANY, ANY)  the first, missing when it equals the second
@@ -96,6 +100,10 @@ floor(NUMBER)  rounded down
 round(NUMBER[, INTEGER])  rounded, halves away from zero
 trunc(NUMBER)  rounded towards zero
 sign(NUMBER)  -1, 0 or 1
+""")
+
+# %% ../nbs/09_dialect.ipynb #f034e2e8
+_add("scalar", """
 sqrt(DOUBLE)  square root; of a negative: not a number
 exp(DOUBLE)  e to the power of x
 ln(DOUBLE)  natural logarithm; of 0: minus infinity, of a negative: not a number
@@ -116,7 +124,7 @@ isinf(DOUBLE)  is it infinite?
 isfinite(DOUBLE)  is it a number that is not infinite?
 """)
 
-# %% ../nbs/09_dialect.ipynb #c1f1b2fe
+# %% ../nbs/09_dialect.ipynb #2869a6a9
 _add("scalar", """
 length(VARCHAR)  number of characters; also len
 lower(VARCHAR)  in small letters
@@ -138,13 +146,17 @@ reverse(VARCHAR)  from the last character to the first
 repeat(VARCHAR, BIGINT)  n times
 lpad(VARCHAR, INTEGER, VARCHAR)  filled at the left, or cut, to n characters
 rpad(VARCHAR, INTEGER, VARCHAR)  filled at the right, or cut, to n characters
+""")
+
+# %% ../nbs/09_dialect.ipynb #e06e7cf2
+_add("scalar", """
 regexp_matches(VARCHAR, VARCHAR)  does a regular expression match somewhere?
 regexp_replace(VARCHAR, VARCHAR, VARCHAR[, VARCHAR])  the first match replaced; with 'g' as fourth argument each
 regexp_extract(VARCHAR, VARCHAR[, INTEGER])  the first match, or its n-th group; '' when there is none
 md5(VARCHAR)  32 hexadecimal digits
 """)
 
-# %% ../nbs/09_dialect.ipynb #0f047dc7
+# %% ../nbs/09_dialect.ipynb #f9681a76
 _add("scalar", """
 year(TEMPORAL)  the year; also date_part('year', x), extract(year from x)
 quarter(TEMPORAL)  1 to 4
@@ -159,6 +171,10 @@ isodow(TEMPORAL)  Monday 1 to Sunday 7
 dayofyear(TEMPORAL)  1 to 366; also doy
 epoch(TEMPORAL)  seconds since 1970-01-01 00:00, with fraction
 last_day(TEMPORAL)  the last day of its month
+""")
+
+# %% ../nbs/09_dialect.ipynb #0f14137a
+_add("scalar", """
 date_trunc(PART, TEMPORAL)  the begin of its year, quarter, month, week (Monday), day, hour, minute or second: a timestamp
 date_diff(PART, TEMPORAL, TEMPORAL)  how many such boundaries lie between, of weeks: days // 7; also datediff
 make_date(BIGINT, BIGINT, BIGINT)  from year, month, day
@@ -178,7 +194,7 @@ concat_ws(VARCHAR, VARCHAR, …)  texts joined with a separator; what is missing
 chr(INTEGER)  the character of a code from 1 to 127
 """, row=False)
 
-# %% ../nbs/09_dialect.ipynb #0d19029e
+# %% ../nbs/09_dialect.ipynb #24dd5a9b
 _add("aggregate", """
 count([ANY])  rows, or values that are not missing; count(DISTINCT x)
 sum(NUMBER)  sum of what is not missing
@@ -201,6 +217,8 @@ bool_and(BOOLEAN)  true when all are
 bool_or(BOOLEAN)  true when one is
 count_if(BOOLEAN)  how many are true; of no value at all: missing
 """, row=False)
+
+# %% ../nbs/09_dialect.ipynb #f52d2226
 _add("window", """
 row_number()  1, 2, 3, … in the order of the window
 rank()  place, equal ones share, then a gap
@@ -1121,8 +1139,10 @@ def _otherwise(x, kind, cast, to):
     if cast == "TRY_CAST": return f"CAST(NULL AS {kind})"
     return f"CAST(CAST({x} AS {type_in('VARCHAR', to)}) || ' is no {kind}' AS {kind})"
 
-# %% ../nbs/09_dialect.ipynb #62b56f21
-def _matches(x, pattern, to): return f"{x} RLIKE {text_in(pattern, to)}" if to == "spark" else f"regexp_like({x}, {text_in(pattern, to)})"
+# %% ../nbs/09_dialect.ipynb #ced77b32
+def _matches(x, pattern, to):
+    "A condition: a text matches a regular expression."
+    return f"{x} RLIKE {text_in(pattern, to)}" if to == "spark" else f"regexp_like({x}, {text_in(pattern, to)})"
 
 
 def _text_to_int(x, kind, cast, to):
@@ -1208,7 +1228,7 @@ def _in(n, a, to):
     "x IN (…)."
     return f"({a[0]} IN ({', '.join(a[1:])}))"
 
-# %% ../nbs/09_dialect.ipynb #f13303dd
+# %% ../nbs/09_dialect.ipynb #315387b5
 def _sum(n, a, to):
     "Sums: of integers BIGINT, of DECIMAL 38 digits, of real numbers DOUBLE."
     kind = n.args[0].type
@@ -1216,7 +1236,9 @@ def _sum(n, a, to):
     return f"CAST(sum({x}) {_OVER} AS {n.type})" if n.type.startswith("DECIMAL") else f"sum({x}) {_OVER}"
 
 
-def _avg(n, a, to): return f"avg({a[0] if n.args[0].type == 'DOUBLE' else f'CAST({a[0]} AS DOUBLE)'}) {_OVER}"
+def _avg(n, a, to):
+    "Means are of real numbers, whatever goes in."
+    return f"avg({a[0] if n.args[0].type == 'DOUBLE' else f'CAST({a[0]} AS DOUBLE)'}) {_OVER}"
 
 # %% ../nbs/09_dialect.ipynb #f9b21866
 _WRITE = {**dict.fromkeys("+-*", _sum_of), "/": _divide, "%": _remainder, **dict.fromkeys(("ceil", "floor", "trunc"), _whole), "round": _round, "sign": _sign, "substring": _substring,
@@ -1321,11 +1343,13 @@ def _typed_all(nodes: list[Node], source: dict, scope: _Scope) -> list[Node]:
     else: raise SlmlError(f"the query does not work ({problem})", scope.where, "run it in DuckDB first; give the connection that knows its tables")
     return [fold_constants(scope.con, _typed(n, types, scope.where), scope.where) for n in nodes]
 
-# %% ../nbs/09_dialect.ipynb #18829aaf
+# %% ../nbs/09_dialect.ipynb #759cf377
 _JOINS = {"INNER": "JOIN", "LEFT": "LEFT JOIN", "RIGHT": "RIGHT JOIN", "OUTER": "FULL JOIN", "FULL": "FULL JOIN", "SEMI": "LEFT SEMI JOIN", "ANTI": "LEFT ANTI JOIN"}
 
 
-def _alias_of(source: dict) -> str: return source["alias"] or source.get("table_name", "")
+def _alias_of(source: dict) -> str:
+    "The name under which a table is known in its query."
+    return source["alias"] or source.get("table_name", "")
 
 # %% ../nbs/09_dialect.ipynb #5eab5a65
 def _write_from(source: dict, scope: _Scope) -> str:
@@ -1430,7 +1454,7 @@ def _write_query(tree: dict, scope: _Scope) -> str:
     body = _write_union(tree, scope) if tree["type"] == "SET_OPERATION_NODE" else _write_select(tree, scope)
     return (f"WITH {', '.join(parts)} " if parts else "") + body
 
-# %% ../nbs/09_dialect.ipynb #568b6344
+# %% ../nbs/09_dialect.ipynb #1a722537
 def _write_union(tree, scope):
     "UNION, EXCEPT, INTERSECT."
     if tree["setop_type"] not in ("UNION", "EXCEPT", "INTERSECT"): refuse(tree["setop_type"].replace("_", " "), scope.where, "name the columns in the same order on both sides")
@@ -1442,7 +1466,11 @@ def _write_union(tree, scope):
     return body + _order_text(orders, scope) + _limit_text(tree, scope)
 
 
-def _orders(tree, scope): return [o for m in tree["modifiers"] if m["type"] == "ORDER_MODIFIER" for o in read_orders(m["orders"], scope.where)]
+def _orders(tree, scope):
+    "What a query is sorted by."
+    return [o for m in tree["modifiers"] if m["type"] == "ORDER_MODIFIER" for o in read_orders(m["orders"], scope.where)]
+
+
 def _order_text(orders, scope): return " ORDER BY " + ", ".join(f"{n if isinstance(n, str) else write(n, scope.to)} {way} NULLS {nulls}" for n, way, nulls in orders) if orders else ""
 
 # %% ../nbs/09_dialect.ipynb #ffc0f913

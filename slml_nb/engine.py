@@ -15,7 +15,7 @@ from .core import Param, Refused, Secret, SlmlError, atomic_write, coerce, direc
 from .kernel import KernelDied, TimeUp, death
 from .meter import GpuSampler, kill_marked, oom_kills, process_meter, reset_peak, used_between
 
-# %% ../nbs/06_engine.ipynb #97eda6b3
+# %% ../nbs/06_engine.ipynb #84b4df5a
 def skipped(
     source: str,  # of a code cell
     tests: bool = False,  # run the cells marked `#| test`
@@ -24,13 +24,13 @@ def skipped(
     found = directives(source)
     return found.get("eval", "").lower() == "false" or ("test" in found and not tests)
 
-
+# %% ../nbs/06_engine.ipynb #c855be1d
 def _imports(source: str) -> bool:
     "Whether a cell does nothing but import."
     try: return all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in parse_python(source).body)
     except SyntaxError: return False
 
-
+# %% ../nbs/06_engine.ipynb #854fb39a
 def left_out(
     cells: list,  # of a notebook
     tests: bool = False,  # run everything but `#| eval: false`
@@ -42,7 +42,7 @@ def left_out(
     if tests or job is None or not any("default_exp" in directives(s) for s in code.values()): return out
     return out | {i for i, s in code.items() if i < job and not {"export", "exports", "exporti"} & set(directives(s)) and not _imports(s)}
 
-
+# %% ../nbs/06_engine.ipynb #2145d367
 def time_limit(
     source: str,  # of a code cell
 ) -> float | None:  # seconds, None without limit
@@ -52,7 +52,7 @@ def time_limit(
     try: return float(value)
     except ValueError: raise SlmlError(f"'#| timeout: {value}' is not a number of seconds", "a cell", "write #| timeout: 60") from None
 
-# %% ../nbs/06_engine.ipynb #d5c35920
+# %% ../nbs/06_engine.ipynb #9113b9d2
 def python_literal(
     value,  # of a parameter
 ) -> str:  # Python source that gives it
@@ -66,7 +66,7 @@ def python_literal(
     if isinstance(value, dt.date): return f"__import__('datetime').{type(value).__name__}.fromisoformat('{value.isoformat()}')"
     return f"__import__('pathlib').Path({str(value)!r})" if isinstance(value, Path) else repr(str(value))
 
-
+# %% ../nbs/06_engine.ipynb #0deb2066
 def injected_cell(
     parameters: dict,
 ) -> dict:  # a code cell
@@ -74,7 +74,7 @@ def injected_cell(
     source = "# Parameters of this run\n" + "\n".join(f"{k} = {python_literal(v)}" for k, v in parameters.items())
     return {"cell_type": "code", "id": "parameters-of-run", "metadata": {"tags": ["injected-parameters"]}, "source": source, "outputs": [], "execution_count": None}
 
-
+# %% ../nbs/06_engine.ipynb #850640ed
 def inject(
     nb: dict,  # notebook as data, changed in place
     parameters: dict,
@@ -86,7 +86,7 @@ def inject(
     if (nb.get("nbformat", 4), nb.get("nbformat_minor", 5)) < (4, 5): del cell["id"]  # cells have ids since 4.5
     nb["cells"].insert(at, cell)
 
-# %% ../nbs/06_engine.ipynb #7df1a5f0
+# %% ../nbs/06_engine.ipynb #83c601cb
 def strict_parameters(
     nb: dict,  # any notebook
     given: dict,  # {name: value}
@@ -106,6 +106,7 @@ def strict_parameters(
         except Refused as e: raise SlmlError(f"{name} is {value!r}, but it is declared {schema[name].type}", where, f"give {e}") from None
     return out
 
+# %% ../nbs/06_engine.ipynb #aaac2aca
 def _as_typed(text):
     "A value as YAML reads what was typed; the text itself when it is not YAML."
     import yaml
@@ -120,7 +121,7 @@ def notebook_text(
     cells = ",\n".join(json.dumps(c, ensure_ascii=False) for c in nb["cells"])
     return f'{{"cells": [\n{cells}\n],\n' + json.dumps({k: v for k, v in nb.items() if k != "cells"}, ensure_ascii=False)[1:] + "\n"
 
-# %% ../nbs/06_engine.ipynb #6d033326
+# %% ../nbs/06_engine.ipynb #9ccc3ab8
 class Recorder:
     "A notebook while it runs: outputs, states, meters, log."
     every, most = 1.0, 500_000  # seconds between saves; characters that are kept of what a cell prints, at its beginning and at its end
@@ -140,26 +141,32 @@ class Recorder:
         self.log, self.saved, self.cost, self.lock = log and open(log, "w", encoding="utf-8"), 0.0, 0.0, threading.RLock()
         self.cells, self.displays, self.clear, self.streams = [], {}, False, {}
 
-    def scrub(self, value):
-        "A text, or what is nested, without the secrets."
-        if not self.secrets: return value
-        if isinstance(value, str): return strike_out(value, self.secrets)
-        if isinstance(value, dict): return {k: self.scrub(v) for k, v in value.items()}
-        return [self.scrub(v) for v in value] if isinstance(value, (list, tuple)) else value
+# %% ../nbs/06_engine.ipynb #a16d1da2
+def _scrub(self: Recorder, value):
+    "A text, or what is nested, without the secrets."
+    if not self.secrets: return value
+    if isinstance(value, str): return strike_out(value, self.secrets)
+    if isinstance(value, dict): return {k: self.scrub(v) for k, v in value.items()}
+    return [self.scrub(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    def save(self, force: bool = False):
-        "Write the notebook, unless that was done a moment ago."
-        start = time.monotonic()
-        if not self.path or not force and start - self.saved < max(self.every, 20 * self.cost): return
-        with self.lock: self.write(False)  # a power cut may take it: the artifacts, which count, are flushed to the disk
-        self.saved = time.monotonic()
-        self.cost = self.saved - start
+Recorder.scrub = _scrub
 
-    def write(self, durable: bool):
-        "Write the notebook, whole or not at all."
-        atomic_write(self.path, notebook_text(self.nb), durable)
+# %% ../nbs/06_engine.ipynb #56b687d7
+def _save(self: Recorder, force: bool = False):
+    "Write the notebook, unless that was done a moment ago."
+    start = time.monotonic()
+    if not self.path or not force and start - self.saved < max(self.every, 20 * self.cost): return
+    with self.lock: self.write(False)  # a power cut may take it: the artifacts, which count, are flushed to the disk
+    self.saved = time.monotonic()
+    self.cost = self.saved - start
 
-# %% ../nbs/06_engine.ipynb #714af597
+def _write(self: Recorder, durable: bool):
+    "Write the notebook, whole or not at all."
+    atomic_write(self.path, notebook_text(self.nb), durable)
+
+Recorder.save, Recorder.write = _save, _write
+
+# %% ../nbs/06_engine.ipynb #ee59ea78
 def output(
     self: Recorder,
     index: int,  # of the cell
@@ -179,7 +186,7 @@ def output(
     elif kind != "clear_output": self._append(outs, message)
     self.save()
 
-
+# %% ../nbs/06_engine.ipynb #ab000292
 def _append(self: Recorder, outs: list, m: dict):
     "A display, a result or an error becomes an output of its cell."
     fields = {"display_data": ("data", "metadata"), "execute_result": ("data", "metadata", "execution_count"), "error": ("ename", "evalue", "traceback")}[m["type"]]
@@ -187,14 +194,14 @@ def _append(self: Recorder, outs: list, m: dict):
     outs.append(out)
     if shown := m.get("transient", {}).get("display_id"): self.displays.setdefault(shown, []).append(out)
 
-
+# %% ../nbs/06_engine.ipynb #16bf0912
 def _update(self: Recorder, m: dict):
     "A display that changes, wherever it was shown."
     for out in self.displays.get(m.get("transient", {}).get("display_id"), []): out.update(self.node(self.scrub({k: m[k] for k in ("data", "metadata")})))
 
 Recorder.output, Recorder._append, Recorder._update = output, _append, _update
 
-# %% ../nbs/06_engine.ipynb #09a46b93
+# %% ../nbs/06_engine.ipynb #1f68e008
 class Text:
     "What a cell has printed on one of its streams."
 
@@ -202,26 +209,32 @@ class Text:
         self.most, self.spill, self.file, self.size, self.held, self.line, self.out = most, spill, None, 0, "", "", None
         self.tail, self.kept, self.logged = deque(), 0, 0
 
-    def add(self, text: str, out: dict):
-        "Append to an output, or to what is kept of the end."
-        self.size += len(text)
-        if self.size <= self.most: return out["text"].append(text)
-        if self.file is None and self.spill: self.file = open(self.spill, "w", encoding="utf-8", errors="replace")
-        if self.file: self.file.write(text)
-        self.tail.append(text)
-        self.kept += len(text)
-        while self.kept - len(self.tail[0]) > self.most: self.kept -= len(self.tail.popleft())
+# %% ../nbs/06_engine.ipynb #a82e3c44
+def _add(self: Text, text: str, out: dict):
+    "Append to an output, or to what is kept of the end."
+    self.size += len(text)
+    if self.size <= self.most: return out["text"].append(text)
+    if self.file is None and self.spill: self.file = open(self.spill, "w", encoding="utf-8", errors="replace")
+    if self.file: self.file.write(text)
+    self.tail.append(text)
+    self.kept += len(text)
+    while self.kept - len(self.tail[0]) > self.most: self.kept -= len(self.tail.popleft())
 
-    def close(self):
-        "Join the pieces, and say what was left out."
-        if self.out is not None and self.tail:
-            left = self.size - self.kept - sum(map(len, self.out["text"]))
-            where = f" (what follows the first {self.most:,} is in {self.spill.name})" if self.file else ""
-            self.out["text"] += [f"\n… {left:,} characters are left out here{where} …\n"] * (left > 0) + list(self.tail)
-        if self.out is not None: self.out["text"] = "".join(self.out["text"])
-        if self.file: self.file.close()
+Text.add = _add
 
-# %% ../nbs/06_engine.ipynb #375e9482
+# %% ../nbs/06_engine.ipynb #45c3f2d2
+def _close(self: Text):
+    "Join the pieces, and say what was left out."
+    if self.out is not None and self.tail:
+        left = self.size - self.kept - sum(map(len, self.out["text"]))
+        where = f" (what follows the first {self.most:,} is in {self.spill.name})" if self.file else ""
+        self.out["text"] += [f"\n… {left:,} characters are left out here{where} …\n"] * (left > 0) + list(self.tail)
+    if self.out is not None: self.out["text"] = "".join(self.out["text"])
+    if self.file: self.file.close()
+
+Text.close = _close
+
+# %% ../nbs/06_engine.ipynb #78ccad60
 def _stream(self: Recorder, index: int, name: str, text: str, last: bool = False):
     "Take in a piece of text."
     key = (index, name)
@@ -229,12 +242,7 @@ def _stream(self: Recorder, index: int, name: str, text: str, last: bool = False
         local = self.path and "://" not in str(self.path)
         self.streams[key] = Text(self.most, Path(self.path).with_name(f"cell_{index + 1}_{name}.txt") if local else None)
     t = self.streams[key]
-    if self.secrets:
-        text = self.scrub(t.held + text)
-        whole = max(text.rfind("\n"), text.rfind("\r")) + 1
-        cut = len(text) if last else whole if len(text) - whole < 1 << 12 else max(whole, len(text) - len(self.secrets[0]))
-        text, t.held = text[:cut], text[cut:]
-    if not text: return
+    if not (text := self._passing(t, text, last)): return
     self._log(index, name, text, t)
     outs = self.nb["cells"][index]["outputs"]
     if t.out is None or outs[-1] is not t.out and not t.tail:
@@ -243,7 +251,21 @@ def _stream(self: Recorder, index: int, name: str, text: str, last: bool = False
         outs.append(t.out)
     t.add(text, t.out)
 
-# %% ../nbs/06_engine.ipynb #0f79a259
+Recorder._stream = _stream
+
+# %% ../nbs/06_engine.ipynb #3d39ff18
+def _passing(self: Recorder, t: Text, text: str, last: bool) -> str:
+    "As much of the text so far as can hold no half of a secret; the rest waits for the next piece."
+    if not self.secrets: return text
+    text = self.scrub(t.held + text)
+    whole = max(text.rfind("\n"), text.rfind("\r")) + 1
+    cut = len(text) if last else whole if len(text) - whole < 1 << 12 else max(whole, len(text) - len(self.secrets[0]))
+    text, t.held = text[:cut], text[cut:]
+    return text
+
+Recorder._passing = _passing
+
+# %% ../nbs/06_engine.ipynb #0210b483
 def _log(self: Recorder, index: int, name: str, text: str, t: Text, last: bool = False):
     "Each complete line of text, to the log and to whoever watches."
     if t.logged > self.most: return
@@ -259,12 +281,12 @@ def _log(self: Recorder, index: int, name: str, text: str, t: Text, last: bool =
     self.log.write("".join(json.dumps({"t": now, "cell": index, "stream": name, "text": line}, ensure_ascii=False) + "\n" for line in lines))
     self.log.flush()
 
-Recorder._stream, Recorder._log = _stream, _log
+Recorder._log = _log
 
-# %% ../nbs/06_engine.ipynb #c1f14e71
+# %% ../nbs/06_engine.ipynb #23f27e52
 def _now() -> str: return dt.datetime.now(dt.timezone.utc).isoformat()
 
-
+# %% ../nbs/06_engine.ipynb #1b2b3498
 def start(self: Recorder, **facts):  # facts: for the notebook's metadata, such as its parameters
     "A clean notebook: no outputs, every cell pending."
     self.begun = self.saved = time.monotonic()  # nothing to save yet
@@ -273,14 +295,14 @@ def start(self: Recorder, **facts):  # facts: for the notebook's metadata, such 
         c["metadata"]["papermill"] = self.node({"exception": None, "start_time": None, "end_time": None, "duration": None, "status": "pending"})
         if c["cell_type"] == "code": c.update(outputs=[], execution_count=None)
 
-
+# %% ../nbs/06_engine.ipynb #3543e533
 def cell_begins(self: Recorder, index: int):
     "The cell runs."
     self.nb["cells"][index]["metadata"]["papermill"].update(start_time=_now(), status="running", exception=False)
     self.began, self.clear = time.monotonic(), False
     self.save()
 
-
+# %% ../nbs/06_engine.ipynb #1f49c032
 def cell_ends(self: Recorder, index: int, used: dict, failed: bool = False):
     "The cell is over; `used` is what the meter says."
     self.settle(index)
@@ -291,7 +313,7 @@ def cell_ends(self: Recorder, index: int, used: dict, failed: bool = False):
     self.save(force=failed)
     self.on_event(type="cell", done=index + 1, total=len(self.nb["cells"]))
 
-# %% ../nbs/06_engine.ipynb #81f92cdd
+# %% ../nbs/06_engine.ipynb #b4bdccb5
 def settle(self: Recorder, index: int):
     "Let go of what was held back of the cell's text."
     for (i, name), t in [s for s in self.streams.items() if s[0][0] == index]:
@@ -299,19 +321,19 @@ def settle(self: Recorder, index: int):
         t.close()
         del self.streams[(i, name)]
 
-
+# %% ../nbs/06_engine.ipynb #45ee091e
 def meter(self: Recorder, index: int, used: dict):
     "Keep the meter of a cell, with what the GPU did meanwhile."
     self.cells.append({"cell": index, **used, **(self.gpu.between(self.began, time.monotonic()) if self.gpu else {})})
 
-
+# %% ../nbs/06_engine.ipynb #0dab6a6e
 def fail(self: Recorder, index: int, kind: str, message: str):
     "A failure that the kernel could not report itself, written into the cell that was running."
     self.settle(index)
     self._append(self.nb["cells"][index]["outputs"], {"type": "error", "ename": kind, "evalue": message, "traceback": [f"{kind}: {message}"]})
     if self.log: self.log.write(json.dumps({"t": _now(), "cell": index, "stream": "engine", "text": self.scrub(f"{kind}: {message}")}, ensure_ascii=False) + "\n")
 
-
+# %% ../nbs/06_engine.ipynb #cc4cbe7d
 def finish(self: Recorder):
     "The notebook is over; this save is never left out."
     about = self.nb["metadata"]["papermill"]
@@ -325,12 +347,12 @@ def finish(self: Recorder):
 Recorder.start, Recorder.cell_begins, Recorder.cell_ends, Recorder.settle = start, cell_begins, cell_ends, settle
 Recorder.meter, Recorder.fail, Recorder.finish = meter, fail, finish
 
-# %% ../nbs/06_engine.ipynb #a7119aa5
+# %% ../nbs/06_engine.ipynb #96bab0fc
 class CellFailed(Exception):
     "A cell that ended a notebook: index, name and message of the error."
     def __init__(self, index: int, name: str, message: str): self.index, self.name, self.message = index, name, message; super().__init__(index, name, message)
 
-
+# %% ../nbs/06_engine.ipynb #bad18449
 def run_cells(
     record: Recorder,  # of the notebook
     kernel,  # a WarmKernel
@@ -354,7 +376,7 @@ def run_cells(
         if over: return
         if stops: raise CellFailed(i, failure["ename"], record.scrub(failure["evalue"]))
 
-
+# %% ../nbs/06_engine.ipynb #ef27fe69
 def _ended(record: Recorder, index: int, error: Exception, limit) -> CellFailed:
     "What a cell that could not be finished becomes."
     kind = "DeadKernelError" if isinstance(error, KernelDied) else "CellTimeoutError"
@@ -363,13 +385,29 @@ def _ended(record: Recorder, index: int, error: Exception, limit) -> CellFailed:
     record.cell_ends(index, {}, failed=True)
     return CellFailed(index, kind, message)
 
-# %% ../nbs/06_engine.ipynb #5ed9ef7e
+# %% ../nbs/06_engine.ipynb #fb66667f
+class _Told:
+    "The half of the manager that needs nothing of Papermill: what is said when a cell or the notebook is over."
+
+    def cell_complete(self, cell, cell_index=None, **kw):
+        "Close a cell and tell who is watching."
+        if cell_index is not None: self.record.settle(cell_index)
+        super().cell_complete(cell, cell_index, **kw)
+        self.record.on_event(type="cell", done=(cell_index or 0) + 1, total=len(self.nb.cells))
+
+    def notebook_complete(self, **kw):
+        "Close the notebook; this save is never left out."
+        self.last, self.nb.metadata.papermill["cells"] = True, self.record.cells
+        super().notebook_complete(**kw)
+        if self.record.log: self.record.log.close()
+
+# %% ../nbs/06_engine.ipynb #0b182c03
 @functools.cache
 def _manager():
     "Papermill's manager with our way of saving; made on first use, because importing Papermill takes a second."
     from papermill.engines import NotebookExecutionManager, catch_nb_assignment
 
-    class Manager(NotebookExecutionManager):
+    class Manager(_Told, NotebookExecutionManager):
         "Keeps the states of a notebook's cells; what it saves goes through a recorder."
 
         def __init__(self, nb, output_path=None, record=None, **kw):
@@ -382,18 +420,6 @@ def _manager():
             self.record.nb = self.nb
             self.record.save(self.last)
             self.last_save_time = self.now()
-
-        def cell_complete(self, cell, cell_index=None, **kw):
-            "Close a cell and tell who is watching."
-            if cell_index is not None: self.record.settle(cell_index)
-            super().cell_complete(cell, cell_index, **kw)
-            self.record.on_event(type="cell", done=(cell_index or 0) + 1, total=len(self.nb.cells))
-
-        def notebook_complete(self, **kw):
-            "Close the notebook; this save is never left out."
-            self.last, self.nb.metadata.papermill["cells"] = True, self.record.cells
-            super().notebook_complete(**kw)
-            if self.record.log: self.record.log.close()
     return Manager
 
 # %% ../nbs/06_engine.ipynb #9182b755
@@ -409,75 +435,87 @@ def new_recorder(nb, output=None, **kw) -> Recorder:
             else: atomic_write(self.path, nbformat.writes(self.nb) + "\n", durable)
     return Nodes(nb, output, node=nbformat.from_dict, **kw)
 
-# %% ../nbs/06_engine.ipynb #0335807c
+# %% ../nbs/06_engine.ipynb #600245bf
 ALL_OF_IT = 86_400  # seconds to wait for what a cell that is over has printed: nbclient gives up after 4, and a busy machine needs more for 200 MB
 SHOWN = ("stream", "display_data", "execute_result", "error", "clear_output", "update_display_data")
 
 
+class _Listens:
+    "Part of the client: what comes from the kernel."
+
+    async def _check_raise_for_error(self, cell, cell_index, reply):
+        self.nb_man.record.settle(cell_index)
+        await super()._check_raise_for_error(cell, cell_index, reply)
+
+    def process_message(self, msg, cell, cell_index):
+        "What a cell puts out goes to the recorder; the rest is protocol."
+        content, kind = msg["content"], msg["msg_type"]
+        if kind not in SHOWN or self.output_hook_stack[msg["parent_header"].get("msg_id")]: return super().process_message(msg, cell, cell_index)
+        self.nb_man.record.output(cell_index, {"type": kind, **content})
+        if kind in ("stream", "display_data", "execute_result"): self.log_output_message(_as_output(kind, content))
+
+# %% ../nbs/06_engine.ipynb #2323ed53
+class _Meters:
+    "Part of the client: one cell."
+
+    def execute_cell(self, cell, cell_index, **kw):
+        "Run one cell, or leave it out, and meter it."
+        from nbclient.exceptions import CellTimeoutError, DeadKernelError
+        if self.leave is None: self.leave = left_out(self.nb.cells, self.run_tests)
+        if cell.cell_type != "code" or cell_index in self.leave: return cell
+        pid, record = getattr(self.km.provisioner, "pid", 0) or 0, self.nb_man.record
+        reset_peak(pid)
+        before, record.began, record.clear = process_meter(pid), time.monotonic(), False
+        watch = _watch(self, pid)
+        try: return super().execute_cell(cell, cell_index, **kw)
+        except DeadKernelError: self.fail(cell, cell_index, "DeadKernelError", self.death())
+        except CellTimeoutError: self.fail(cell, cell_index, "CellTimeoutError", self.late(cell))
+        finally:
+            watch.set()
+            used = used_between(before, process_meter(pid))
+            record.meter(cell_index, {"seconds": round(time.monotonic() - record.began, 4), **used, "peak_mb": max(self.peak, used.get("peak_mb", 0))})
+
+# %% ../nbs/06_engine.ipynb #d052e418
+class _Fails:
+    "Part of the client: failures that the kernel could not report."
+
+    def late(self, cell):
+        "What came too late, in words."
+        if limit := self.timeout_func(cell): return f"the cell ran longer than {limit:g} s: raise its #| timeout: or the notebook's limit"
+        return f"the cell was over, and what it has printed was not all here {self.iopub_timeout} s later: raise iopub_timeout"
+
+    def death(self):
+        "How the kernel ended, in words."
+        process = getattr(self.km.provisioner, "process", None)
+        return death(process.poll() if process else None, self.peak, oom_kills() > self.oom)
+
+    def fail(self, cell, index, kind, message):
+        "End the notebook with a failure that the kernel could not report."
+        from papermill.exceptions import PapermillExecutionError
+        self.nb_man.record.fail(index, kind, message)
+        self.nb_man.cell_exception(cell, cell_index=index)
+        raise PapermillExecutionError(index, cell.execution_count, cell.source, kind, message, [f"{kind}: {message}"])
+
+# %% ../nbs/06_engine.ipynb #38288b44
 @functools.cache
 def _client():
     "The subclass of Papermill's client; made on first use."
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.clientwrap import PapermillNotebookClient
 
-    class Client(PapermillNotebookClient):
+    class Client(_Listens, _Meters, _Fails, PapermillNotebookClient):
         "Runs the cells of a notebook; skips, limits and meters them."
         run_tests, leave, end, peak = False, None, None, 0.0
 
         def execute(self, **kw): return super().execute(**{**self.options, **kw})
-
-        async def _check_raise_for_error(self, cell, cell_index, reply):
-            self.nb_man.record.settle(cell_index)
-            await super()._check_raise_for_error(cell, cell_index, reply)
-
-        def process_message(self, msg, cell, cell_index):
-            "What a cell puts out goes to the recorder; the rest is protocol."
-            content, kind = msg["content"], msg["msg_type"]
-            if kind not in SHOWN or self.output_hook_stack[msg["parent_header"].get("msg_id")]: return super().process_message(msg, cell, cell_index)
-            self.nb_man.record.output(cell_index, {"type": kind, **content})
-            if kind in ("stream", "display_data", "execute_result"): self.log_output_message(_as_output(kind, content))
-
-        def execute_cell(self, cell, cell_index, **kw):
-            "Run one cell, or leave it out, and meter it."
-            if self.leave is None: self.leave = left_out(self.nb.cells, self.run_tests)
-            if cell.cell_type != "code" or cell_index in self.leave: return cell
-            pid, record = getattr(self.km.provisioner, "pid", 0) or 0, self.nb_man.record
-            reset_peak(pid)
-            before, record.began, record.clear = process_meter(pid), time.monotonic(), False
-            watch = _watch(self, pid)
-            try: return super().execute_cell(cell, cell_index, **kw)
-            except DeadKernelError: self.fail(cell, cell_index, "DeadKernelError", self.death())
-            except CellTimeoutError: self.fail(cell, cell_index, "CellTimeoutError", self.late(cell))
-            finally:
-                watch.set()
-                used = used_between(before, process_meter(pid))
-                record.meter(cell_index, {"seconds": round(time.monotonic() - record.began, 4), **used, "peak_mb": max(self.peak, used.get("peak_mb", 0))})
-
-        def late(self, cell):
-            "What came too late, in words."
-            if limit := self.timeout_func(cell): return f"the cell ran longer than {limit:g} s: raise its #| timeout: or the notebook's limit"
-            return f"the cell was over, and what it has printed was not all here {self.iopub_timeout} s later: raise iopub_timeout"
-
-        def death(self):
-            "How the kernel ended, in words."
-            process = getattr(self.km.provisioner, "process", None)
-            return death(process.poll() if process else None, self.peak, oom_kills() > self.oom)
-
-        def fail(self, cell, index, kind, message):
-            "End the notebook with a failure that the kernel could not report."
-            from papermill.exceptions import PapermillExecutionError
-            self.nb_man.record.fail(index, kind, message)
-            self.nb_man.cell_exception(cell, cell_index=index)
-            raise PapermillExecutionError(index, cell.execution_count, cell.source, kind, message, [f"{kind}: {message}"])
     return Client
 
-# %% ../nbs/06_engine.ipynb #1140e38a
+# %% ../nbs/06_engine.ipynb #b48d8a79
 def _as_output(kind: str, content: dict):
     "What Papermill's logger wants to see."
     import nbformat
     return nbformat.from_dict({"output_type": kind, **content})
 
-
+# %% ../nbs/06_engine.ipynb #c52bf6ed
 def _watch(client, pid: int) -> threading.Event:
     "Look at the memory of a kernel four times a second, since a dead one cannot be asked; ends when the event is set."
     over, client.peak = threading.Event(), 0.0
@@ -486,7 +524,7 @@ def _watch(client, pid: int) -> threading.Event:
     threading.Thread(target=_look, daemon=True).start()
     return over
 
-# %% ../nbs/06_engine.ipynb #8a184a65
+# %% ../nbs/06_engine.ipynb #33b93a2e
 class SlmlEngine:
     "The engine behind `papermill --engine slml`; Papermill itself is imported when it first runs."
 
@@ -502,43 +540,57 @@ class SlmlEngine:
             nb_man.notebook_complete()
         return nb_man.nb
 
-    @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, stdout_file=None, stderr_file=None, start_timeout=60,
-                                 execution_timeout=None, notebook_timeout=None, run_tests=False, quiet=False, km=None, env=None, cwd=None, input_path=None, **kw):
-        "Start a kernel (or take `km`, a kernel manager), run the cells in it, and end what they have left running."
-        from papermill.log import logger
-        from slml_nb.core import read_front_matter
-        whole = notebook_timeout or _seconds(read_front_matter(nb_man.nb).get("timeout"))
-        end = time.monotonic() + whole if whole else None
-        def _limit(cell):
-            left = [s for s in (cell is not None and time_limit(cell.source), execution_timeout, end and max(0.01, end - time.monotonic())) if s]
-            return min(left, default=None)
-        kw = {k: v for k, v in kw.items() if k not in ("timeout", "startup_timeout")}
-        client = _client()(nb_man, km=km, kernel_name=kernel_name, startup_timeout=start_timeout, log=logger, log_output=log_output,
-                           stdout_file=stdout_file, stderr_file=stderr_file, timeout=execution_timeout, timeout_func=_limit, **{"shutdown_kernel": "immediate", "iopub_timeout": ALL_OF_IT, **kw})
-        client.run_tests, client.owns_km, client.oom, mark = run_tests, True, oom_kills(), os.urandom(8).hex()
-        client.on_cell_error = lambda cell, cell_index, execute_reply: nb_man.record.settle(cell_index)  # nbclient quotes what the cell has printed: it must be one text by then
-        # IN_TEST: a cell that exports must not do so in mid-run. PASSIVE: threads that wait give the core to a stage beside them
-        env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "IN_TEST": "1", **(env or {}), "SLML_KERNEL": mark}
-        # ipykernel says what child processes print twice: in the notebook, and where it was started, where no secret is struck out
-        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} if quiet else {}
-        client.options = {"env": env, **({"cwd": cwd} if cwd else {}), **silent}
-        try: client.execute()
-        finally: kill_marked("SLML_KERNEL", mark)
+# %% ../nbs/06_engine.ipynb #0a61a8ce
+def _limits(nb, execution_timeout, notebook_timeout):
+    "A function that tells how many seconds a cell has: its own limit, that of every cell, or what is left for the notebook."
+    from slml_nb.core import read_front_matter
+    whole = notebook_timeout or _seconds(read_front_matter(nb).get("timeout"))
+    end = time.monotonic() + whole if whole else None
+    def _limit(cell):
+        left = [s for s in (cell is not None and time_limit(cell.source), execution_timeout, end and max(0.01, end - time.monotonic())) if s]
+        return min(left, default=None)
+    return _limit
 
-    @classmethod
-    def nb_kernel_name(cls, nb, name=None):
-        "Papermill's own rule: the name given, else the notebook's."
-        from papermill.utils import nb_kernel_name
-        return nb_kernel_name(nb, name)
+# %% ../nbs/06_engine.ipynb #763c4572
+def _surroundings(mark: str, env, cwd, quiet: bool) -> dict:
+    "What a Jupyter kernel is started with."
+    # IN_TEST: a cell that exports must not do so in mid-run. PASSIVE: threads that wait give the core to a stage beside them
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "IN_TEST": "1", **(env or {}), "SLML_KERNEL": mark}
+    # ipykernel says what child processes print twice: in the notebook, and where it was started, where no secret is struck out
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} if quiet else {}
+    return {"env": env, **({"cwd": cwd} if cwd else {}), **silent}
 
-    @classmethod
-    def nb_language(cls, nb, language=None):
-        "Papermill's own rule: the language given, else the notebook's."
-        from papermill.utils import nb_language
-        return nb_language(nb, language)
+# %% ../nbs/06_engine.ipynb #b60fbaf8
+def _execute_managed(cls, nb_man, kernel_name, log_output=False, stdout_file=None, stderr_file=None, start_timeout=60,
+                     execution_timeout=None, notebook_timeout=None, run_tests=False, quiet=False, km=None, env=None, cwd=None, input_path=None, **kw):
+    "Start a kernel (or take `km`, a kernel manager), run the cells in it, and end what they have left running."
+    from papermill.log import logger
+    limit = _limits(nb_man.nb, execution_timeout, notebook_timeout)
+    kw = {k: v for k, v in kw.items() if k not in ("timeout", "startup_timeout")}
+    client = _client()(nb_man, km=km, kernel_name=kernel_name, startup_timeout=start_timeout, log=logger, log_output=log_output,
+                       stdout_file=stdout_file, stderr_file=stderr_file, timeout=execution_timeout, timeout_func=limit, **{"shutdown_kernel": "immediate", "iopub_timeout": ALL_OF_IT, **kw})
+    client.run_tests, client.owns_km, client.oom, mark = run_tests, True, oom_kills(), os.urandom(8).hex()
+    client.on_cell_error = lambda cell, cell_index, execute_reply: nb_man.record.settle(cell_index)  # nbclient quotes what the cell has printed: it must be one text by then
+    client.options = _surroundings(mark, env, cwd, quiet)
+    try: client.execute()
+    finally: kill_marked("SLML_KERNEL", mark)
 
-# %% ../nbs/06_engine.ipynb #7436b514
+SlmlEngine.execute_managed_notebook = classmethod(_execute_managed)
+
+# %% ../nbs/06_engine.ipynb #a19fdd9c
+def _kernel_name(cls, nb, name=None):
+    "Papermill's own rule: the name given, else the notebook's."
+    from papermill.utils import nb_kernel_name
+    return nb_kernel_name(nb, name)
+
+def _language(cls, nb, language=None):
+    "Papermill's own rule: the language given, else the notebook's."
+    from papermill.utils import nb_language
+    return nb_language(nb, language)
+
+SlmlEngine.nb_kernel_name, SlmlEngine.nb_language = classmethod(_kernel_name), classmethod(_language)
+
+# %% ../nbs/06_engine.ipynb #002a5b47
 def check_given(nb, where=""):
     "Hold the parameters that Papermill has put into a Python notebook against its own cell, and write them down as what they are."
     given = nb.metadata.get("papermill", {}).get("parameters") or {}
@@ -549,7 +601,7 @@ def check_given(nb, where=""):
         if "injected-parameters" in c.metadata.get("tags", []) and repr(typed) != repr(dict(given)): c.source = injected_cell(typed)["source"]
     nb.metadata.papermill["parameters"] = json.loads(json.dumps(mask(typed), default=str))
 
-
+# %% ../nbs/06_engine.ipynb #951775ef
 def _seconds(text) -> float | None:
     "A number of seconds in front matter."
     try: return float(text) if text else None

@@ -78,7 +78,7 @@ def swap_test(
     exact = len(d) < 60 and 2 ** len(d) <= n
     return hits / total if exact else (hits + 1) / (total + 1)
 
-# %% ../nbs/38_evaluate.ipynb #f83e2db4
+# %% ../nbs/38_evaluate.ipynb #c1970aff
 def holm(p):
     "p of several tests, corrected so that one false alarm in any of them is as rare as it says (Holm, 1979)."
     import numpy as np
@@ -88,6 +88,7 @@ def holm(p):
     out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return out
 
+# %% ../nbs/38_evaluate.ipynb #9111b73c
 def mcnemar(only_a: int, only_b: int) -> float:
     "Exact p of McNemar's test: rows that only one of two candidates has right."
     from scipy.special import bdtr
@@ -166,7 +167,7 @@ def frozen_test(
     y = frame.target.map({c: i for i, c in enumerate(labels)}).to_numpy(int)
     return frame, y, {name: np.hstack([p.reshape(len(frame), -1), unseen]) for name, p in predictions.items()}
 
-# %% ../nbs/38_evaluate.ipynb #7fe9ed32
+# %% ../nbs/38_evaluate.ipynb #cde4d7fe
 LOSSES = dict(regression=("mae", "rmse", "mse"), classification=("log_loss", "error_rate", "brier"))
 
 def worse_than_best(
@@ -179,6 +180,7 @@ def worse_than_best(
     gap = [improvement(metric, v, best) for v in values]
     return [0.0 if v is not None and v == best else None if g is None else -g for v, g in zip(values, gap)]
 
+# %% ../nbs/38_evaluate.ipynb #6d120e5c
 def improvements(
     task,         # regression or classification
     candidates,   # dicts with kind, name and metrics
@@ -190,13 +192,14 @@ def improvements(
     return {c["name"]: {over: {m: improvement(m, _loss(c, m), _loss(ref, m)) for m in LOSSES[task]} for over, ref in against.items()}
             for c in candidates}
 
-# %% ../nbs/38_evaluate.ipynb #187044da
+# %% ../nbs/38_evaluate.ipynb #1f89764c
 def best_of(candidates, metric):
     "The candidate with the best metric; the simpler one if equal; None without candidates."
     sign = 1 if direction(metric) == "minimise" else -1
     known = [c for c in candidates if c.get(metric) is not None]
     return min(known, key=lambda c: (sign * c[metric], c["complexity"]))["name"] if known else None
 
+# %% ../nbs/38_evaluate.ipynb #bf3c5cb3
 def let_rule_stay(
     gated,         # from `gate`
     candidates,    # dicts with name, kind and numbers
@@ -210,6 +213,7 @@ def let_rule_stay(
     if all(r["values"]["rule"]["met"] for r in gated if r is not asked): asked["values"]["rule"] = dict(value=0.0, met=True, stays=True)
     return gated
 
+# %% ../nbs/38_evaluate.ipynb #c3e1b3cd
 def choose(
     candidates,    # dicts with name, complexity and numbers
     gated,         # from `gate`
@@ -224,7 +228,7 @@ def choose(
         passing = [c for c in passing if c.get(metric) is not None and not worse(samples, c["name"], best, metric, level)]
     return passing[0]["name"] if passing else None
 
-# %% ../nbs/38_evaluate.ipynb #5e70a046
+# %% ../nbs/38_evaluate.ipynb #0eaefc02
 def next_rung(v, candidates, samples, level) -> str:
     "What the best candidate would buy beyond the chosen one."
     by = {c["name"]: c for c in candidates}
@@ -234,6 +238,7 @@ def next_rung(v, candidates, samples, level) -> str:
     who = label(by[best]); who = who[0].upper() + who[1:]
     return f"{who} would buy {percent(gain)} more." if worse(samples, chosen, best, v["metric"], level) else "No other candidate is measurably better."
 
+# %% ../nbs/38_evaluate.ipynb #d1ed81be
 def over_rule(c, candidates) -> str:
     "How much better than what one would do without a model."
     gain, rule = c.get("improvement_over_rule"), next((r for r in candidates if r["kind"] == "rule"), {})
@@ -241,17 +246,19 @@ def over_rule(c, candidates) -> str:
     without = "the best constant guess" if rule.get("constant") else "today's rule"
     return f", {percent(abs(gain))} {'better' if gain >= 0 else 'worse'} than {without}"
 
-# %% ../nbs/38_evaluate.ipynb #a4bb7d46
+# %% ../nbs/38_evaluate.ipynb #64cf6457
 def not_tried(ladder, v) -> str:   # the artifact `ladder`, the verdict
     "What was left out since a baseline seemed to be enough."
     if v["met"]: return f"Nothing dearer was trained, since {ladder['why']}."
     return f"A network was not trained, since {ladder['why']}: `slml run --climb` trains it."
 
+# %% ../nbs/38_evaluate.ipynb #c8163aed
 def closest(v, candidates) -> str:
     "The candidate that misses the fewest requirements; the better one if equal."
     sign = 1 if v["direction"] == "minimise" else -1
     return min(candidates, key=lambda c: (len(missing(v["requirements"], c["name"])), sign * (c.get(v["metric"]) or 0), c["complexity"]))["name"]
 
+# %% ../nbs/38_evaluate.ipynb #0fc291b2
 def sentence(
     v,           # the verdict so far: candidate, best, metric, unit, requirements, improvement
     candidates,  # dicts with numbers
@@ -270,6 +277,7 @@ def sentence(
     if stays: checked = f"no model improves on it by the {percent(stays['limit'])} that were asked for"
     return f"{words}; {checked}. {next_rung(v, candidates, samples, level)}".strip()
 
+# %% ../nbs/38_evaluate.ipynb #56633540
 def _nobody(v, by, n, candidates):
     if not candidates or not v["rows_test"]: return "No verdict: there are no test rows to judge by."
     c = by[closest(v, candidates)]
@@ -313,7 +321,7 @@ def make_verdict(
     v["missing"] = {c["name"]: missing(gated, c["name"]) for c in candidates}
     return v | dict(doubt=doubt, sentence=f"{sentence(v, candidates, samples, level)} {doubt}".strip())
 
-# %% ../nbs/38_evaluate.ipynb #56768e72
+# %% ../nbs/38_evaluate.ipynb #2655b228
 def _bins(values, names=4):
     "Equally full bins of a numeric column as readable labels."
     import numpy as np, pandas as pd
@@ -323,12 +331,14 @@ def _bins(values, names=4):
     words = np.array([*(f"{plain(float(a))} to {plain(float(b))}" for a, b in zip(edges, edges[1:])), None], object)
     return pd.Series(words[np.where(x == x, np.searchsorted(edges[1:-1], x), -1)], index=values.index)
 
+# %% ../nbs/38_evaluate.ipynb #466596b3
 def _calendar(frame):
     "Month and hour of the moment of prediction, where the test split has more than one."
     if "moment" not in frame or frame.moment.isna().all(): return {}
     when = frame.moment.dt
     return dict(month=_named(12 * when.year + when.month - 1, lambda k: f"{k // 12:04.0f}-{k % 12 + 1:02.0f}"), hour=_named(when.hour, lambda k: f"{k:02.0f}"))
 
+# %% ../nbs/38_evaluate.ipynb #f562c300
 def _named(values, name):
     "Few different numbers as words: each is put into words once."
     import numpy as np, pandas as pd
@@ -556,12 +566,13 @@ def calibration_error(
     ece = float((t.rows * abs(t.said - t.happened)).sum() / len(sure))
     return dict(ece=ece, by_chance=float(luck), honest=bool(ece <= luck))
 
-# %% ../nbs/38_evaluate.ipynb #7aecf042
+# %% ../nbs/38_evaluate.ipynb #d18b41e2
 def _logit(p):
     import numpy as np
     p = np.clip(p, 1e-12, 1 - 1e-12)
     return np.log(p / (1 - p))
 
+# %% ../nbs/38_evaluate.ipynb #21c05de7
 def fit_platt(p, hit):   # probabilities (n,), whether it came true (n,)
     "Platt's sigmoid over the log odds, by Newton's method: a function of probabilities."
     import numpy as np
@@ -880,7 +891,7 @@ def worst_rows(
     copies = [f"clean.{n}" for n in names if n in head and same(head[n], source[f"clean.{n}"])]
     return head.join(source.drop(columns=copies))
 
-# %% ../nbs/38_evaluate.ipynb #ea6f33ed
+# %% ../nbs/38_evaluate.ipynb #faf732b8
 def walks(
     n: int,        # features
     background,    # rows to start from
@@ -893,6 +904,14 @@ def walks(
     ways = np.array([rng.permutation(n) for _ in range(orders // 2)]).reshape(-1, n)
     return np.stack([ways, n - 1 - ways], axis=1).reshape(-1, n), np.resize(np.repeat(rng.permutation(background), 2), 2 * len(ways))
 
+# %% ../nbs/38_evaluate.ipynb #aae946d5
+def _along(model, row, ordinary, start, taken):   # values of one row; from which ordinary row each walk starts; {feature: (orders, steps) whether it is replaced}
+    "The predictions along all walks of a row: (orders, steps)."
+    import numpy as np
+    said = model.predict({c: np.where(t, row[c], np.asarray(ordinary[c])[start][:, None]).ravel() for c, t in taken.items()})
+    return said.reshape(*next(iter(taken.values())).shape, *said.shape[1:])
+
+# %% ../nbs/38_evaluate.ipynb #5b0df748
 def shapley(
     model,          # with `predict`
     rows,           # {feature: values of the rows to be explained (r,)}
@@ -906,14 +925,10 @@ def shapley(
     shares, r = {c: k for k, c in enumerate(features)}, len(next(iter(rows.values())))
     n = len(shares) + (len(shares) < len(rows))
     place, start = walks(n, len(next(iter(ordinary.values()))), orders, seed)
-    steps = np.arange(n + 1)
-    def _walk(i):        # the predictions of row i along all walks: (orders, n + 1)
-        taken = {c: steps > place[:, [shares.get(c, n - 1)]] for c in rows}
-        said = model.predict({c: np.where(taken[c], rows[c][i], np.asarray(ordinary[c])[start][:, None]).ravel() for c in rows})
-        return said.reshape(len(place), n + 1, *said.shape[1:])
+    taken = {c: np.arange(n + 1) > place[:, [shares.get(c, n - 1)]] for c in rows}
     parts, base = np.zeros((r, len(shares) + 1)), np.zeros(r)
     for i in range(r):
-        v = _walk(i)
+        v = _along(model, {c: x[i] for c, x in rows.items()}, ordinary, start, taken)
         if v.ndim == 3: v = v[..., 1 if v.shape[2] == 2 else v[0, -1].argmax()]    # the second class of two, or the likeliest of many
         moved = np.take_along_axis(np.diff(v, axis=1), place, axis=1)
         parts[i, :n], base[i] = moved.mean(0), v[:, 0].mean()
@@ -936,7 +951,7 @@ def explained(
         found += [(int(key), "", "", base[i]), *((int(key), *m) for m in sorted(mine, key=lambda m: -abs(m[2])))]
     return pd.DataFrame(found, columns=["row_id", "feature", "value", "contribution"])
 
-# %% ../nbs/38_evaluate.ipynb #87bd1788
+# %% ../nbs/38_evaluate.ipynb #173404c8
 def model_folders(*roots) -> dict:
     "{candidate: folder with its model.json}, simplest first."
     found = [(json.loads((f / "model.json").read_text()), f) for root in roots for f in sorted(Path(root).iterdir()) if (f / "model.json").exists()]
@@ -945,6 +960,7 @@ def model_folders(*roots) -> dict:
             raise SlmlError(f"two candidates are called '{m['name']}'", f"{f.parent.name} and {twin.parent.name}", "give one of them another name")
     return {m["name"]: f for m, f in sorted(found, key=lambda mf: mf[0]["complexity"])}
 
+# %% ../nbs/38_evaluate.ipynb #35acda15
 def quality(task, y, p) -> dict:
     "All metrics of one candidate; None where a metric is undefined (R² of one row)."
     if not len(y): return {}
@@ -953,12 +969,13 @@ def quality(task, y, p) -> dict:
         warnings.simplefilter("ignore")
         return {k: finite(v) for k, v in (regression_metrics if task == "regression" else classification_metrics)(y, p).items()}
 
-# %% ../nbs/38_evaluate.ipynb #edc909cf
+# %% ../nbs/38_evaluate.ipynb #18793a9f
 def written_rule(card) -> str:   # model.json
     "A rule that was found, as it can be typed; empty for all other candidates, and when it is too long to be read."
     text = card.get("expression", "") if card["name"] == "found_rule" else ""
     return text if len(text) <= 200 else ""
 
+# %% ../nbs/38_evaluate.ipynb #985b706a
 def warnings_of(v, resampled) -> list:
     "[(level, sentence)]: what a reader should know before trusting the verdict."
     out, n = [], v["rows_test"]
@@ -973,17 +990,19 @@ def warnings_of(v, resampled) -> list:
     if resampled == "days": out.append(("info", "Intervals draw whole days, because rows of one day share their luck."))
     return out
 
-# %% ../nbs/38_evaluate.ipynb #a1016573
+# %% ../nbs/38_evaluate.ipynb #01a164b7
 def run_named(name):
     "The folder of a run, by its path, its id or project/id; None when there is none."
     place = project_root() / name
     if (place / "run.json").is_file() or list(place.glob("*/made.json")): return place
     return next((r for r in list_runs() if str(name) in (r.name, f"{r.parent.name}/{r.name}")), None)
 
+# %% ../nbs/38_evaluate.ipynb #33845b2e
 def registry_records(store, name: str) -> list[str]:
     "The records of a name in a registry, which is a store; the newest last."
     return [k for k in store.list(f"{name}/log/") if k.endswith(".json")]
 
+# %% ../nbs/38_evaluate.ipynb #b736d170
 def registry_record(store, name: str) -> dict:
     "The record that holds."
     file = registry_records(store, name)[-1]
@@ -1126,7 +1145,7 @@ def draw_candidates(
     ax.set(yticks=range(len(rungs)), yticklabels=[c["name"] for c in rungs], ylim=(len(rungs) - .4, -.7),
            xlabel=f"{said} ({'less' if v['direction'] == 'minimise' else 'more'} is better)")
 
-# %% ../nbs/38_evaluate.ipynb #ae318633
+# %% ../nbs/38_evaluate.ipynb #a35f0230
 LINES = ("-", "--", ":")   # when there are more candidates than colours
 
 def draw_errors(
@@ -1144,6 +1163,7 @@ def draw_errors(
     ax.set(xlim=(0, far or 1), ylim=(0, 1), xlabel=f"off by at most{', ' + unit if unit else ''}", ylabel="share of rows")
     ax.legend(frameon=False, loc="lower right")
 
+# %% ../nbs/38_evaluate.ipynb #b5ef0bb1
 def draw_calibration(
     ax,            # matplotlib axes
     y,             # index of the class (rows,)

@@ -367,13 +367,14 @@ def draw_shares(
     right.set(xlabel="requests", ylabel="reward lost", xlim=(0, x[-1]), ylim=(0, None), title="Regret")
     right.legend(loc="upper left")
 
-# %% ../nbs/46_experiment.ipynb #0f8be9d3
+# %% ../nbs/46_experiment.ipynb #a330a877
 def picture(
     found: dict,  # from `traffic_report`
     file,  # .png, .svg or .pdf
 ) -> None:
     "The shares of a running traffic as a file."
     from slml_nb.stage import Stage
+    if Path(file).suffix not in (".png", ".svg", ".pdf"): raise SlmlError(f"a picture is not drawn as '{Path(file).suffix}'", str(file), "FILE.png, FILE.svg or FILE.pdf")
     fig, ax = Stage.axes(None, width=7, height=3)
     draw_history(ax, found, Stage.colours)
     fig.savefig(file, dpi=150)

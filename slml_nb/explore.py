@@ -24,7 +24,7 @@ import datetime, functools, itertools, json, math, os, re
 from .core import SlmlError, suggest
 from .sql import ident, literal
 
-# %% ../nbs/12_explore.ipynb #d58e0f97
+# %% ../nbs/12_explore.ipynb #0bcece8e
 BOOKKEEPING = ("row_id", "source")  # added by ingest: where a row came from, never what it says
 
 
@@ -35,7 +35,7 @@ def kind_of(
     if re.fullmatch(r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?|FLOAT|DOUBLE|DECIMAL\(.*\)", sql_type): return "number"
     return "time" if re.match(r"TIMESTAMP|DATE", sql_type) and "[" not in sql_type else "category"
 
-
+# %% ../nbs/12_explore.ipynb #da2721fc
 def table_columns(
     con,  # DuckDB connection
     table: str,
@@ -43,7 +43,7 @@ def table_columns(
     "The columns that hold data."
     return {r[0]: r[1] for r in con.execute(f"describe {ident(table)}").fetchall() if r[0] not in BOOKKEEPING}
 
-# %% ../nbs/12_explore.ipynb #6e1c8df0
+# %% ../nbs/12_explore.ipynb #5f5ff82f
 def check_target(
     con,
     table: str,
@@ -62,7 +62,7 @@ def check_target(
         raise SlmlError(f"the target '{target}' is constant: nothing to predict (always {low})", "explore", "name another target: or load rows with other outcomes")
     return n
 
-
+# %% ../nbs/12_explore.ipynb #b0249f50
 def known_sql(
     column: str,
     sql_type: str,
@@ -70,7 +70,7 @@ def known_sql(
     "The value of a column where there is one."
     return f"case when isfinite({ident(column)}) then {ident(column)} end" if sql_type in ("FLOAT", "DOUBLE") else ident(column)
 
-# %% ../nbs/12_explore.ipynb #00b55f48
+# %% ../nbs/12_explore.ipynb #194f867b
 def _plain(v):
     "A value as JSON can hold it: six significant digits, ISO times, no NaN."
     if v is None or isinstance(v, (bool, int)): return v
@@ -79,7 +79,7 @@ def _plain(v):
     except (TypeError, ValueError): return str(v)[:80]
     return float(f"{f:.6g}") if math.isfinite(f) and not isinstance(v, str) else str(v)[:80] if isinstance(v, str) else None
 
-
+# %% ../nbs/12_explore.ipynb #5772a1d2
 AT_ONCE = 25  # columns counted together: each keeps its distinct values in memory
 EXACT = 1_000_000  # rows up to which distinct values are counted one by one
 SKETCH_ERROR = 1.04 / math.sqrt(1024)  # standard error of approx_count_distinct, relative (Flajolet and others, 2007)
@@ -104,7 +104,7 @@ def count_columns(
         out[name]["mean" if kind_of(t) == "number" else "mean_length"] = _plain(mean)
     return rows, out
 
-# %% ../nbs/12_explore.ipynb #92198ec4
+# %% ../nbs/12_explore.ipynb #6eda800a
 def chosen_rows(
     con,
     table: str,
@@ -119,7 +119,7 @@ def chosen_rows(
     pick = f"{first('i')} + ('0x' || left(md5(i::VARCHAR), 8))::BIGINT % greatest({first('(i + 1)')} - {first('i')}, 1)"
     return f"row_id in (select {pick} from range({size}) slices(i))"
 
-
+# %% ../nbs/12_explore.ipynb #dda93134
 def draw_sample(
     con,
     table: str,
@@ -133,7 +133,7 @@ def draw_sample(
         from {ident(table)} {where} order by row_id""")
     return con.execute(f"select count(*) from {ident(name)}").fetchall()[0][0]
 
-# %% ../nbs/12_explore.ipynb #c66bb04a
+# %% ../nbs/12_explore.ipynb #dc143123
 @functools.lru_cache(maxsize=1000)
 def rank_interval(
     n: int,  # rows of the sample
@@ -150,14 +150,14 @@ def rank_interval(
     low, high = int(k[np.searchsorted(below, (1 - level) / 2)]), int(k[np.searchsorted(below, (1 + level) / 2)]) + 1
     return low or None, high if high <= n else None
 
-
+# %% ../nbs/12_explore.ipynb #e32dda93
 def share_error(
     n: int,  # rows of the sample
 ) -> float:  # half of the widest 95 % interval of a share
     "How far a share that was read from n rows may be off."
     return round(0.98 / math.sqrt(n), 4) if n else 1.0
 
-# %% ../nbs/12_explore.ipynb #f8424f62
+# %% ../nbs/12_explore.ipynb #b26df784
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -176,14 +176,14 @@ def quantiles(
     ends = [_plain(v) if r else None for r, v in zip(ranks, values[len(QUANTILES):])]
     return out | ({"between": {str(q): list(e) for q, e in zip(QUANTILES, zip(ends[::2], ends[1::2]))}} if ends else {})
 
-
+# %% ../nbs/12_explore.ipynb #6e1d6e2b
 def frequent(con, x: str, sample: str, top: int) -> list:
     "The most frequent values and their shares."
     found = con.execute(f"""select {x}::VARCHAR, count(*) / sum(count(*)) over () from {ident(sample)}
         where {x} is not null group by 1 order by 2 desc, 1 limit {top}""").fetchall()
     return [[_plain(v), _plain(s)] for v, s in found]
 
-
+# %% ../nbs/12_explore.ipynb #bd9f9395
 def distributions(
     con,
     columns: dict,  # from count_columns
@@ -197,7 +197,7 @@ def distributions(
     return {name: quantiles(con, x, n, sample, whole) if columns[name]["kind"] != "category" and columns[name]["distinct"] else dict(top=frequent(con, x, sample, top))
             for (name, x), n in zip(known.items(), counts)}
 
-# %% ../nbs/12_explore.ipynb #325f23f8
+# %% ../nbs/12_explore.ipynb #f8cd2ac7
 BINS, PRIOR = 32, 5
 
 
@@ -208,7 +208,7 @@ def midrank(
     over = f"over (partition by ({x}) is null order by {x}"
     return f"case when ({x}) is not null then (rank() {over}) - rank() {over} desc) + count(*) over (partition by ({x}) is null) + 1) / 2.0 end"
 
-
+# %% ../nbs/12_explore.ipynb #c50f547e
 def bin_sql(
     column: str,
     info: dict,  # from count_columns
@@ -218,7 +218,7 @@ def bin_sql(
     if info["kind"] == "category" or info["distinct"] <= 200: return f"{x}::VARCHAR"
     return f"case when {x} is not null then ceil({BINS} * cume_dist() over (partition by {x} is null order by {x})) end"
 
-# %% ../nbs/12_explore.ipynb #5137ce97
+# %% ../nbs/12_explore.ipynb #ede00028
 def target_sql(
     con,
     problem: dict,
@@ -234,7 +234,7 @@ def target_sql(
     found = con.execute(f"select {x}::VARCHAR from {ident(sample)} where {x} is not null group by 1 order by count(*) desc, 1 limit {classes}").fetchall()
     return [f"({x}::VARCHAR = {literal(c)})::DOUBLE" for c, in found]
 
-
+# %% ../nbs/12_explore.ipynb #7c6861cb
 def rank_target(con, problem: dict, sql_type: str, sample: str = "explore_sample"):
     "Write the target as numbers beside the sample's rows: ranked once rather than for each column."
     ys = target_sql(con, problem, sql_type, sample)
@@ -328,7 +328,7 @@ def describe_target(
         from (select ({x})::DOUBLE as x from {ident(table)})""").fetchall()[0]
     return dict(name=problem["target"], known=n, missing=info["missing"], mean=_plain(mean), std=_plain(std), skew=_plain(skew), zeros=_plain(zeros))
 
-# %% ../nbs/12_explore.ipynb #9051e0c9
+# %% ../nbs/12_explore.ipynb #2c18fe58
 LATER = re.compile(r"(arriv|(^|[^a-z])arr_|drop_?off|(^|[^a-z])end($|[^a-z])|finish|complet|clos(ed|ing)|cancel|return|result|outcome|actual|final|(^|[^a-z])paid)", re.I)
 PLANNED = re.compile(r"sched|plan|expect|estimat|forecast|promis", re.I)
 
@@ -339,7 +339,7 @@ def sounds_later(
     "Does the name speak of something that is known only afterwards?"
     return bool(LATER.search(name)) and not PLANNED.search(name)
 
-
+# %% ../nbs/12_explore.ipynb #1dc0c51f
 def share_after(
     con,
     column: str,  # a time
@@ -349,7 +349,7 @@ def share_after(
     "How often a time lies after the moment of prediction."
     return con.execute(f"select coalesce(avg(({ident(column)} > {ident(moment)})::INTEGER), 0) from {ident(sample)}").fetchall()[0][0]
 
-# %% ../nbs/12_explore.ipynb #c50560a7
+# %% ../nbs/12_explore.ipynb #7942d7ef
 def formulas(
     con,
     problem: dict,
@@ -366,14 +366,18 @@ def formulas(
         p = power(con, f"case when {gap} is not null then ceil({BINS} * cume_dist() over (partition by {gap} is null order by {gap})) end", ys, sample)
         out.append(([a, b], f"{a} - {b}", p or 0.0))
     numbers = [n for n, c in columns.items() if c["kind"] == "number" and c["distinct"] > 1 and n != target][:most]
-    if problem["task"] == "regression" and len(numbers) > 1:
-        pairs = [(a, op, b) for a, b in itertools.combinations(numbers, 2) for op in "+-"]
-        y = f"{ident(target)}::DOUBLE"
-        near = lambda e: f"coalesce(avg((abs({e}) <= 1e-6 * greatest(1, abs({y})))::INTEGER), 0)"
-        parts = [near(f"abs({ident(a)}::DOUBLE - {ident(b)}::DOUBLE) - abs({y})" if op == "-" else f"{ident(a)}::DOUBLE + {ident(b)}::DOUBLE - {y}") for a, op, b in pairs]
-        shares = con.execute(f"select {', '.join(parts)} from (select * from {ident(sample)} order by row_id limit 5000)").fetchall()[0]
-        out += [([a, b], f"{a} {op} {b}", s) for (a, op, b), s in zip(pairs, shares)]
+    if problem["task"] == "regression" and len(numbers) > 1: out += _sums_of_two(con, target, numbers, sample)
     return sorted(out, key=lambda r: -r[2])
+
+# %% ../nbs/12_explore.ipynb #c6d3c830
+def _sums_of_two(con, target: str, numbers: list[str], sample: str) -> list:
+    "For each sum and difference of two numbers the share of rows in which it is the target."
+    pairs = [(a, op, b) for a, b in itertools.combinations(numbers, 2) for op in "+-"]
+    y = f"{ident(target)}::DOUBLE"
+    near = lambda e: f"coalesce(avg((abs({e}) <= 1e-6 * greatest(1, abs({y})))::INTEGER), 0)"
+    parts = [near(f"abs({ident(a)}::DOUBLE - {ident(b)}::DOUBLE) - abs({y})" if op == "-" else f"{ident(a)}::DOUBLE + {ident(b)}::DOUBLE - {y}") for a, op, b in pairs]
+    shares = con.execute(f"select {', '.join(parts)} from (select * from {ident(sample)} order by row_id limit 5000)").fetchall()[0]
+    return [([a, b], f"{a} {op} {b}", s) for (a, op, b), s in zip(pairs, shares)]
 
 # %% ../nbs/12_explore.ipynb #e5c589d5
 def place_power(
@@ -385,7 +389,7 @@ def place_power(
     bins = {"row_id": f"ceil({BINS} * cume_dist() over (order by row_id))", "source": "source"}
     return {name: power(con, b, ys, sample) for name, b in bins.items()}
 
-# %% ../nbs/12_explore.ipynb #4a6976b4
+# %% ../nbs/12_explore.ipynb #70a83500
 def weighted_sum(
     con,
     target: str,
@@ -408,8 +412,7 @@ def weighted_sum(
     parts = [(n, float(w)) for n, w, column in zip(numbers, weights, table[:, 1:].T) if w and column.std()]
     return parts, float((off <= 1e-6 * np.maximum(1, np.abs(y))).mean())
 
-
-
+# %% ../nbs/12_explore.ipynb #b157556f
 def _sums(con, problem: dict, columns: dict, above: float, sample: str) -> list[dict]:
     "A target that is the sum of three columns or more, as a suspicion against the one that sounds latest."
     numbers = [n for n, c in columns.items() if c["kind"] == "number" and c["distinct"] > 1 and n != problem["target"]][:25]
@@ -418,7 +421,7 @@ def _sums(con, problem: dict, columns: dict, above: float, sample: str) -> list[
     late, *others = sorted(parts, key=lambda p: (not sounds_later(p[0]), -(columns[p[0]].get("power") or 0)))
     return [dict(column=late[0], level="alarm", power=round(share, 4), reason=f"together with {', '.join(n for n, _ in others)} gives the target: their weighted sum is {problem['target']} in {share:.0%} of the rows")]
 
-# %% ../nbs/12_explore.ipynb #6e82e087
+# %% ../nbs/12_explore.ipynb #ef61082c
 def suspects(
     con,
     problem: dict,
@@ -439,13 +442,19 @@ def suspects(
         found.append(dict(column=late, level="alarm", power=share, reason=f"together with {other} gives the target: {formula} explains {share:.0%}"))
         strong.add(late)
     found += _sums(con, problem, {n: c for n, c in free.items() if n not in strong}, above, sample)
-    moment, seen = problem.get("time"), {f["column"] for f in found}
-    for n, c in free.items():
-        if n in seen or c["role"] in ("target", "moment"): continue
+    found += _questions(con, problem.get("time"), columns, {n: c for n, c in free.items() if n not in {f["column"] for f in found}}, sample)
+    return sorted(found, key=lambda f: (f["level"], -(f["power"] or 0), f["column"]))
+
+# %% ../nbs/12_explore.ipynb #c3745570
+def _questions(con, moment: str | None, columns: dict, left: dict, sample: str) -> list[dict]:
+    "Columns that a person should be asked about."
+    found = []
+    for n, c in left.items():
+        if c["role"] in ("target", "moment"): continue
         after = share_after(con, n, moment, sample) if c["kind"] == "time" and moment in columns and columns[moment]["kind"] == "time" else 0
         if after > 0.5: found.append(dict(column=n, level="warn", power=c.get("power"), reason=f"after {moment} in {after:.0%} of the rows"))
         elif sounds_later(n): found.append(dict(column=n, level="warn", power=c.get("power"), reason="its name speaks of the end"))
-    return sorted(found, key=lambda f: (f["level"], -(f["power"] or 0), f["column"]))
+    return found
 
 # %% ../nbs/12_explore.ipynb #815e17d1
 HASHES = 2_000_000  # hashes kept at most
@@ -499,7 +508,7 @@ def missing_patterns(
     found = con.execute(f"select *, count(*) / sum(count(*)) over () as share from (select {flags} from {ident(sample)}) group by all order by share desc, {', '.join(f'm{i}' for i in range(len(holes)))} limit {top}").fetchall()
     return [dict(missing=[n for n, gone in zip(holes, r) if gone], share=_plain(r[-1])) for r in found]
 
-# %% ../nbs/12_explore.ipynb #a9d68cb2
+# %% ../nbs/12_explore.ipynb #97d9057f
 def ranks(
     x,  # numpy array, no missing values
 ):  # mid-ranks, 1 is the smallest
@@ -508,7 +517,7 @@ def ranks(
     _, at, n = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(n) - (n - 1) / 2.0)[at]
 
-
+# %% ../nbs/12_explore.ipynb #4bba5392
 def correlation(a, b) -> float:
     "Spearman's rank correlation of two arrays; 0 where one does not vary."
     import numpy as np
@@ -517,7 +526,7 @@ def correlation(a, b) -> float:
     size = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / size if size else 0.0
 
-# %% ../nbs/12_explore.ipynb #6f4f76f3
+# %% ../nbs/12_explore.ipynb #8428e489
 def correlation_ratio(
     labels,  # numpy array of codes from 0
     x,  # numpy array of numbers
@@ -531,7 +540,7 @@ def correlation_ratio(
     between = float((np.bincount(at, weights=r) ** 2 / n).sum()) / float(r @ r)
     return math.sqrt(max(0.0, 1 - (1 - between) * (len(r) - 1) / (len(r) - len(n))))
 
-
+# %% ../nbs/12_explore.ipynb #87c2eadf
 def cramers_v(a, b) -> float:
     "How much two labels go together (Cramér's V, corrected by Bergsma, 2013); codes from 0."
     import numpy as np
@@ -543,7 +552,7 @@ def cramers_v(a, b) -> float:
     phi = max(0.0, float(((seen - want) ** 2 / want).sum()) / n - (r - 1) * (k - 1) / (n - 1))
     return math.sqrt(phi / max(min(r - (r - 1) ** 2 / (n - 1), k - (k - 1) ** 2 / (n - 1)) - 1, 1e-9)) if phi else 0.0
 
-# %% ../nbs/12_explore.ipynb #d2b6b980
+# %% ../nbs/12_explore.ipynb #43001c0d
 def sample_arrays(
     con,
     columns: dict,  # of those to read, from count_columns
@@ -558,7 +567,7 @@ def sample_arrays(
     got = con.execute(f"select {read} from (select * from {ident(sample)} order by md5(row_id::VARCHAR) limit {rows})").fetchnumpy()
     return {n: np.ma.filled(np.ma.asarray(got[f"c{i}"], dtype=float), np.nan) for i, n in enumerate(columns)}
 
-
+# %% ../nbs/12_explore.ipynb #67e687c6
 def associations(
     con,
     columns: dict,  # from count_columns, with power and role
@@ -582,7 +591,7 @@ def associations(
         out.append((a, b, round(value, 3)))
     return out
 
-# %% ../nbs/12_explore.ipynb #19ab2d14
+# %% ../nbs/12_explore.ipynb #c0d27a26
 def ks_chance(
     d: float,  # Kolmogorov-Smirnov distance
     n: int, m: int,  # rows of the two samples
@@ -590,7 +599,7 @@ def ks_chance(
     "Bound on the chance of a distance of d or more between two samples of one distribution."
     return min(1.0, 2 * math.exp(-2 * d * d * n * m / (n + m))) if n and m else 1.0
 
-
+# %% ../nbs/12_explore.ipynb #f49d105d
 def chi2_chance(
     x: float,  # chi-square statistic
     k: int,  # degrees of freedom
@@ -598,7 +607,7 @@ def chi2_chance(
     "Chernoff's bound on the tail of the chi-square distribution."
     return math.exp(k / 2 * (math.log(x / k) + 1 - x / k)) if k and x > k else 1.0
 
-
+# %% ../nbs/12_explore.ipynb #c77cd2c4
 def share_chance(
     a: int, n: int,  # a of n rows
     b: int, m: int,  # b of m rows
@@ -608,7 +617,7 @@ def share_chance(
     spread = math.sqrt(p * (1 - p) * (1 / n + 1 / m)) if n and m else 0
     return math.erfc(abs(a / n - b / m) / spread / math.sqrt(2)) if spread else 1.0
 
-# %% ../nbs/12_explore.ipynb #d5aeb5a9
+# %% ../nbs/12_explore.ipynb #59078fa6
 def ks_distance(
     a, b,  # counts of the same ordered values in two samples
 ) -> float:
@@ -616,20 +625,20 @@ def ks_distance(
     import numpy as np
     return float(np.abs(np.cumsum(a) / a.sum() - np.cumsum(b) / b.sum()).max())
 
-
+# %% ../nbs/12_explore.ipynb #3cc32697
 def total_variation(a, b) -> float:
     "Half the sum of the differences of shares."
     import numpy as np
     return float(np.abs(a / a.sum() - b / b.sum()).sum() / 2)
 
-# %% ../nbs/12_explore.ipynb #b3d632fa
+# %% ../nbs/12_explore.ipynb #34dcd9e9
 def psi(a, b) -> float:
     "Population stability index of counts in the same bins (Siddiqi, 2006); half a row in each, so that an empty bin is not infinite."
     import numpy as np
     p, q = (a + 0.5) / (a + 0.5).sum(), (b + 0.5) / (b + 0.5).sum()
     return float(((q - p) * np.log(q / p)).sum())
 
-
+# %% ../nbs/12_explore.ipynb #bb7e96d9
 def tenths(
     a, b,  # counts of the same ordered values in two samples
 ):  # counts in at most ten bins that hold a tenth of `a` each
@@ -638,7 +647,7 @@ def tenths(
     at = np.minimum((10 * (np.cumsum(a) - a / 2) / a.sum()).astype(int), 9)
     return np.bincount(at, a, 10), np.bincount(at, b, 10)
 
-
+# %% ../nbs/12_explore.ipynb #7cefd8f0
 def fold_rare(
     a, b,  # counts of the same labels in two samples
     least: float = 20,  # rows to be expected of a label in the smaller sample
@@ -648,7 +657,7 @@ def fold_rare(
     often = (a + b) * min(a.sum(), b.sum()) / (a.sum() + b.sum()) >= least
     return np.append(a[often], a[~often].sum()), np.append(b[often], b[~often].sum())
 
-
+# %% ../nbs/12_explore.ipynb #e165d52c
 def label_chance(a, b) -> float:
     "Bound on the chance that two samples of labels differ so much if they came from one distribution."
     a, b = fold_rare(a, b)
@@ -656,7 +665,7 @@ def label_chance(a, b) -> float:
     n, m = a.sum(), b.sum()
     return chi2_chance(float(((math.sqrt(m / n) * a - math.sqrt(n / m) * b) ** 2 / (a + b)).sum()), len(a) - 1)
 
-# %% ../nbs/12_explore.ipynb #e6c7c8cb
+# %% ../nbs/12_explore.ipynb #2d219f42
 def period_of(
     con,
     problem: dict,
@@ -678,7 +687,7 @@ def period_of(
         if 2 <= of(cut[unit]) <= most or unit == "year": return unit, cut[unit]
     return "", ""
 
-
+# %% ../nbs/12_explore.ipynb #e3e26a02
 def count_periods(
     con,
     table: str,
@@ -692,7 +701,7 @@ def count_periods(
     found = con.execute(f"select {period}, count(*), {counts} from {ident(table)} where {period} is not null group by 1 order by {order}").fetchall()
     return [str(r[0]) for r in found], [list(r[1:]) for r in found]
 
-# %% ../nbs/12_explore.ipynb #458d68dd
+# %% ../nbs/12_explore.ipynb #7855f95d
 def value_matrix(
     con,
     name: str,
@@ -712,7 +721,7 @@ def value_matrix(
     matrix[p, v] = found["n"]
     return dict(zip(v.tolist(), map(str, found["x"]))) if named else {}, matrix
 
-
+# %% ../nbs/12_explore.ipynb #30ff0fe1
 def new_labels(
     a, b,  # counts of the same labels in two periods
     values: dict[int, str],  # the labels
@@ -737,7 +746,7 @@ def compare_periods(
     d = ks_distance(a, b)
     return dict(measure="KS", size=round(d, 4), psi=round(psi(*tenths(a, b)), 4), chance=ks_chance(d, a.sum(), b.sum()))
 
-# %% ../nbs/12_explore.ipynb #80b9a1b7
+# %% ../nbs/12_explore.ipynb #89815671
 DRIFT_COLUMNS = dict(column="VARCHAR", role="VARCHAR", span="VARCHAR", start="VARCHAR", until="VARCHAR", measure="VARCHAR", size="DOUBLE", psi="DOUBLE", chance="DOUBLE", start_rows="BIGINT",
     until_rows="BIGINT", start_missing="DOUBLE", until_missing="DOUBLE", missing_chance="DOUBLE", came="VARCHAR[]", went="VARCHAR[]", verdict="VARCHAR")
 
@@ -756,11 +765,8 @@ def drift(
     "Every column between each period and the next, and between the first and the last."
     word, period = period_of(con, problem, columns, by, sample)
     use = {n: c for n, c in columns.items() if c["role"] not in ("moment", "empty", "constant", "ignored") or c["role"] == "constant" and c["missing"]}
-    names, found = count_periods(con, table, period, use) if period else ([], [])
-    drawn = dict(con.execute(f"select {period}::VARCHAR, count(*) from {ident(sample)} group by 1").fetchall()) if period else {}
-    kept = [(n, f) for n, f in zip(names, found) if drawn.get(n, 0) >= least]
-    kept = kept if len(kept) <= 24 else [kept[round(i * (len(kept) - 1) / 23)] for i in range(24)]
-    out = dict(by=word, periods=[n for n, _ in kept], rows=[f[0] for _, f in kept], left_out={n: f[0] for n, f in zip(names, found) if n not in dict(kept)}, comparisons=0, absent=absent_in(kept, use), lines=[])
+    kept, left_out = _enough_rows(con, table, period, use, sample, least) if period else ([], {})
+    out = dict(by=word, periods=[n for n, _ in kept], rows=[f[0] for _, f in kept], left_out=left_out, comparisons=0, absent=absent_in(kept, use), lines=[])
     if len(kept) < 2: return out
     pairs = [(i, i + 1) for i in range(len(kept) - 1)] + ([(0, len(kept) - 1)] if len(kept) > 2 else [])
     out["comparisons"] = tests = 2 * len(pairs) * len(use)
@@ -771,7 +777,16 @@ def drift(
         out["lines"] += drift_of(name, c, periods, pairs, value_matrix(con, name, c, len(kept), "explore_periods"), above, alarms / tests)
     return out
 
-# %% ../nbs/12_explore.ipynb #d96deb7f
+# %% ../nbs/12_explore.ipynb #6edc6424
+def _enough_rows(con, table: str, period: str, use: dict, sample: str, least: int) -> tuple[list, dict]:
+    "Periods with enough sampled rows, 24 at most, with their counts; the others with their rows."
+    names, found = count_periods(con, table, period, use)
+    drawn = dict(con.execute(f"select {period}::VARCHAR, count(*) from {ident(sample)} group by 1").fetchall())
+    kept = [(n, f) for n, f in zip(names, found) if drawn.get(n, 0) >= least]
+    kept = kept if len(kept) <= 24 else [kept[round(i * (len(kept) - 1) / 23)] for i in range(24)]
+    return kept, {n: f[0] for n, f in zip(names, found) if n not in dict(kept)}
+
+# %% ../nbs/12_explore.ipynb #604042cc
 def absent_in(
     kept: list,  # (period, rows and known values of each column), from count_periods
     columns,  # their names
@@ -780,7 +795,7 @@ def absent_in(
     empty = {n: [p for p, f in kept if not f[i + 1]] for i, n in enumerate(columns)}
     return {n: where for n, where in empty.items() if 0 < len(where) < len(kept)}
 
-
+# %% ../nbs/12_explore.ipynb #0b24e96e
 def drift_of(
     name: str,
     info: dict,  # from count_columns, with role
@@ -803,14 +818,14 @@ def drift_of(
     if steps and all(v is not None and v >= 0.95 for v in steps): lines = [l | dict(verdict="follows") for l in lines]
     return lines
 
-
+# %% ../nbs/12_explore.ipynb #9b08964e
 def drift_verdict(line: dict, a: dict, b: dict, above: float, chance: float) -> str:
     "appears, vanishes, drifts, fills (missing values came or went), or nothing."
     if not a["known"] or not b["known"]: return "appears" if b["known"] else "vanishes" if a["known"] else ""
     if line["size"] >= above and line["chance"] <= chance: return "drifts"
     return "fills" if abs(line["start_missing"] - line["until_missing"]) >= above / 2 and line["missing_chance"] <= chance else ""
 
-# %% ../nbs/12_explore.ipynb #c1d7e22a
+# %% ../nbs/12_explore.ipynb #bc637f26
 def misnamed(
     problem: dict,
     columns,  # names of the data's columns
@@ -819,7 +834,7 @@ def misnamed(
     said = lambda key, n: f"{key} names '{n}', which is not a column: {suggest(n, columns)}"
     return [said(key, n) for key in ("known_later", "ignore") for n in problem.get(key, []) if n not in columns and n not in BOOKKEEPING]
 
-
+# %% ../nbs/12_explore.ipynb #290b09ae
 def make_profile(
     con,
     table: str,
@@ -839,7 +854,7 @@ def make_profile(
     return dict(rows=rows, sampled=sampled, task=problem["task"], target=target, columns=columns, misnamed=misnamed(problem, columns),
         leakage=suspects(con, problem, columns, suspect_above))
 
-# %% ../nbs/12_explore.ipynb #f991caf1
+# %% ../nbs/12_explore.ipynb #5081eb8c
 def look_closer(
     con,
     table: str,
@@ -856,7 +871,7 @@ def look_closer(
     return dict(error=errors_of(profile), place=place_power(con, target_sql(con, problem, columns[target]["type"])), duplicates=twice, missing_patterns=missing_patterns(con, columns),
         associations=[list(p) for p in pairs], coordinates=coordinates(columns), drift=drift(con, table, problem, columns, drift_by, drift_above))
 
-
+# %% ../nbs/12_explore.ipynb #225acc58
 def errors_of(
     profile: dict,
 ) -> dict:  # rows, sampled, share and distinct: how far off; 0 where it was counted
@@ -864,7 +879,7 @@ def errors_of(
     rows, n = profile["rows"], profile["sampled"]
     return dict(rows=rows, sampled=n, share=share_error(n) if n < rows else 0.0, distinct=round(SKETCH_ERROR, 4) if rows > EXACT else 0.0)
 
-
+# %% ../nbs/12_explore.ipynb #a1450764
 def coordinates(
     columns: dict,  # from make_profile
 ) -> list[list[str]]:  # [latitude, longitude] pairs
@@ -889,17 +904,17 @@ def drift_table(
     con.execute("create or replace temp table explore_drift as select unnest(from_json(?::VARCHAR, ?), max_depth := 2)", [json.dumps(found["lines"]), shape])
     return con.sql("select * from explore_drift")
 
-# %% ../nbs/12_explore.ipynb #e061be53
+# %% ../nbs/12_explore.ipynb #f6fbf74f
 def _listed(names, most=8):
     "a, b and 3 more"
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-
+# %% ../nbs/12_explore.ipynb #24faaea0
 def percent(share: float) -> str:
     "A share with as many decimals as it takes to see that it is not zero."
     return f"{100 * share:.{1 if share >= 0.001 or not share else 3}f}%"
 
-
+# %% ../nbs/12_explore.ipynb #9bdaa930
 def target_findings(
     profile: dict,
 ) -> list[tuple[str, str]]:  # level, sentence
@@ -908,13 +923,7 @@ def target_findings(
     say = lambda level, text: out.append((level, text))
     if t["known"] < 100: say("warn", f"Only {t['known']:,} rows have a known target: read every number below as an anecdote.")
     if t["missing"]: say("info", f"The target {t['name']} is unknown in {t['missing']:,} of {rows:,} rows ({percent(t['missing'] / rows)}); they cannot be learned from.")
-    if profile["task"] == "classification":
-        (top, _, share), (rare, n, least) = t["classes"][0], t["classes"][-1]
-        say("warn" if share > 0.9 else "info", f"{t['n_classes']} classes; always answering '{top}' is right in {share:.1%} of the rows. That is the score to beat"
-            + (": accuracy says little here, precision and recall of the rare say more." if share > 0.9 else "."))
-        if least < 0.01 or n < 20 and least * t["n_classes"] < 0.5: say("warn", f"Rare class: '{rare}' has {n:,} rows ({least:.1%}); its figures will be uncertain.")
-        if t["n_classes"] > max(50, t["known"] / 10): say("alarm", f"{t['n_classes']:,} classes for {t['known']:,} rows: is {t['name']} a number or an identifier?")
-        return out
+    if profile["task"] == "classification": return out + _class_findings(t)
     values = profile["columns"][t["name"]]["distinct"]
     if values <= 5 and t["known"] > 20: say("warn", f"{t['name']} takes only {values} values: should the task be classification?")
     if t["skew"] is not None and abs(t["skew"]) > 2:
@@ -922,7 +931,17 @@ def target_findings(
         say("info", f"{t['name']} has a long {side} tail (skewness {t['skew']:.1f}): MAE and RMSE will tell different stories.")
     return out
 
-# %% ../nbs/12_explore.ipynb #23f88bd5
+# %% ../nbs/12_explore.ipynb #11531e13
+def _class_findings(t: dict) -> list[tuple[str, str]]:
+    "What is noteworthy about classes."
+    (top, _, share), (rare, n, least) = t["classes"][0], t["classes"][-1]
+    out = [("warn" if share > 0.9 else "info", f"{t['n_classes']} classes; always answering '{top}' is right in {share:.1%} of the rows. That is the score to beat"
+            + (": accuracy says little here, precision and recall of the rare say more." if share > 0.9 else "."))]
+    if least < 0.01 or n < 20 and least * t["n_classes"] < 0.5: out.append(("warn", f"Rare class: '{rare}' has {n:,} rows ({least:.1%}); its figures will be uncertain."))
+    if t["n_classes"] > max(50, t["known"] / 10): out.append(("alarm", f"{t['n_classes']:,} classes for {t['known']:,} rows: is {t['name']} a number or an identifier?"))
+    return out
+
+# %% ../nbs/12_explore.ipynb #33beb70f
 def closer_findings(
     profile: dict,  # from make_profile and look_closer
 ) -> list[tuple[str, str]]:  # level, sentence
@@ -941,12 +960,12 @@ def closer_findings(
     if same: out.append(("info", f"Say nearly the same: {_listed(same, 3)}."))
     return out + drift_findings(profile["drift"])
 
-
+# %% ../nbs/12_explore.ipynb #25c2f972
 def _about(d: dict) -> str:
     "A count, or an estimate with its error (95 %)."
     return f"{d['again']:,}" if not d["error"] else f"about {d['again']:,} (± {2 * d['error']:,})"
 
-# %% ../nbs/12_explore.ipynb #015cd345
+# %% ../nbs/12_explore.ipynb #4258ff67
 def drift_findings(
     found: dict,  # from drift
     most: int = 4,  # columns to name
@@ -963,14 +982,14 @@ def drift_findings(
     out += [f"New values: {_listed(came, most)}."] * bool(came) + [f"Missing values come and go: {_listed(fills, most)}."] * bool(fills)
     return [("warn", text) for text in out]
 
-
+# %% ../nbs/12_explore.ipynb #ca5812ec
 def _first(lines, text: str, short) -> list[str]:
     "The first line of each column, in words."
     seen = {}
     for l in lines: seen.setdefault(l["column"], l)
     return [text.format(**l | dict(start=short(l["start"]), until=short(l["until"]))) for l in seen.values()]
 
-
+# %% ../nbs/12_explore.ipynb #e4fe23d5
 def _short(name: str, names: list[str]) -> str:
     "A period's name without what all names share."
     head, tail = os.path.commonprefix(names), os.path.commonprefix([n[::-1] for n in names])[::-1]
@@ -978,7 +997,7 @@ def _short(name: str, names: list[str]) -> str:
     cut = name[len(head):len(name) - len(tail)]
     return cut[:16] if cut and not re.match(r"\d{4}-\d\d", name) else name[:16]
 
-# %% ../nbs/12_explore.ipynb #07ecf11e
+# %% ../nbs/12_explore.ipynb #a29a9288
 def findings(
     profile: dict,  # from make_profile
 ) -> list[tuple[str, str]]:  # level ("info", "warn" or "alarm"), sentence
@@ -1003,7 +1022,7 @@ def findings(
     grave = ("alarm", "warn", "info")
     return sorted(out, key=lambda f: grave.index(f[0]))
 
-
+# %% ../nbs/12_explore.ipynb #69a7942d
 def strongest(
     profile: dict,
     most: int,
@@ -1027,7 +1046,7 @@ def column_table(
             "min": c["min"], "median or most frequent": typical, "max": c["max"], "power": c.get("power"), "Spearman": c.get("spearman")})
     return pd.DataFrame(lines[:most])
 
-# %% ../nbs/12_explore.ipynb #6d544c21
+# %% ../nbs/12_explore.ipynb #f28055fc
 def draw_target(ax, con, table: str, profile: dict, colour):
     "Bars: rows per class, or a histogram between the 1 % and 99 % quantiles."
     t = profile["target"]
@@ -1045,12 +1064,12 @@ def draw_target(ax, con, table: str, profile: dict, colour):
     ax.axvline(float(q["0.5"]), color="black", lw=0.8, ls=":")
     ax.set(title=f"{t['name']}: rows (median {q['0.5']:,.6g})")
 
-
+# %% ../nbs/12_explore.ipynb #d214c699
 def cut(name: str, most: int = 18) -> str:
     "A name that fits beside a picture."
     return str(name) if len(str(name)) <= most else str(name)[:most - 1] + "…"
 
-
+# %% ../nbs/12_explore.ipynb #4ab5cd62
 def draw_columns(ax, bars: list[tuple[str, float]], title: str, colours: list):
     "Horizontal bars of shares, the largest at the top; one colour per bar."
     if not bars: ax.text(0.5, 0.5, "none", ha="center", va="center", transform=ax.transAxes)
@@ -1075,14 +1094,14 @@ def draw_profile(
     missing = sorted(((n, c["missing"] / max(profile["rows"], 1)) for n, c in profile["columns"].items() if c["missing"]), key=lambda r: -r[1])[:10]
     draw_columns(axes[2], missing, "missing, %", [colours[0]] * len(missing))
 
-# %% ../nbs/12_explore.ipynb #0478f560
+# %% ../nbs/12_explore.ipynb #377a12d4
 def target_class(profile: dict) -> str | None:
     "The class whose share is drawn: the rarer of two, the most frequent of many; None for a number."
     if profile["task"] != "classification": return None
     classes = profile["target"]["classes"]
     return classes[1][0] if len(classes) == 2 else classes[0][0]
 
-
+# %% ../nbs/12_explore.ipynb #03a07409
 def target_bands(
     profile: dict,
 ) -> str:  # SQL aggregates: low, middle, high of the target in a bin
@@ -1092,7 +1111,7 @@ def target_bands(
     if of is None: return f"quantile_cont({y}::DOUBLE, [0.25, 0.5, 0.75])"
     return f"[null, 100.0 * avg(({y}::VARCHAR = {literal(of)})::INTEGER), null]"
 
-# %% ../nbs/12_explore.ipynb #e213b164
+# %% ../nbs/12_explore.ipynb #7ebe8e08
 def column_shape(
     con,
     name: str,
@@ -1117,13 +1136,13 @@ def column_shape(
     found = ask(f"floor(({x} - {float(low)!r}) / {step!r})", f"{x} between {float(low)!r} and {float(high)!r}", "order by 1")
     return [], [(float(low) + b * step, float(low) + (b + 1) * step, m / n, kept((b, m, band))) for b, m, band in found]
 
-
+# %% ../nbs/12_explore.ipynb #d7f153b1
 def shown_columns(profile: dict, most: int = 8) -> list[str]:
     "The columns that say most about the target, then other inputs and texts."
     rest = [n for n, c in profile["columns"].items() if c["role"] in ("input", "text") and c["distinct"] > 1]
     return list(dict.fromkeys([n for n, _ in strongest(profile, most)] + sorted(rest, key=lambda n: -(profile["columns"][n].get("power") or 0))))[:most]
 
-# %% ../nbs/12_explore.ipynb #10721f7b
+# %% ../nbs/12_explore.ipynb #18e9b712
 def _ticks(ax, values: list[float], time: bool):
     "Few tick labels, of times as dates."
     low, high = values
@@ -1132,7 +1151,7 @@ def _ticks(ax, values: list[float], time: bool):
     far = "%Y-%m" if high - low > 300 * 86400 else "%m-%d" if high - low > 5 * 86400 else "%d %H:%M"
     ax.set_xticks(when, [datetime.datetime.fromtimestamp(t, datetime.timezone.utc).strftime(far) for t in when])
 
-
+# %% ../nbs/12_explore.ipynb #c93351e1
 def draw_column(top, bottom, con, name: str, profile: dict, colours: list):
     "One column: its values above, the target by them below."
     labels, bars = column_shape(con, name, profile)
@@ -1151,7 +1170,7 @@ def draw_column(top, bottom, con, name: str, profile: dict, colours: list):
     if labels: bottom.set_xticks(range(len(labels)), [str(v)[:9] for v in labels], rotation=90 if max(map(len, labels)) * len(labels) > 26 else 0)
     else: _ticks(bottom, [bars[0][0], bars[-1][1]], c["kind"] == "time")
 
-# %% ../nbs/12_explore.ipynb #f09175f6
+# %% ../nbs/12_explore.ipynb #879ab4d3
 def draw_shapes(
     axes,  # matplotlib axes, two rows (values, target) for each row of columns
     con,
@@ -1169,13 +1188,13 @@ def draw_shapes(
         if i % across == 0: top.set_ylabel("% of rows"), bottom.set_ylabel(said[:16])
     lay_out(axes)
 
-
+# %% ../nbs/12_explore.ipynb #daa63723
 def margins(ax, **share):
     "Fixed margins, as shares of the figure."
     ax.figure.set_layout_engine(None)
     ax.figure.subplots_adjust(**share)
 
-
+# %% ../nbs/12_explore.ipynb #1fd05565
 def lay_out(axes):
     "Fixed places in inches: the layout that matplotlib works out would take longer than all queries."
     fig = axes[0, 0].figure
@@ -1186,7 +1205,7 @@ def lay_out(axes):
         top = i // 2 * block + 0.3 + i % 2 * (panel + 0.12)
         ax.set_position([(j * across + left) / width, 1 - (top + panel) / height, (across - left) / width, panel / height])
 
-# %% ../nbs/12_explore.ipynb #dc28d040
+# %% ../nbs/12_explore.ipynb #2e4390d8
 def draw_missing(ax, patterns: list[dict], colours: list):
     "A line per pattern, a mark per missing column; the share of rows at the end of the line."
     patterns = [p for p in patterns if p["missing"] and p["share"] >= 0.0005]
@@ -1199,7 +1218,7 @@ def draw_missing(ax, patterns: list[dict], colours: list):
     ax.set(title="missing in the same rows", xlim=(-0.6, len(names) + 0.4), ylim=(max(len(patterns), 3) - 0.4, -0.6), yticks=[])
     ax.grid(axis="y", visible=False)
 
-
+# %% ../nbs/12_explore.ipynb #0d6d88e9
 def beside(
     names: list[str],
     strength: dict,  # {(a, b): value}, both ways
@@ -1211,7 +1230,7 @@ def beside(
         out.append(best), names.remove(best)
     return out
 
-
+# %% ../nbs/12_explore.ipynb #9bb6120c
 def draw_associations(ax, profile: dict):
     "A square per pair: green together, brown against each other; the strong ones with their value."
     import numpy as np
@@ -1225,7 +1244,7 @@ def draw_associations(ax, profile: dict):
     ax.set_yticks(range(len(names)), [cut(n) for n in names])
     ax.set_title("go together"); ax.grid(visible=False)
 
-# %% ../nbs/12_explore.ipynb #07399a92
+# %% ../nbs/12_explore.ipynb #6bc9e08a
 def over_time(
     con,
     table: str,
@@ -1243,14 +1262,14 @@ def over_time(
     bands = dict(con.execute(f"select {at}, {target_bands(profile)} from {ident(sample)} where {between} group by 1 having count(*) >= 10").fetchall())
     return unit, fill_gaps([(t, n, bands.get(t)) for t, n in rows])
 
-
+# %% ../nbs/12_explore.ipynb #99b0a226
 def fill_gaps(points: list) -> list:
     "Nothing at both ends of a gap, so that no line is drawn over it."
     step, out = min((b[0] - a[0] for a, b in zip(points, points[1:])), default=0), points[:1]
     for a, b in zip(points, points[1:]): out += ([(a[0] + step, 0, None), (b[0] - step, 0, None)] if b[0] - a[0] > 1.6 * step else []) + [b]
     return out
 
-# %% ../nbs/12_explore.ipynb #3ccec529
+# %% ../nbs/12_explore.ipynb #eecf35c7
 def draw_time(axes, course: tuple, profile: dict, colours: list):
     "Rows per unit of time above, the target below."
     unit, points = course
@@ -1262,7 +1281,7 @@ def draw_time(axes, course: tuple, profile: dict, colours: list):
     axes[0].set(title=f"rows per {unit}", ylim=(0, None)); axes[1].set_title(f"{profile['target']['name'] if of is None else f'% {of}'}{' (median, middle half)' if of is None else ''} per {unit}")
     for ax in axes: ax.set_xlim(points[0][0], points[-1][0]), _ticks(ax, [points[0][0], points[-1][0]], True)
 
-
+# %% ../nbs/12_explore.ipynb #2537979e
 def draw_drift(ax, found: dict, most: int = 14):
     "A square per column and pair of periods: how far apart; the drifted ones with their value."
     import numpy as np
@@ -1308,13 +1327,13 @@ def draw_map(
     known = con.execute(f"select count(*) from {ident(sample)} where {lat} is not null and {lon} is not null").fetchall()[0][0]
     return 1 - sum(r[2] for r in found) / max(known, 1)
 
-# %% ../nbs/12_explore.ipynb #c62f44b3
+# %% ../nbs/12_explore.ipynb #fe75309f
 def counted(profile: dict) -> str:
     "How many rows a picture stands on."
     e = profile["error"]
     return f"{e['rows']:,} rows" if not e["share"] else f"{e['rows']:,} rows counted, {e['sampled']:,} sampled: shares and ranks are off by {100 * e['share']:.1f} points at most, 95 %"
 
-
+# %% ../nbs/12_explore.ipynb #d60cf0a4
 def shapes_caption(profile: dict) -> str:
     "What the pictures of the columns show."
     of = target_class(profile)
@@ -1322,7 +1341,7 @@ def shapes_caption(profile: dict) -> str:
     best = ", ".join(n for n, _ in strongest(profile, 3))
     return f"Where the values lie (1 % to 99 % quantile, or the most frequent), and below {said}" + (f"; it moves most with {best}" if best else "")
 
-
+# %% ../nbs/12_explore.ipynb #7eea4397
 def pairs_caption(profile: dict) -> str:
     "What the pictures of pairs and patterns show."
     a, b, v = profile["associations"][0]
@@ -1330,7 +1349,7 @@ def pairs_caption(profile: dict) -> str:
     text = f"Pairs of columns, green together, brown against each other (Spearman for numbers, correlation ratio or Cramér's V with labels): {a} and {b} go together most ({v:.2f})"
     return text + (f". Missing: {_listed(holes[0]['missing'], 4)} in {holes[0]['share']:.1%} of the rows" if holes else "")
 
-
+# %% ../nbs/12_explore.ipynb #c07c3382
 def time_caption(profile: dict, course: tuple) -> str:
     "What the picture over time shows."
     unit, points = course
@@ -1338,7 +1357,7 @@ def time_caption(profile: dict, course: tuple) -> str:
     least, most = min((p for p in points if p[1]), key=lambda p: p[1]), max(points, key=lambda p: p[1])
     return f"Over time: the fewest rows are in the {unit} of {day(least[0])} ({least[1]:,}), the most in that of {day(most[0])} ({most[1]:,})"
 
-
+# %% ../nbs/12_explore.ipynb #47c2af77
 def drift_caption(found: dict) -> str:
     "What the picture of drift shows."
     far = sorted((l for l in found["lines"] if l["verdict"] == "drifts"), key=lambda l: (l["role"] == "known later", -l["size"]))

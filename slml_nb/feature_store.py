@@ -32,7 +32,16 @@ def duration(
         raise SlmlError(f"{str(text)!r} is no length of time", where, suggest(m[2] + "s", [u + "s" for u in UNITS]) if m else "write a number and a unit, such as 7 days or 12 hours")
     return round(float(m[1]) * UNITS[m[2]] * SECOND)
 
-# %% ../nbs/25_feature_store.ipynb #20cecd50
+# %% ../nbs/25_feature_store.ipynb #fc64d4a3
+def _window_feature(found: dict, call: str, inside: str, width: str, where: str) -> dict:
+    "A feature that is an aggregate over a window: `call(inside) over width`."
+    name = call.lower()
+    if distinct := re.match(r"(?is)distinct\s+(.*)", inside): name, inside = f"{name}_distinct", distinct[1]
+    if name not in AGGREGATES: raise SlmlError(f"'{call}' is no aggregate of a window", where, suggest(name, AGGREGATES))
+    if inside in ("", "*") and name != "count": raise SlmlError(f"{call} needs a column", where, f"write {call}(column) over {width.strip()}")
+    return {**found, "aggregate": name, "expression": "" if inside == "*" else inside, "width": duration(width, where), "nth": 0}
+
+# %% ../nbs/25_feature_store.ipynb #ddeb75ac
 def read_feature(
     name: str,
     text: str,  # "avg(fare) over 7 days", "fare", "last(fare, 2)"
@@ -40,12 +49,7 @@ def read_feature(
 ) -> dict:  # name, text, aggregate, expression ("" for all rows), nth, width
     "One feature of a view, as its text says."
     found = {"name": name, "text": " ".join(str(text).split()), "aggregate": "", "expression": str(text).strip(), "nth": 1, "width": 0}
-    if m := re.fullmatch(r"(?is)\s*(\w+)\s*\((.*)\)\s*over\s+(?!\()(.+)", str(text)):
-        call, inside = m[1].lower(), m[2].strip()
-        if distinct := re.match(r"(?is)distinct\s+(.*)", inside): call, inside = f"{call}_distinct", distinct[1]
-        if call not in AGGREGATES: raise SlmlError(f"'{m[1]}' is no aggregate of a window", where, suggest(call, AGGREGATES))
-        if inside in ("", "*") and call != "count": raise SlmlError(f"{m[1]} needs a column", where, f"write {m[1]}(column) over {m[3].strip()}")
-        return {**found, "aggregate": call, "expression": "" if inside == "*" else inside, "width": duration(m[3], where), "nth": 0}
+    if m := re.fullmatch(r"(?is)\s*(\w+)\s*\((.*)\)\s*over\s+(?!\()(.+)", str(text)): return _window_feature(found, m[1], m[2].strip(), m[3], where)
     if re.search(r"(?i)\bover\s*\(", str(text)): raise SlmlError("a window is a length of time here", where, "write for example  avg(fare) over 7 days")
     if m := re.fullmatch(r"(?is)\s*last\s*\((.*?)(?:,\s*(\d+))?\s*\)\s*", str(text)):
         nth = int(m[2] or 1)
@@ -53,7 +57,7 @@ def read_feature(
         return {**found, "expression": m[1], "nth": nth}
     return found
 
-# %% ../nbs/25_feature_store.ipynb #953db567
+# %% ../nbs/25_feature_store.ipynb #ff559020
 @dataclass
 class View:
     "Features about one kind of thing, from one source."
@@ -76,33 +80,26 @@ class View:
     columns: list = field(default_factory=list)  # [(SQL, type)] that the features read, once bound
     reads: dict = field(default_factory=dict)  # {column of the source: type} that all of it reads, once bound
 
-    def lags(self) -> int: return max([f["nth"] for f in self.features] + [1])
-    def horizon(self) -> int: return max([f["width"] for f in self.features] + [0])
+# %% ../nbs/25_feature_store.ipynb #c600773f
+def _lags(self) -> int:
+    "How many of the latest events of a key are asked for."
+    return max([f["nth"] for f in self.features] + [1])
 
-# %% ../nbs/25_feature_store.ipynb #ec704e7e
+
+def _horizon(self) -> int:
+    "The longest window, in microseconds; 0 when there is none."
+    return max([f["width"] for f in self.features] + [0])
+
+
+View.lags, View.horizon = _lags, _horizon
+
+# %% ../nbs/25_feature_store.ipynb #f56ae954
 KEY_TYPES = ("BIGINT", "VARCHAR", "DATE", "BOOLEAN")
 VIEW_WORDS = ("entity", "source", "keys", "time", "known", "delay", "zone", "where", "ttl", "fresh", "inclusive", "owner", "about", "features")
 
 
-def read_views(
-    entities: dict,  # {entity: {key column: type}}
-    views: dict,  # {view: as in the text above}
-) -> list[View]:
-    "Views as a parameter set gives them; the first thing that is wrong, by name."
-    for name, keys in entities.items():
-        if not isinstance(keys, dict) or not keys: raise SlmlError(f"its keys are {keys!r}", f"entity '{name}'", "write {column: type}, for example {carrier: VARCHAR}")
-        for column, kind in keys.items():
-            if str(kind).upper() not in KEY_TYPES: raise SlmlError(f"key '{column}' is {kind}", f"entity '{name}'", suggest(str(kind), KEY_TYPES))
-    found, seen = [_read_view(n, spec, entities) for n, spec in views.items()], {}
-    for view in found:
-        for f in view.features:
-            other = seen.setdefault(f["name"].lower(), view.name)
-            if other is not view.name: raise SlmlError(f"'{f['name']}' is a feature of view '{other}' too", f"view '{view.name}'", "rename one of them")
-    return found
-
-
-def _read_view(name: str, spec: dict, entities: dict) -> View:
-    where = f"view '{name}'"
+def _check_spec(name: str, spec: dict, entities: dict, where: str):
+    "Every word of a view is known, and none that it needs is missing."
     if not re.fullmatch(r"[A-Za-z]\w{0,60}", name): raise SlmlError(f"'{name}' cannot be the name of a view", "views", "use letters, digits and _")
     if not isinstance(spec, dict): raise SlmlError(f"it is {spec!r}", where, "write entity, source, time and features below it")
     for word in spec:
@@ -110,20 +107,17 @@ def _read_view(name: str, spec: dict, entities: dict) -> View:
     for word in ("entity", "source", "time", "features"):
         if not spec.get(word): raise SlmlError(f"it has no {word}", where, f"add  {word}: …")
     if spec["entity"] not in entities: raise SlmlError(f"there is no entity '{spec['entity']}'", where, suggest(spec["entity"], entities))
-    types = {c: str(t).upper() for c, t in entities[spec["entity"]].items()}
-    keys = {c: (spec.get("keys") or {}).get(c, c) for c in types}
     for c in spec.get("keys") or {}:
-        if c not in types: raise SlmlError(f"'{c}' is no key of entity '{spec['entity']}'", where, suggest(c, types))
+        if c not in entities[spec["entity"]]: raise SlmlError(f"'{c}' is no key of entity '{spec['entity']}'", where, suggest(c, entities[spec["entity"]]))
     if not isinstance(spec["features"], dict): raise SlmlError(f"features is {spec['features']!r}", where, "write {name: SQL}")
-    features = [read_feature(n, t, f"{where}: feature '{n}'") for n, t in spec["features"].items()]
-    times = {w: duration(spec[w], f"{where}: {w}") for w in ("ttl", "fresh", "delay") if spec.get(w) is not None}
+
+# %% ../nbs/25_feature_store.ipynb #d119fafe
+def _check_windows(features: list, delay: int, where: str):
+    "No window is over before its events are known."
     for f in features:
-        if not f["width"] or f["width"] > times.get("delay", 0): continue
-        raise SlmlError(f"its window of {in_words(f['width'])} is over before anything is known ({in_words(times['delay'])})",
+        if not f["width"] or f["width"] > delay: continue
+        raise SlmlError(f"its window of {in_words(f['width'])} is over before anything is known ({in_words(delay)})",
                         f"{where}: feature '{f['name']}'", "make the window longer than the delay")
-    plain_words = {w: str(spec[w]) for w in ("known", "zone", "where", "owner", "about") if spec.get(w)}
-    _check_zone(plain_words.get("zone", ""), where)
-    return View(name, spec["entity"], keys, types, str(spec["source"]), str(spec["time"]), features, inclusive=coerce(spec.get("inclusive", False), "bool"), **times, **plain_words)
 
 
 def _check_zone(zone: str, where: str):
@@ -131,7 +125,43 @@ def _check_zone(zone: str, where: str):
     import zoneinfo
     if zone and zone not in zoneinfo.available_timezones(): raise SlmlError(f"there is no time zone '{zone}'", f"{where}: zone", suggest(zone, zoneinfo.available_timezones()))
 
-# %% ../nbs/25_feature_store.ipynb #e82e1b2a
+# %% ../nbs/25_feature_store.ipynb #77ca8606
+def _read_view(name: str, spec: dict, entities: dict) -> View:
+    "One view."
+    where = f"view '{name}'"
+    _check_spec(name, spec, entities, where)
+    types = {c: str(t).upper() for c, t in entities[spec["entity"]].items()}
+    keys = {c: (spec.get("keys") or {}).get(c, c) for c in types}
+    features = [read_feature(n, t, f"{where}: feature '{n}'") for n, t in spec["features"].items()]
+    times = {w: duration(spec[w], f"{where}: {w}") for w in ("ttl", "fresh", "delay") if spec.get(w) is not None}
+    _check_windows(features, times.get("delay", 0), where)
+    plain_words = {w: str(spec[w]) for w in ("known", "zone", "where", "owner", "about") if spec.get(w)}
+    _check_zone(plain_words.get("zone", ""), where)
+    return View(name, spec["entity"], keys, types, str(spec["source"]), str(spec["time"]), features, inclusive=coerce(spec.get("inclusive", False), "bool"), **times, **plain_words)
+
+# %% ../nbs/25_feature_store.ipynb #ea3ecf62
+def _check_entities(entities: dict):
+    "Each entity has keys, of types that can be keys."
+    for name, keys in entities.items():
+        if not isinstance(keys, dict) or not keys: raise SlmlError(f"its keys are {keys!r}", f"entity '{name}'", "write {column: type}, for example {carrier: VARCHAR}")
+        for column, kind in keys.items():
+            if str(kind).upper() not in KEY_TYPES: raise SlmlError(f"key '{column}' is {kind}", f"entity '{name}'", suggest(str(kind), KEY_TYPES))
+
+
+def read_views(
+    entities: dict,  # {entity: {key column: type}}
+    views: dict,  # {view: as in the text above}
+) -> list[View]:
+    "Views as a parameter set gives them; the first thing that is wrong, by name."
+    _check_entities(entities)
+    found, seen = [_read_view(n, spec, entities) for n, spec in views.items()], {}
+    for view in found:
+        for f in view.features:
+            other = seen.setdefault(f["name"].lower(), view.name)
+            if other is not view.name: raise SlmlError(f"'{f['name']}' is a feature of view '{other}' too", f"view '{view.name}'", "rename one of them")
+    return found
+
+# %% ../nbs/25_feature_store.ipynb #468b13fe
 def source_sql(
     name: str,  # as the view says
     tables: dict,  # {name: Parquet file, pattern, or s3://bucket/pattern}
@@ -144,7 +174,7 @@ def source_sql(
     if not files: raise SlmlError(f"there is no file {at!r}", f"source '{name}'", "correct the path; a pattern such as data/*.parquet means many")
     return f"select * from read_parquet([{', '.join(map(literal, files))}], union_by_name = true)"
 
-
+# %% ../nbs/25_feature_store.ipynb #6ec11bad
 def _bucket_files(address: str) -> list[str]:
     "Local copies of the objects that an address with * means."
     import fnmatch
@@ -154,7 +184,46 @@ def _bucket_files(address: str) -> list[str]:
     store = open_store(f"s3://{bucket}")
     return [str(store.local(k)) for k in store.list(pattern.split("*")[0]) if fnmatch.fnmatch(k, pattern)]
 
-# %% ../nbs/25_feature_store.ipynb #5fba996b
+# %% ../nbs/25_feature_store.ipynb #fea831b6
+def _column(expression: str, types: dict) -> str:
+    "An expression that is the name of a column, whatever characters are in it, as SQL writes it."
+    return ident(expression) if expression in types else expression
+
+
+def _type_of(con, expression, source, where):
+    "The type of an expression over a source, as DuckDB says."
+    import duckdb
+    try: return str(con.execute(f"describe select ({expression}\n) as x from ({source})").fetchall()[0][1])
+    except duckdb.Error as e: raise SlmlError(f"{expression!r} does not work ({str(e).splitlines()[0]})", where, "compare the types of the columns it reads") from None
+
+# %% ../nbs/25_feature_store.ipynb #ae84e213
+class _Check:
+    "Checks expressions of a view against its source, and notes in `read` what they read."
+    def __init__(self, con, view: View, source: str, refused: dict, later: tuple):
+        self.con, self.view, self.source, self.refused, self.later = con, view, source, refused, later
+        self.types, self.read = column_types(con, f"({source})"), {}
+
+    def __call__(self, expression: str, what: str, may_be_later: bool = False) -> str:
+        "The type of an expression, or why the view cannot have it."
+        where = f"view '{self.view.name}': {what}"
+        tree = parse_expression(expression, where)
+        if reason := other_rows(self.con, tree):
+            raise SlmlError(f"{expression!r} is not row-wise: {reason}", where, "an event is one row of the source; write for example  avg(fare) over 7 days")
+        found = columns_read(tree, self.types, self.refused, where)
+        self.read.update({c: self.types[c] for c in found})
+        if not may_be_later: self.check_known([c for c in found if c in self.later], where)
+        return _type_of(self.con, expression, self.source, where)
+
+# %% ../nbs/25_feature_store.ipynb #8ea5d44f
+def _check_known(self, late: list, where: str):
+    "Refuse columns that are known later when the view does not say since when."
+    if late and not self.view.known and self.view.delay is None:
+        raise SlmlError(f"'{late[0]}' is only known some time after the event", where, "say since when: known: (SQL of a time) or delay: (12 hours, say)")
+
+
+_Check.check_known = _check_known
+
+# %% ../nbs/25_feature_store.ipynb #fc79c5f8
 def bind(
     con,  # DuckDB connection
     view: View,
@@ -163,40 +232,20 @@ def bind(
     later: tuple = (),  # columns that are only known some time after the event
 ) -> View:  # the same view with `columns`, `reads` and the types of the features
     "Check a view against its source."
-    types, where, read = column_types(con, f"({source})"), f"view '{view.name}'", {}
-    view.time, view.known = _column(view.time, types), _column(view.known, types)
-    view.features = [{**f, "expression": _column(f["expression"], types)} for f in view.features]
-    def check(expression, what, may_be_later=False):
-        tree = parse_expression(expression, f"{where}: {what}")
-        if reason := other_rows(con, tree):
-            raise SlmlError(f"{expression!r} is not row-wise: {reason}", f"{where}: {what}", "an event is one row of the source; write for example  avg(fare) over 7 days")
-        found = columns_read(tree, types, refused or {}, f"{where}: {what}")
-        read.update({c: types[c] for c in found})
-        if (late := [c for c in found if c in later]) and not may_be_later and not view.known and view.delay is None:
-            raise SlmlError(f"'{late[0]}' is only known some time after the event", f"{where}: {what}", "say since when: known: (SQL of a time) or delay: (12 hours, say)")
-        return _type_of(con, expression, source, f"{where}: {what}")
+    check, where = _Check(con, view, source, refused or {}, later), f"view '{view.name}'"
+    view.time, view.known = _column(view.time, check.types), _column(view.known, check.types)
+    view.features = [{**f, "expression": _column(f["expression"], check.types)} for f in view.features]
     _check_times(view, {w: check(getattr(view, w), w, True) for w in ("time", "known") if getattr(view, w)}, where)
     if view.where and (kind := check(view.where, "where")) != "BOOLEAN": raise SlmlError(f"{view.where!r} gives {kind}", f"{where}: where", "write a condition")
     for mine, other in view.keys.items():
-        if other not in types: raise SlmlError(f"source '{view.source}' has no column '{other}'", f"{where}: key '{mine}'", suggest(other, types) + f"; or map it: keys: {{{mine}: …}}")
-        read[other] = types[other]
+        if other not in check.types: raise SlmlError(f"source '{view.source}' has no column '{other}'", f"{where}: key '{mine}'", suggest(other, check.types) + f"; or map it: keys: {{{mine}: …}}")
+        check.read[other] = check.types[other]
     view.columns = []
     view.features = [_bound_feature(view, f, check) for f in view.features]
-    view.reads = read
+    view.reads = check.read
     return view
 
-
-def _column(expression: str, types: dict) -> str:
-    "An expression that is the name of a column, whatever characters are in it, as SQL writes it."
-    return ident(expression) if expression in types else expression
-
-
-def _type_of(con, expression, source, where):
-    import duckdb
-    try: return str(con.execute(f"describe select ({expression}\n) as x from ({source})").fetchall()[0][1])
-    except duckdb.Error as e: raise SlmlError(f"{expression!r} does not work ({str(e).splitlines()[0]})", where, "compare the types of the columns it reads") from None
-
-# %% ../nbs/25_feature_store.ipynb #b7ca82de
+# %% ../nbs/25_feature_store.ipynb #6a3b6b2d
 def _check_times(view: View, kinds: dict, where: str):
     "The times of a view are times, and a date says when in the day it is known."
     for word, kind in kinds.items():
@@ -205,7 +254,7 @@ def _check_times(view: View, kinds: dict, where: str):
         if request_type(kind) == "DATE" and view.delay is None:
             raise SlmlError(f"{text} is a date: it does not say when in the day an event is known", place, "add delay: 1 day (known at its end) or delay: 0 days (known as it begins)")
 
-
+# %% ../nbs/25_feature_store.ipynb #59039232
 def _bound_feature(view: View, f: dict, check) -> dict:
     "A feature with its type, and with the number of the column that it reads."
     what = f"feature '{f['name']}'"
@@ -221,19 +270,19 @@ def _bound_feature(view: View, f: dict, check) -> dict:
     if column not in view.columns: view.columns.append(column)
     return {**f, "value": view.columns.index(column), "type": "BIGINT" if f["aggregate"].startswith("count") else "DOUBLE" if f["aggregate"] in ("sum", "avg", "stddev") else to}
 
-# %% ../nbs/25_feature_store.ipynb #caf4046b
+# %% ../nbs/25_feature_store.ipynb #aa4727b0
 def _micros_sql(view: View, expression: str) -> str:
     "SQL of a time as microseconds in UTC."
     at = f"({expression}\n)"
     if view.zone: at = f"CASE WHEN typeof({at}) LIKE '%TIME ZONE%' THEN CAST({at} AS TIMESTAMP) ELSE CAST(timezone({literal(view.zone)}, CAST({at} AS TIMESTAMP)) AS TIMESTAMP) END"
     return f"epoch_us(CAST({at} AS TIMESTAMP))"
 
-
+# %% ../nbs/25_feature_store.ipynb #5b536af2
 def _cast_key(expression: str, kind: str, to: str) -> str:
     "A key in its type; what cannot be one is missing."
     return read_as(expression, kind) if request_type(kind) == to else f"TRY_CAST({expression} AS {to})"
 
-
+# %% ../nbs/25_feature_store.ipynb #f3ef3f1b
 def events_sql(
     view: View,  # bound
     source: str,  # SELECT
@@ -246,9 +295,19 @@ def events_sql(
     return f"select {', '.join([*keys, f'{happened} AS happened', f'{known} + {view.delay or 0} AS known', *values])} from ({source})" + (f" where {view.where}" if view.where else "")
 
 
-def _names(view: View) -> tuple[list[str], list[str]]: return [f"k{i}" for i in range(len(view.keys))], [f"x{i}" for i in range(len(view.columns))]
+def _names(view: View) -> tuple[list[str], list[str]]:
+    "The names of the key columns and of the value columns of events."
+    return [f"k{i}" for i in range(len(view.keys))], [f"x{i}" for i in range(len(view.columns))]
 
-# %% ../nbs/25_feature_store.ipynb #d2cffe04
+# %% ../nbs/25_feature_store.ipynb #39190ad0
+def _lacking(con, view: View, table: str) -> list[tuple]:
+    "Findings about rows without a key or a time."
+    keys = [*_names(view)[0], "happened", "known"]
+    said = [*view.types, "a time (time:)", "a time since when it is known (known:)"]
+    counts = con.execute(f"select {', '.join(f'count(*) filter ({c} is null)' for c in keys)} from {table}").fetchall()[0]
+    return [("warn", f"view '{view.name}': {n:,} rows of {view.source} have no {c} and are no events") for c, n in zip(said, counts) if n]
+
+# %% ../nbs/25_feature_store.ipynb #06c0abc7
 def make_events(
     con,  # DuckDB connection
     view: View,  # bound
@@ -258,15 +317,13 @@ def make_events(
     keys, values = _names(view)
     table, whole = ident(f"events {view.name}"), " and ".join(f"{c} is not null" for c in [*keys, "happened", "known"])
     con.execute(f"create or replace temp table {table} as {events_sql(view, source)}")
-    lacks = [(c, n) for c, n in zip([*view.types, "a time (time:)", "a time since when it is known (known:)"],
-             con.execute(f"select {', '.join(f'count(*) filter ({c} is null)' for c in [*keys, 'happened', 'known'])} from {table}").fetchall()[0]) if n]
+    notes = _lacking(con, view, table)
     con.execute(f"delete from {table} where not ({whole})")
-    notes = [("warn", f"view '{view.name}': {n:,} rows of {view.source} have no {c} and are no events") for c, n in lacks]
     if all(f["aggregate"] for f in view.features): return notes
     twins = con.execute(f"select count(*) from (select 1 from {table} group by {', '.join(keys)}, happened, known having count(distinct ({', '.join(values)})) > 1)").fetchall()[0][0]
     return notes + ([("info", f"view '{view.name}': {twins:,} times a key has several events at one time; the latest is then the greatest by what it says")] if twins else [])
 
-# %% ../nbs/25_feature_store.ipynb #9dad6ef2
+# %% ../nbs/25_feature_store.ipynb #c19ee36e
 def _states(view: View) -> str:
     "SELECT keys, since, best: the latest events of a key, newest first, from a time on."
     keys, values = _names(view)
@@ -279,7 +336,7 @@ def _states(view: View) -> str:
     return f"select {k}, since, best from (select {k}, known as since, max({event}, {view.lags()}) over {running} as best, row_number() over (partition by {k} order by {order}) as i from {table}) " \
            f"qualify row_number() over (partition by {k}, since order by i desc) = 1"
 
-
+# %% ../nbs/25_feature_store.ipynb #d4e8346b
 def _asof_sql(view: View, rows: str) -> str:
     "SELECT n, age, f0 …: the features that are no windows."
     keys, _ = _names(view)
@@ -291,7 +348,7 @@ def _asof_sql(view: View, rows: str) -> str:
     columns = [f"{value(f)} AS f{i}" for i, f in enumerate(view.features) if not f["aggregate"]]
     return f"select {', '.join(['r.n', 'r.m - s.best[1].happened AS age', *columns])} from {rows} r asof left join ({_states(view)}) s on {same} and r.m {'>=' if view.inclusive else '>'} s.since"
 
-# %% ../nbs/25_feature_store.ipynb #13a87092
+# %% ../nbs/25_feature_store.ipynb #53b34b5f
 def _aggregate_sql(f: dict, columns: list, over: str = "") -> str:
     "SQL of an aggregate over the columns e (1 for an event), x0, …, and the split ones h0, l0, …"
     if f["value"] is None: return f"count(e){over}"
@@ -302,7 +359,7 @@ def _aggregate_sql(f: dict, columns: list, over: str = "") -> str:
     total = f"CAST(sum({x}){over} AS DOUBLE)" if kind == "BIGINT" else f"(CAST(sum(h{f['value']}){over} AS DOUBLE) / 1048576 + fsum(l{f['value']}){over})"
     return total if name == "sum" else f"{total} / nullif(count({x}){over}, 0)"
 
-
+# %% ../nbs/25_feature_store.ipynb #c1a8bf53
 def _split_columns(view: View) -> str:
     "SQL of the whole part and of the rest of each number with a fraction, in 2**-20ths."
     out = ""
@@ -312,7 +369,7 @@ def _split_columns(view: View) -> str:
         out += f", {whole} AS h{i}, x{i} - CAST({whole} AS DOUBLE) / 1048576 AS l{i}"
     return out
 
-# %% ../nbs/25_feature_store.ipynb #609f4ae7
+# %% ../nbs/25_feature_store.ipynb #a5dcf8a5
 def _window_sql(view: View, rows: str, those: list[int]) -> str:
     "SELECT n, f0 …: the windows, when all events are known after the same delay."
     keys, values = _names(view)
@@ -325,7 +382,7 @@ def _window_sql(view: View, rows: str, those: list[int]) -> str:
     frames = ", ".join(f"{o.removeprefix(' over ')} as {frame(w)}" for w, o in over.items())
     return f"select * exclude (e) from (select n, e, {columns} from (select *{_split_columns(view)} from ({both})) window {frames}) where e is null"
 
-
+# %% ../nbs/25_feature_store.ipynb #516ab609
 def _bucket_sql(view: View, rows: str, width: int, those: list[int]) -> str:
     "SELECT n, f0 …: the windows of one width, when each event has its own time since when it is known."
     keys, _ = _names(view)
@@ -336,7 +393,20 @@ def _bucket_sql(view: View, rows: str, width: int, those: list[int]) -> str:
     return f"select n, {columns} from (select *, unnest([m // {width}, m // {width} - 1]) as b from {rows}) r left join ({events}) v " \
            f"on {same} and r.b = v.b and v.known {before} r.m and v.happened {first} r.m - {width} group by n"
 
-# %% ../nbs/25_feature_store.ipynb #13614b4d
+# %% ../nbs/25_feature_store.ipynb #e66bdea3
+def _placed(con, views: list[View], i: int, types: dict, moment: str, ages: bool) -> tuple[str, list[str]]:
+    "The joins of the i-th view to `history rows`, and the columns they give."
+    view, taken = views[i], {t.lower() for t in types}
+    _keyed_rows(con, view, types, moment)
+    parts = _parts(view)
+    joins = "".join(f" left join ({sql}) p{i}_{j} on p{i}_{j}.n = r.slml_n" for j, (sql, _) in enumerate(parts))
+    place = {k: f"p{i}_{j}.f{k}" for j, (_, those) in enumerate(parts) for k in those}
+    for f in view.features:
+        if f["name"].lower() in taken: raise SlmlError(f"the rows already have a column '{f['name']}'", f"view '{view.name}'", "rename the feature, or leave the column out of the rows")
+    columns = [f"{place[k]} AS {ident(f['name'])}" for k, f in enumerate(view.features)]
+    return joins, columns + ([f"p{i}_0.age AS {ident('age ' + view.name)}"] if ages else [])
+
+# %% ../nbs/25_feature_store.ipynb #9201780a
 def historical_features(
     con,  # DuckDB connection on which `make_events` was called for each view
     rows: str,  # SELECT of the rows: key columns of all views, and a moment
@@ -349,19 +419,11 @@ def historical_features(
     types = column_types(con, "history rows")
     if moment not in types: raise SlmlError(f"there is no column '{moment}' with the moment of a row", "rows", suggest(moment, types))
     if request_type(types[moment]) not in ("DATE", "TIMESTAMP"): raise SlmlError(f"'{moment}' is {types[moment]}, not a time", "rows", "name the column with the moment of each row")
-    taken, columns, joins = {t.lower() for t in types}, [], ""
-    for i, view in enumerate(views):
-        _keyed_rows(con, view, types, moment)
-        parts = _parts(view)
-        joins += "".join(f" left join ({sql}) p{i}_{j} on p{i}_{j}.n = r.slml_n" for j, (sql, _) in enumerate(parts))
-        place = {k: f"p{i}_{j}.f{k}" for j, (_, those) in enumerate(parts) for k in those}
-        for k, f in enumerate(view.features):
-            if f["name"].lower() in taken: raise SlmlError(f"the rows already have a column '{f['name']}'", f"view '{view.name}'", "rename the feature, or leave the column out of the rows")
-            columns.append(f"{place[k]} AS {ident(f['name'])}")
-        columns += [f"p{i}_0.age AS {ident('age ' + view.name)}"] if ages else []
-    return con.sql(f"select r.* exclude (slml_n){''.join(', ' + c for c in columns)} from \"history rows\" r{joins} order by slml_n")
+    placed = [_placed(con, views, i, types, moment, ages) for i in range(len(views))]
+    columns = [c for _, some in placed for c in some]
+    return con.sql(f"select r.* exclude (slml_n){''.join(', ' + c for c in columns)} from \"history rows\" r{''.join(j for j, _ in placed)} order by slml_n")
 
-# %% ../nbs/25_feature_store.ipynb #61984a52
+# %% ../nbs/25_feature_store.ipynb #4c5128bf
 def _keyed_rows(con, view: View, types: dict, moment: str):
     "Make the table `rows <view>`: n, m and the keys of the rows that have them."
     for key in view.types:
@@ -371,7 +433,7 @@ def _keyed_rows(con, view: View, types: dict, moment: str):
     query = f"select slml_n as n, epoch_us(CAST({ident(moment)} AS TIMESTAMP)) as m, {', '.join(keys)} from \"history rows\""
     con.execute(f"create or replace temp table {ident(f'rows {view.name}')} as select * from ({query}) where m is not null and {whole}")
 
-
+# %% ../nbs/25_feature_store.ipynb #2267a334
 def _parts(view: View) -> list[tuple[str, list[int]]]:
     "The queries that together give all features of a view, and the numbers of those that each gives."
     rows, widths = ident(f"rows {view.name}"), {}  # {width: the features that need buckets}
@@ -381,7 +443,7 @@ def _parts(view: View) -> list[tuple[str, list[int]]]:
     windows = [i for i in windows if not any(i in those for those in widths.values())]
     return [(_asof_sql(view, rows), latest), *[(_window_sql(view, rows, windows), windows)][:len(windows)], *((_bucket_sql(view, rows, w, those), those) for w, those in widths.items())]
 
-# %% ../nbs/25_feature_store.ipynb #1ea2612d
+# %% ../nbs/25_feature_store.ipynb #8d807a41
 def definition(
     view: View,  # bound
 ) -> dict:  # what the online store needs
@@ -390,7 +452,7 @@ def definition(
     return {"name": view.name, "keys": view.types, "inclusive": view.inclusive, "ttl": view.ttl, "fresh": view.fresh,
             "lags": view.lags(), "horizon": view.horizon(), "arrivals": bool(view.known), "features": features}
 
-
+# %% ../nbs/25_feature_store.ipynb #4762132f
 def online_events(
     con,  # DuckDB connection with the events of the view
     view: View,
@@ -424,7 +486,16 @@ def materialize(
     online.refresh()
     return out
 
-# %% ../nbs/25_feature_store.ipynb #f8c2558b
+# %% ../nbs/25_feature_store.ipynb #846fc066
+def _one_event(view: View, row: dict) -> dict | None:
+    "A row of the source as an event, {k0 …, happened, known, x0 …}; None when the view's `where` says that it is none."
+    from slml_nb.sql import connect
+    source = "select " + ", ".join(f"CAST({literal(plain(row.get(c)))} AS {t}) AS {ident(c)}" for c, t in view.reads.items())
+    got = connect("200MB", 1).execute(events_sql(view, source)).fetchall()
+    keys, values = _names(view)
+    return dict(zip([*keys, "happened", "known", *values], got[0])) if got else None
+
+# %% ../nbs/25_feature_store.ipynb #a2aba8f5
 def push(
     online: OnlineStore,
     view: View,  # bound
@@ -432,20 +503,16 @@ def push(
     name: str = "",  # of the event, when several may be alike; a push that is sent twice counts once
 ) -> bool:  # False when the view's `where` says that it is none
     "Add one event to the online store; the windows of its key change at once."
-    from slml_nb.sql import connect
     for c in row:
         close = "" if c in view.reads else nearest(c, [r for r in view.reads if r not in row])
         if close: raise SlmlError(f"'{c}' is no column that the view reads", f"view '{view.name}'", f"did you mean '{close}'?")
-    source = "select " + ", ".join(f"CAST({literal(plain(row.get(c)))} AS {t}) AS {ident(c)}" for c, t in view.reads.items())
-    got = connect("200MB", 1).execute(events_sql(view, source)).fetchall()
-    if not got: return False
+    if not (event := _one_event(view, row)): return False
     keys, values = _names(view)
-    event = dict(zip([*keys, "happened", "known", *values], got[0]))
     if event["happened"] is None or event["known"] is None: raise SlmlError("the event has no time, or none since when it is known", f"view '{view.name}'", f"send {', '.join(view.reads)}")
     online.push_event(view.name, {c: event[k] for c, k in zip(view.types, keys)}, event["happened"], event["known"], [event[x] for x in values], name)
     return True
 
-# %% ../nbs/25_feature_store.ipynb #b8c12ae7
+# %% ../nbs/25_feature_store.ipynb #285f8b82
 def prepare_views(
     con,  # DuckDB connection with the table `clean`
     views: list[View],
@@ -463,7 +530,7 @@ def prepare_views(
         notes += make_events(con, view, source)
     return notes
 
-
+# %% ../nbs/25_feature_store.ipynb #4b4de0f4
 def views_record(
     views: list[View],  # bound
     moment: str,  # column of the rows, and field of a request, with the moment of prediction
@@ -478,7 +545,15 @@ def load_views(
     "Views from their record."
     return [View(**v) for v in record["views"]]
 
-# %% ../nbs/25_feature_store.ipynb #a7d1fb96
+# %% ../nbs/25_feature_store.ipynb #127c929e
+def _compare(entities: list[dict], online: list[dict], offline: list[dict], until: int):
+    "Stop at the first feature that differs."
+    for entity, a, b in zip(entities, online, offline):
+        for name, value in a.items():
+            if _alike(value, b[name]): continue
+            raise SlmlError(f"feature '{name}' is {b[name]!r} in the table and {value!r} online", f"key {entity}, {moment_of(until)}", "report this: the two must be one")
+
+# %% ../nbs/25_feature_store.ipynb #ee3d26bc
 def recheck_online(
     con,  # DuckDB connection with the events of the views
     views: list[View],
@@ -498,14 +573,10 @@ def recheck_online(
         online = OnlineStore(Path(folder) / "online.db")
         materialize(con, online, views, until)
         got = online.online_features(entities, [v.name for v in views], until)
-    for entity, a, row in zip(entities, got, offline.fetchall()):
-        b = dict(zip(offline.columns, map(plain, row)))
-        for name, value in a.items():
-            if _alike(value, b[name]): continue
-            raise SlmlError(f"feature '{name}' is {b[name]!r} in the table and {value!r} online", f"key {entity}, {moment_of(until)}", "report this: the two must be one")
+    _compare(entities, got, [dict(zip(offline.columns, map(plain, row))) for row in offline.fetchall()], until)
     return len(entities)
 
-
+# %% ../nbs/25_feature_store.ipynb #5c76b5f5
 def _alike(a, b) -> bool:
     "Equal; a standard deviation may differ in the tenth digit."
     return a == b or (isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-9 * max(1.0, abs(a), abs(b)))
@@ -518,26 +589,42 @@ SAMPLE = {"entities": {"carrier": {"carrier": "VARCHAR"}, "airport": {"origin": 
     "airport_weather": {"entity": "airport", "source": "weather", "time": "time_hour", "inclusive": True, "ttl": "6 hours", "fresh": "3 hours", "about": "the last report before departure",
                         "features": {"wind_now": "wind_speed", "visib_now": "visib", "rain_6h": "sum(precip) over 6 hours"}}}}
 
-# %% ../nbs/25_feature_store.ipynb #30e070ed
+# %% ../nbs/25_feature_store.ipynb #ea574f37
+def _coverage_of(con, view: View, last: int | None) -> dict:
+    "What `coverage` says of one view; `last` is the newest moment of the rows, in microseconds."
+    age, keys = ident(f"age {view.name}"), ", ".join(_names(view)[0])
+    good = f"{age} <= {view.ttl}" if view.ttl else f"{age} is not null"
+    share, stale, low, middle, high = con.execute(f"select avg(({good} and {age} is not null)::INT), avg((not ({good}) and {age} is not null)::INT), "
+                                                  f"{', '.join(f'quantile_cont({age}, {q}) / {3600 * SECOND}' for q in (.1, .5, .9))} from joined").fetchall()[0]
+    n, distinct, newest = con.execute(f"select count(*), count(distinct ({keys})), max(happened) from {ident(f'events {view.name}')}").fetchall()[0]
+    return {"view": view.name, "source": view.source, "events": n, "keys": distinct, "newest": str(moment_of(newest)) if newest is not None else "",
+            "behind, hours": max(last - newest, 0) / (3600 * SECOND) if newest is not None and last is not None else None, "rows covered": share or 0.0, "rows stale": stale or 0.0,
+            "age, hours (10 %)": low, "age, hours (median)": middle, "age, hours (90 %)": high, "owner": view.owner, "about": view.about}
+
+# %% ../nbs/25_feature_store.ipynb #51b6b829
 def coverage(
     con,  # DuckDB connection with the table `joined`: the rows with `age <view>`, and the events
     views: list[View],
     moment: str,  # column of the rows
 ) -> list[dict]:  # one a view
     "How many rows each view knows something about, and how old that is."
-    out, last = [], con.execute(f"select epoch_us(max(CAST({ident(moment)} AS TIMESTAMP))) from joined").fetchall()[0][0]
-    for v in views:
-        age, keys = ident(f"age {v.name}"), ", ".join(_names(v)[0])
-        good = f"{age} <= {v.ttl}" if v.ttl else f"{age} is not null"
-        share, stale, low, middle, high = con.execute(f"select avg(({good} and {age} is not null)::INT), avg((not ({good}) and {age} is not null)::INT), "
-                                                      f"{', '.join(f'quantile_cont({age}, {q}) / {3600 * SECOND}' for q in (.1, .5, .9))} from joined").fetchall()[0]
-        n, distinct, newest = con.execute(f"select count(*), count(distinct ({keys})), max(happened) from {ident(f'events {v.name}')}").fetchall()[0]
-        out.append({"view": v.name, "source": v.source, "events": n, "keys": distinct, "newest": str(moment_of(newest)) if newest is not None else "",
-                    "behind, hours": max(last - newest, 0) / (3600 * SECOND) if newest is not None and last is not None else None, "rows covered": share or 0.0, "rows stale": stale or 0.0,
-                    "age, hours (10 %)": low, "age, hours (median)": middle, "age, hours (90 %)": high, "owner": v.owner, "about": v.about})
-    return out
+    last = con.execute(f"select epoch_us(max(CAST({ident(moment)} AS TIMESTAMP))) from joined").fetchall()[0][0]
+    return [_coverage_of(con, v, last) for v in views]
 
-# %% ../nbs/25_feature_store.ipynb #61c44645
+# %% ../nbs/25_feature_store.ipynb #85eaf50e
+def _plot_ages(ax, views: list[dict], colours: list[str]):
+    "How old the latest event of each view is: a bar from the 10th to the 90th percentile, a dot at the median."
+    for i, v in enumerate(views):
+        if v["age, hours (median)"] is None: continue
+        low, middle, high = (max(v[f"age, hours ({q})"], 1 / 60) for q in ("10 %", "median", "90 %"))
+        ax.plot([low, high], [i, i], lw=6, color=colours[0], alpha=.45, solid_capstyle="butt")
+        ax.plot([middle], [i], "o", color=colours[1])
+        ax.annotate(f"{in_words(round(middle * 3600 * SECOND))}", (middle, i), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+    ax.set(title="age of the latest event", xlabel="hours (10th to 90th percentile; dot: median)", xscale="log", ylim=(len(views) - .5, -.6))
+    ax.set_yticks(range(len(views)), [v["view"] for v in views])
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+
+# %% ../nbs/25_feature_store.ipynb #67d4f946
 def plot_coverage(
     axes,  # two matplotlib axes
     shares: list[tuple],  # (feature, share of rows with a value)
@@ -550,12 +637,4 @@ def plot_coverage(
     for i, (_, s) in enumerate(shares): left.text(100 * s + 1, i, f"{s:.1%}", va="center", fontsize=8)
     left.set_yticks(range(len(shares)), [n for n, _ in shares])
     left.set(title="rows that have a value", xlabel="% of the rows", xlim=(0, 118), ylim=(len(shares) - .4, -.6), xticks=range(0, 101, 25))
-    for i, v in enumerate(views):
-        if v["age, hours (median)"] is None: continue
-        low, middle, high = (max(v[f"age, hours ({q})"], 1 / 60) for q in ("10 %", "median", "90 %"))
-        right.plot([low, high], [i, i], lw=6, color=colours[0], alpha=.45, solid_capstyle="butt")
-        right.plot([middle], [i], "o", color=colours[1])
-        right.annotate(f"{in_words(round(middle * 3600 * SECOND))}", (middle, i), (0, 8), textcoords="offset points", ha="center", fontsize=8)
-    right.set(title="age of the latest event", xlabel="hours (10th to 90th percentile; dot: median)", xscale="log", ylim=(len(views) - .5, -.6))
-    right.set_yticks(range(len(views)), [v["view"] for v in views])
-    right.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    _plot_ages(right, views, colours)

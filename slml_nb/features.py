@@ -6,8 +6,8 @@
 __all__ = ['RESERVED_NAMES', 'PARTS', 'refused_columns', 'columns_read', 'other_rows', 'read_join', 'check_join', 'prepare_join',
            'join_sql', 'join_rows', 'read_keys', 'written_feature', 'says_nothing', 'found_features', 'explained_more',
            'places', 'text_features', 'Encoding', 'read_encoding', 'outcomes', 'one_thread', 'encoding_rows',
-           'out_of_fold', 'only_past', 'whole_training', 'encode_rows', 'choose_features', 'holiday_years',
-           'feature_table', 'ablation_rows', 'frequency_codes', 'row_losses', 'quick_trees', 'ablation_units',
+           'out_of_fold', 'only_past', 'whole_training', 'encode_rows', 'holiday_years', 'choose_features',
+           'feature_table', 'frequency_codes', 'ablation_rows', 'row_losses', 'quick_trees', 'ablation_units',
            'shuffled_losses', 'bootstrap_gain', 'ablate', 'against_target', 'plot_features', 'plot_gains']
 
 # %% ../nbs/23_features.ipynb #216216de
@@ -31,7 +31,7 @@ def refused_columns(
             **{c: "it is not known yet at the moment of prediction (problem.known_later)" for c in problem.get("known_later", [])},
             problem["target"]: "it is what we predict"}
 
-# %% ../nbs/23_features.ipynb #ed71a98f
+# %% ../nbs/23_features.ipynb #1d421fc4
 def _refs(node, bound=frozenset()):
     "Yield the name of each column a syntax tree reads, as its parts; what a lambda binds is no column."
     if isinstance(node, list):
@@ -43,7 +43,7 @@ def _refs(node, bound=frozenset()):
     elif isinstance(node, dict):
         for n in node.values(): yield from _refs(n, bound)
 
-
+# %% ../nbs/23_features.ipynb #99b2a860
 def columns_read(
     tree: dict,  # from `parse_expression`
     columns,  # names that exist
@@ -61,7 +61,7 @@ def columns_read(
         found.append(known[name.lower()])
     return list(dict.fromkeys(found))
 
-# %% ../nbs/23_features.ipynb #fd26e074
+# %% ../nbs/23_features.ipynb #14d1a191
 def other_rows(
     con,  # a DuckDB connection
     tree,  # from `parse_expression`
@@ -74,34 +74,65 @@ def other_rows(
         if kind == "WINDOW": return f"the window function {name}(…) looks at other rows"
         if kind != "FUNCTION" or name in seen: continue
         seen.add(name)
-        known = con.execute("select function_type, stability, macro_definition from duckdb_functions() where function_name = ?", [name.lower()]).fetchall()
-        types = {k[0] for k in known}
-        if types & {"aggregate", "window"} and "scalar" not in types: return f"the aggregate {name.replace('_star', '')}(…) looks at other rows"
-        if "table" in types and "scalar" not in types: return f"{name}(…) makes many rows of one"
-        if any(k[1] in ("VOLATILE", "CONSISTENT_WITHIN_QUERY") for k in known): return f"{name}(…) differs each time it is asked"
-        for macro in known:
-            if macro[2] and (reason := other_rows(con, parse_expression(macro[2]))): return reason
+        if reason := _not_of_a_row(con, name): return reason
     return ""
 
-# %% ../nbs/23_features.ipynb #25213290
-def read_join(
-    spec: dict,  # as the user wrote it
-    where: str,  # "join 1"
-) -> Join:
-    "A join as a parameter set gives it; `columns` may be left out (all), be a list, or {new name: column}."
-    valid, spec = ["table", "on", "asof", "columns", "prefix", "keep"], {"on" if k is True else k: v for k, v in spec.items()}  # YAML 1.1 reads on: as true
+# %% ../nbs/23_features.ipynb #22673bab
+def _not_of_a_row(con, name: str) -> str:
+    "Why a function is not row-wise, by DuckDB's own list of functions; empty when it is."
+    known = con.execute("select function_type, stability, macro_definition from duckdb_functions() where function_name = ?", [name.lower()]).fetchall()
+    types = {k[0] for k in known}
+    if types & {"aggregate", "window"} and "scalar" not in types: return f"the aggregate {name.replace('_star', '')}(…) looks at other rows"
+    if "table" in types and "scalar" not in types: return f"{name}(…) makes many rows of one"
+    if any(k[1] in ("VOLATILE", "CONSISTENT_WITHIN_QUERY") for k in known): return f"{name}(…) differs each time it is asked"
+    return next((reason for k in known if k[2] and (reason := other_rows(con, parse_expression(k[2])))), "")
+
+# %% ../nbs/23_features.ipynb #a1e63775
+def _refuse_join(spec: dict, where: str):
+    "Refuse what is no join, and say which word is wrong."
+    valid = ["table", "on", "asof", "columns", "prefix", "keep"]
     for key in spec:
         if key not in valid: raise SlmlError(f"'{key}' is not part of a join", where, suggest(key, valid))
-    on, asof, columns, prefix = (spec.get(k) or {} for k in ("on", "asof", "columns", "prefix"))
+    on, asof = (spec.get(k) or {} for k in ("on", "asof"))
     for name, value in {"on": on, "asof": asof}.items():
         if not isinstance(value, dict): raise SlmlError(f"{name} is {value!r}", where, f"write {name}: {{column of the row: column of the table}}")
     if not spec.get("table") or not (on or asof): raise SlmlError("a join needs a table and on:", where, "write {table: planes, on: {tailnum: tailnum}, columns: [seats]}")
     if len(asof) > 1: raise SlmlError("asof: names more than one time", where, "write asof: {time of the row: time of the table}")
     if spec.get("keep", "") not in ("", "first", "last"): raise SlmlError(f"keep is {spec['keep']!r}", where, "write keep: first or keep: last")
+
+# %% ../nbs/23_features.ipynb #db0b0902
+def read_join(
+    spec: dict,  # as the user wrote it
+    where: str,  # "join 1"
+) -> Join:
+    "A join as a parameter set gives it; `columns` may be left out (all), be a list, or {new name: column}."
+    spec = {"on" if k is True else k: v for k, v in spec.items()}  # YAML 1.1 reads on: as true
+    _refuse_join(spec, where)
+    on, asof, columns, prefix = (spec.get(k) or {} for k in ("on", "asof", "columns", "prefix"))
     columns = columns if isinstance(columns, dict) else {f"{prefix or ''}{c}": c for c in columns}
     return Join(spec["table"], on, asof, columns, spec.get("keep", ""))
 
-# %% ../nbs/23_features.ipynb #59119a71
+# %% ../nbs/23_features.ipynb #25d8b5ad
+def _check_keys(join: Join, row: dict, table: dict, refused: dict, where: str):
+    "Both ends of each key exist, the row's is known in time, and as-of compares times."
+    for mine, other in {**join.on, **join.asof}.items():
+        if mine in refused: raise SlmlError(f"column '{mine}' cannot be used: {refused[mine]}", where, "join by something that is known then")
+        if mine not in row: raise SlmlError(f"there is no column '{mine}'", where, suggest(mine, row))
+        if other not in table: raise SlmlError(f"table '{join.table}' has no column '{other}'", where, suggest(other, table))
+    for side, columns in ((row, join.asof), (table, join.asof.values())):
+        for c in columns:
+            if request_type(side[c]) not in ("DATE", "TIMESTAMP"): raise SlmlError(f"'{c}' is {side[c]}, not a time", where, "asof: compares two timestamps or dates")
+
+# %% ../nbs/23_features.ipynb #137fd64c
+def _check_columns(join: Join, row: dict, table: dict, refused: dict, where: str):
+    "Each column exists, fits into a request and is new to the row."
+    taken = {c.lower() for c in (*row, *refused)}
+    for new, old in join.columns.items():
+        if old not in table: raise SlmlError(f"table '{join.table}' has no column '{old}'", where, suggest(old, table))
+        if not request_type(table[old]): raise SlmlError(f"'{old}' is {table[old]}, which a request cannot carry", where, "leave it out of columns:")
+        if new.lower() in taken: raise SlmlError(f"the row already has a column '{new}'", where, f"add prefix: {join.table}_")
+
+# %% ../nbs/23_features.ipynb #0fce70cb
 def check_join(
     join: Join,
     row: dict,  # {column: type} of the rows so far
@@ -111,22 +142,12 @@ def check_join(
     prefix: str = "",  # for columns when all are taken
 ):
     "Every name in a join exists, is known at the moment of prediction and is new where it must be."
-    for mine, other in {**join.on, **join.asof}.items():
-        if mine in refused: raise SlmlError(f"column '{mine}' cannot be used: {refused[mine]}", where, "join by something that is known then")
-        if mine not in row: raise SlmlError(f"there is no column '{mine}'", where, suggest(mine, row))
-        if other not in table: raise SlmlError(f"table '{join.table}' has no column '{other}'", where, suggest(other, table))
-    for side, columns in ((row, join.asof), (table, join.asof.values())):
-        for c in columns:
-            if request_type(side[c]) not in ("DATE", "TIMESTAMP"): raise SlmlError(f"'{c}' is {side[c]}, not a time", where, "asof: compares two timestamps or dates")
+    _check_keys(join, row, table, refused, where)
     keys = {*join.on.values(), *join.asof.values()}
     if not join.columns: join.columns = {f"{prefix}{c}": c for c, t in table.items() if c not in keys and request_type(t)}
-    taken = {c.lower() for c in (*row, *refused)}
-    for new, old in join.columns.items():
-        if old not in table: raise SlmlError(f"table '{join.table}' has no column '{old}'", where, suggest(old, table))
-        if not request_type(table[old]): raise SlmlError(f"'{old}' is {table[old]}, which a request cannot carry", where, "leave it out of columns:")
-        if new.lower() in taken: raise SlmlError(f"the row already has a column '{new}'", where, f"add prefix: {join.table}_")
+    _check_columns(join, row, table, refused, where)
 
-# %% ../nbs/23_features.ipynb #01920518
+# %% ../nbs/23_features.ipynb #d9caa129
 def _key(
     other: str, kind: str,  # column of the table and its type
     row_kind: str,  # type of the row's column
@@ -136,7 +157,7 @@ def _key(
     a, b = request_type(kind), request_type(row_kind)
     return read_as(ident(other), kind) if a == b or (a in numbers and b in numbers) else f"TRY_CAST({ident(other)} AS {b})"
 
-
+# %% ../nbs/23_features.ipynb #adcd3bae
 def prepare_join(
     con,  # DuckDB connection
     join: Join,  # checked
@@ -155,7 +176,7 @@ def prepare_join(
                 f"where {' and '.join(f'({k}) is not null' for k in keys.values())}")
     return _one_row_a_key(con, join, list(keys), where)
 
-
+# %% ../nbs/23_features.ipynb #f64b4a55
 def _one_row_a_key(con, join, keys, where):
     k, t = ", ".join(keys), ident(join.relation)
     double = con.execute(f"select {k} from (select distinct * exclude (n) from {t}) group by all having count(*) > 1 order by all limit 1").fetchall()
@@ -181,7 +202,33 @@ def join_sql(
     columns = "".join(f", j.{ident('v ' + new)} AS {ident(new)}" for new in join.columns)
     return f"select r.*{columns} from ({query}) r {'asof ' if join.asof else ''}left join {ident(join.relation)} j on {' and '.join(on)}"
 
-# %% ../nbs/23_features.ipynb #76b68506
+# %% ../nbs/23_features.ipynb #21547877
+def _carried(con, known: str, refused: dict) -> tuple:
+    "SELECT of the columns that a request can carry, their types, and findings about the others."
+    types = column_types(con, known)
+    notes = [("info", f"column '{c}' is {t}, which a request cannot carry: left out") for c, t in types.items() if not request_type(t) and c not in refused]
+    row = {c: t for c, t in types.items() if request_type(t)}
+    return f"select {', '.join(f'{read_as(ident(c), t)} AS {ident(c)}' for c, t in row.items())} from {ident(known)}", row, notes
+
+# %% ../nbs/23_features.ipynb #5f9334f6
+def _with_past(con, query: str, row: dict, views: dict) -> tuple:
+    "The same rows with their columns of `history`, the types of all, and the join that stands for the store."
+    past = {c: request_type(t) for c, t in column_types(con, "history").items() if c != "row_id"}
+    asks = {c: {"view": f["view"], "keys": list(f["keys"]), "moment": views["moment"]} for c, f in views["features"].items() if c in past}
+    store = Join("feature store", {}, {views["moment"]: "moment"}, {c: c for c in past}, types=past, online=asks)
+    return f"select r.*, h.* exclude (row_id) from ({query}) r left join history h using (row_id)", {**row, **past}, store
+
+# %% ../nbs/23_features.ipynb #7cbe20f6
+def _ready_join(con, i: int, spec: dict, row: dict, there: dict, refused: dict) -> tuple:
+    "The i-th join with its prepared table `join i`, and findings."
+    where = f"join {i}" + (f" ({spec['table']})" if spec.get("table") else "")
+    join = read_join(spec, where)
+    if join.table not in there: raise SlmlError(f"there is no table '{join.table}'", where, suggest(join.table, there) + "; the stage ingest reads tables")
+    check_join(join, row, column_types(con, f"(from read_parquet({literal(str(there[join.table]))}))"), refused, where, spec.get("prefix") or "")
+    join.relation = f"join {i}"
+    return join, prepare_join(con, join, there[join.table], row, where)
+
+# %% ../nbs/23_features.ipynb #d0a4f508
 def join_rows(
     con,  # DuckDB connection with the table `clean`
     problem: dict,
@@ -191,25 +238,17 @@ def join_rows(
     views: dict | None = None,  # what the stage feature_store made, whose values are in the table `history`
 ) -> tuple[list[Join], list[tuple]]:  # the joins, and findings
     "Make the table `rows`: row_id, each column in its request type, and the joined columns."
-    types, refused, notes, done = column_types(con, known), refused_columns(problem), [], []
-    for c in (c for c, t in types.items() if not request_type(t) and c not in refused): notes.append(("info", f"column '{c}' is {types[c]}, which a request cannot carry: left out"))
-    row = {c: t for c, t in types.items() if request_type(t)}
-    query = f"select {', '.join(f'{read_as(ident(c), t)} AS {ident(c)}' for c, t in row.items())} from {ident(known)}"
+    refused, done = refused_columns(problem), []
+    query, row, notes = _carried(con, known, refused)
     if views:
-        past = {c: request_type(t) for c, t in column_types(con, "history").items() if c != "row_id"}
-        query, row = f"select r.*, h.* exclude (row_id) from ({query}) r left join history h using (row_id)", {**row, **past}
-        asks = {c: {"view": f["view"], "keys": list(f["keys"]), "moment": views["moment"]} for c, f in views["features"].items() if c in past}
-        done.append(Join("feature store", {}, {views["moment"]: "moment"}, {c: c for c in past}, types=past, online=asks))
+        query, row, store = _with_past(con, query, row, views)
+        done.append(store)
     there = {p.stem: p for p in sorted(Path(tables).glob("*.parquet"))}
     for i, spec in enumerate(joins, 1):
-        where = f"join {i}" + (f" ({spec['table']})" if spec.get("table") else "")
-        join = read_join(spec, where)
-        if join.table not in there: raise SlmlError(f"there is no table '{join.table}'", where, suggest(join.table, there) + "; the stage ingest reads tables")
-        check_join(join, row, column_types(con, f"(from read_parquet({literal(str(there[join.table]))}))"), refused, where, spec.get("prefix") or "")
-        join.relation = f"join {i}"
-        notes += prepare_join(con, join, there[join.table], row, where)
+        join, found = _ready_join(con, i, spec, row, there, refused)
         query, row = join_sql(query, join, problem.get("time", "")), {**row, **join.types}
         done.append(join)
+        notes += found
     con.execute(f"create or replace temp table rows as {query} order by row_id")
     return done, notes
 
@@ -224,7 +263,16 @@ def read_keys(
         asked = [k for c in f.reads if views and c in views["features"] for k in (*views["features"][c]["keys"], views["moment"])]
         f.asks = list(dict.fromkeys(k for k in asked if k in types))
 
-# %% ../nbs/23_features.ipynb #759f051a
+# %% ../nbs/23_features.ipynb #455a016a
+def _by_type(name: str, expression: str, text: str, kind: str, reads: list, where: str) -> Feature:
+    "A number or a boolean is numeric, a text a category; what is neither is refused."
+    to = request_type(kind)
+    if to == "VARCHAR": return Feature(name, read_as(text, kind), "categorical", reads)
+    if to in ("BIGINT", "BOOLEAN"): return Feature(name, f"CAST({text} AS DOUBLE)", "numeric", reads)
+    if to == "DOUBLE": return Feature(name, read_as(text, kind), "numeric", reads)
+    raise SlmlError(f"{expression!r} gives {kind}, neither a number nor text", where, "take a part of it, such as hour(…), epoch(…) or date_diff('minute', …, …)")
+
+# %% ../nbs/23_features.ipynb #219b526f
 RESERVED_NAMES = ("row_id", "split", "moment", "target")  # the other columns of the feature table
 
 
@@ -244,12 +292,7 @@ def written_feature(
     tree = parse_expression(f"({text})", where)
     if reason := other_rows(con, tree): raise SlmlError(f"{expression!r} is not row-wise: {reason}", where, "a request is one row; compute it in a table of its own and join it")
     reads = columns_read(tree, [c for c in types if c not in refused], refused, where)
-    kind = typed_tree(con, text, "rows", where).type
-    to = request_type(kind)
-    if to == "VARCHAR": return Feature(name, read_as(text, kind), "categorical", reads)
-    if to in ("BIGINT", "BOOLEAN"): return Feature(name, f"CAST({text} AS DOUBLE)", "numeric", reads)
-    if to == "DOUBLE": return Feature(name, read_as(text, kind), "numeric", reads)
-    raise SlmlError(f"{expression!r} gives {kind}, neither a number nor text", where, "take a part of it, such as hour(…), epoch(…) or date_diff('minute', …, …)")
+    return _by_type(name, expression, text, typed_tree(con, text, "rows", where).type, reads, where)
 
 # %% ../nbs/23_features.ipynb #d608268f
 def says_nothing(
@@ -265,7 +308,21 @@ def says_nothing(
     if kind == "BIGINT" and s["filled"] >= 50 and s["distinct"] == s["filled"] and s["max"] - s["min"] < 4 * s["filled"]: return "numbers the rows: each value stands once"
     return ""
 
-# %% ../nbs/23_features.ipynb #bb73d693
+# %% ../nbs/23_features.ipynb #cba3457a
+def _new_name(name: str, names: set) -> str:
+    "A name that no other feature has, which it now has."
+    while name.lower() in names: name += "_2"
+    names.add(name.lower())
+    return name
+
+
+def _text_parts(con, query, column) -> dict:
+    "SQL of the features of a free text, of which most values have four words or more; {} for names and keys."
+    words, long = (with_library(f"{f}({ident(column)})") for f in ("word_count", "text_length"))
+    most = con.execute(f"select median({words}) from ({query}) where {ident(column)} is not null").fetchall()[0][0] or 0
+    return {f"{column}_length": f"CAST({long} AS DOUBLE)", f"{column}_words": f"CAST({words} AS DOUBLE)"} if most >= 4 else {}
+
+# %% ../nbs/23_features.ipynb #7a5e5228
 def found_features(
     con,  # DuckDB connection
     query: str,  # SELECT of the training rows
@@ -287,25 +344,15 @@ def found_features(
         for name, sql in (text or ({} if reasons[c] else _parts(con, query, c, kind, ys))).items():
             features.append(Feature(_new_name(name, names), sql, "categorical" if kind == "VARCHAR" and not text else "numeric", [c]))
     useful = {c: kind for c, kind in types.items() if not reasons[c]}
-    for name, (sql, reads) in {**_between_places(useful, stats), **_between_times(con, query, useful)}.items():
-        if not any(set(reads) <= set(some) for some in combined): features.append(Feature(_new_name(name, names), sql, "numeric", reads))
-    return features, notes, many
+    return features + _of_pairs(con, query, useful, stats, names, combined), notes, many
 
+# %% ../nbs/23_features.ipynb #f19baf53
+def _of_pairs(con, query: str, useful: dict, stats: dict, names: set, combined) -> list[Feature]:
+    "The features of two places or two times."
+    pairs = {**_between_places(useful, stats), **_between_times(con, query, useful)}
+    return [Feature(_new_name(name, names), sql, "numeric", reads) for name, (sql, reads) in pairs.items() if not any(set(reads) <= set(some) for some in combined)]
 
-def _new_name(name: str, names: set) -> str:
-    "A name that no other feature has, which it now has."
-    while name.lower() in names: name += "_2"
-    names.add(name.lower())
-    return name
-
-
-def _text_parts(con, query, column) -> dict:
-    "SQL of the features of a free text, of which most values have four words or more; {} for names and keys."
-    words, long = (with_library(f"{f}({ident(column)})") for f in ("word_count", "text_length"))
-    most = con.execute(f"select median({words}) from ({query}) where {ident(column)} is not null").fetchall()[0][0] or 0
-    return {f"{column}_length": f"CAST({long} AS DOUBLE)", f"{column}_words": f"CAST({words} AS DOUBLE)"} if most >= 4 else {}
-
-# %% ../nbs/23_features.ipynb #5004f4b5
+# %% ../nbs/23_features.ipynb #31ef67be
 PARTS = {"hour": (0, 23), "weekday": (1, 7), "month": (1, 12)}  # of a time: the two that are neighbours on the circle
 
 
@@ -323,7 +370,7 @@ def _parts(con, query, column, kind, ys=()) -> dict:
     useful = {name: sql for name, sql in circles.items() if any(explained_more(con, query, parts[name], sql, y) > 0.005 for y in ys)}
     return plain | {f"{column}_{name}_{f}": sql for name, pair in useful.items() for f, sql in zip(("sin", "cos"), pair)}
 
-
+# %% ../nbs/23_features.ipynb #4a347243
 def explained_more(
     con,  # DuckDB connection
     query: str,  # SELECT of the training rows
@@ -337,7 +384,7 @@ def explained_more(
     _, l, a, b, ab = got
     return (a * a + b * b - 2 * a * b * ab) / (1 - ab * ab) - l * l
 
-# %% ../nbs/23_features.ipynb #ba1497bb
+# %% ../nbs/23_features.ipynb #26f109d6
 def places(
     types: dict,  # {column: request type}
     stats: dict,  # of `column_statistics`
@@ -350,7 +397,7 @@ def places(
             if n: found.setdefault(stem.strip("_ "), [None, None])[i] = c
     return {stem: (lat, lon) for stem, (lat, lon) in found.items() if lat and lon}
 
-
+# %% ../nbs/23_features.ipynb #a779f1f6
 def _between_places(types, stats, most: int = 3) -> dict:
     "{name: (SQL, columns)} of the distance and the course between each two of the first places."
     from itertools import combinations
@@ -360,7 +407,7 @@ def _between_places(types, stats, most: int = 3) -> dict:
         for what, macro in (("km", "haversine_km"), ("bearing", "bearing_degrees")): out[f"{a}_to_{b}_{what}"] = with_library(f"{macro}({four})"), [*one, *other]
     return out
 
-
+# %% ../nbs/23_features.ipynb #ba68552d
 def _between_times(con, query, types, most: int = 4) -> dict:
     "{name: (SQL, columns)} of the minutes between each two of the first times, where they vary."
     from itertools import combinations
@@ -370,7 +417,14 @@ def _between_times(con, query, types, most: int = 4) -> dict:
     vary = con.execute(f"select {', '.join(f'min({text}) < max({text})' for text, _ in sql.values())} from ({query})").fetchall()[0]
     return {name: made for (name, made), v in zip(sql.items(), vary) if v}
 
-# %% ../nbs/23_features.ipynb #d673f2bb
+# %% ../nbs/23_features.ipynb #1b9929f3
+def _check_text(name: str, types: dict, refused: dict, written, where: str):
+    "A text is a column of texts that is known in time."
+    if name in refused: raise SlmlError(f"column '{name}' cannot be used: {refused[name]}", where, "name a text that is known then")
+    if name not in types: raise SlmlError(f"there is no column '{name}'", where, suggest(name, [*(c for c in types if c not in refused), *written]))
+    if request_type(types[name]) != "VARCHAR": raise SlmlError(f"'{name}' is {types[name]}, not text", where, "name a column of texts; a number needs no name here")
+
+# %% ../nbs/23_features.ipynb #60a30e8a
 def text_features(
     text: list[str],  # columns, or names of written features
     written: list[Feature],  # of which those that are named become texts
@@ -385,13 +439,11 @@ def text_features(
             if by_name[name].kind == "numeric": raise SlmlError(f"the feature '{name}' is a number", where, "name one that gives text")
             by_name[name].kind = "text"
             continue
-        if name in refused: raise SlmlError(f"column '{name}' cannot be used: {refused[name]}", where, "name a text that is known then")
-        if name not in types: raise SlmlError(f"there is no column '{name}'", where, suggest(name, [*(c for c in types if c not in refused), *by_name]))
-        if request_type(types[name]) != "VARCHAR": raise SlmlError(f"'{name}' is {types[name]}, not text", where, "name a column of texts; a number needs no name here")
+        _check_text(name, types, refused, by_name, where)
         out.append(Feature(_new_name(name, {n.lower() for n in (*by_name, *RESERVED_NAMES)}), ident(name), "text", [name]))
     return out
 
-# %% ../nbs/23_features.ipynb #0a85e4ff
+# %% ../nbs/23_features.ipynb #c2862889
 @dataclass
 class Encoding:
     "What `encode:` says of one category, read and checked."
@@ -400,7 +452,16 @@ class Encoding:
     folds: int = 5  # of the training rows
     past_only: bool = False  # a training row sees only training rows before its moment
 
+# %% ../nbs/23_features.ipynb #bfba5f9e
+def _check_key(columns: list, types: dict, refused: dict, where: str):
+    "Each column of the key exists, is known in time and is a category."
+    known = [t for t in types if t not in refused]
+    for c in columns:
+        if c in refused: raise SlmlError(f"column '{c}' cannot be used: {refused[c]}", where, "encode something that is known then")
+        if c not in known: raise SlmlError(f"there is no column '{c}'", where, suggest(c, known) + "; a feature cannot be encoded, a column can: make it in the stage ingest")
+        if request_type(types[c]) not in ("VARCHAR", "BIGINT", "BOOLEAN", "DATE"): raise SlmlError(f"'{c}' is {types[c]}, which is no category", where, "encode text, whole numbers, booleans or dates")
 
+# %% ../nbs/23_features.ipynb #b03c309a
 def read_encoding(
     key: str,  # a column, or several with commas between
     options: dict | None,  # smoothing, folds, past_only
@@ -414,11 +475,7 @@ def read_encoding(
     if not isinstance(options, dict): raise SlmlError(f"{options!r} are no options", where, f"write encode: {{{key}: {{smoothing: 20}}}}")
     for name in options:
         if name not in (valid := ("smoothing", "folds", "past_only")): raise SlmlError(f"'{name}' is no option", where, suggest(name, valid))
-    for c in columns:
-        if c in refused: raise SlmlError(f"column '{c}' cannot be used: {refused[c]}", where, "encode something that is known then")
-        known = [t for t in types if t not in refused]
-        if c not in known: raise SlmlError(f"there is no column '{c}'", where, suggest(c, known) + "; a feature cannot be encoded, a column can: make it in the stage ingest")
-        if request_type(types[c]) not in ("VARCHAR", "BIGINT", "BOOLEAN", "DATE"): raise SlmlError(f"'{c}' is {types[c]}, which is no category", where, "encode text, whole numbers, booleans or dates")
+    _check_key(columns, types, refused, where)
     made = Encoding(columns, **options)
     if not (made.smoothing >= 0 and 2 <= made.folds <= 50): raise SlmlError(f"smoothing is {made.smoothing}, folds is {made.folds}", where, "smoothing: 0 or more rows; folds: 2 to 50")
     if made.past_only and not time: raise SlmlError("past_only needs a time", where, "name one in the stage frame (time: …), or leave past_only out")
@@ -443,7 +500,7 @@ def outcomes(
 
 _TRAIN = "(select row_id from splits where split = 'train')"
 
-# %% ../nbs/23_features.ipynb #f53106f9
+# %% ../nbs/23_features.ipynb #a3321ea9
 @contextlib.contextmanager
 def one_thread(con):
     "The queries within run on one thread: sums are added in the order of the rows."
@@ -452,7 +509,7 @@ def one_thread(con):
     try: yield
     finally: con.execute(f"set threads = {threads}")
 
-
+# %% ../nbs/23_features.ipynb #a3deabf0
 def encoding_rows(
     con,  # DuckDB connection with `rows` and `splits`
     encoding: Encoding,
@@ -469,12 +526,12 @@ def encoding_rows(
     con.execute(f'create or replace temp table "encoding rows" as select row_id, {keys}, {fold} as fold, {moment} as moment, {y} '
                 f"from (select *, {digits} as h from rows semi join {_TRAIN} using (row_id)) order by row_id")
 
-# %% ../nbs/23_features.ipynb #3a5e9cab
+# %% ../nbs/23_features.ipynb #ba0e6b03
 def _smoothed(sums: str, rows: str, prior: str, smoothing: float) -> str:
     "SQL of the encoding; the prior where there is no row at all."
     return f"coalesce((coalesce({sums}, 0) + {float(smoothing)!r}e0 * {prior}) / nullif(coalesce({rows}, 0) + {float(smoothing)!r}e0, 0), {prior}, 0e0)"
 
-
+# %% ../nbs/23_features.ipynb #04ce1216
 def out_of_fold(
     con,  # DuckDB connection with `encoding rows`
     encoding: Encoding,
@@ -491,7 +548,7 @@ def out_of_fold(
     return (f'select r.row_id, {_smoothed("o.s", "o.n", "a.prior", encoding.smoothing)} as e{i} from "encoding rows" r '
             f'left join "other keys {i}" o on {same} and o.own = r.fold left join "other all {i}" a on a.own = r.fold')
 
-
+# %% ../nbs/23_features.ipynb #1efd37c3
 def only_past(
     con,  # DuckDB connection with `encoding rows`
     encoding: Encoding,
@@ -521,7 +578,7 @@ def whole_training(
     con.execute(f'create or replace temp table {ident(relation)} as select {keys}, {values} from "encoding rows" where {filled} group by {keys} order by all')
     return priors
 
-# %% ../nbs/23_features.ipynb #3913a817
+# %% ../nbs/23_features.ipynb #e9e0828b
 def encode_rows(
     con,  # DuckDB connection with `rows` and `splits`
     problem: dict,
@@ -540,7 +597,7 @@ def encode_rows(
         joins.append(join)
     return features, joins, [("info", note)] if note else []
 
-
+# %% ../nbs/23_features.ipynb #6869d195
 def _encode(con, problem, encoding, ys, names, join) -> list[float]:
     "One encoding: the column or columns of `rows`, and the packaged table."
     encoding_rows(con, encoding, ys, problem)
@@ -552,7 +609,36 @@ def _encode(con, problem, encoding, ys, names, join) -> list[float]:
     con.execute(f"create or replace temp table rows as select {others}, {values} from ({join_sql('from rows', join)}) j left join encoded e using (row_id) order by row_id")
     return priors
 
-# %% ../nbs/23_features.ipynb #bdfbe734
+# %% ../nbs/23_features.ipynb #53743f71
+def _check_choice(problem: dict, types: dict, drop, features: dict):
+    "The target and what is to be dropped exist, and no two features have one name."
+    if problem["target"] not in types: raise SlmlError(f"there is no target column '{problem['target']}'", "clean", suggest(problem["target"], types))
+    for name in drop:
+        if name not in types: raise SlmlError(f"there is no column '{name}' to drop", "drop", suggest(name, types))
+    if len({n.lower() for n in features}) < len(features): raise SlmlError("two features have the same name, case apart", "features", "rename one")
+
+# %% ../nbs/23_features.ipynb #a9af2d55
+def holiday_years(con, types: dict, problem: dict) -> tuple[int, int]:
+    "The years of the data, and ten more for the requests to come."
+    time = problem.get("time") if problem.get("time") in types else ""
+    first, last = con.execute(f"select min(year({ident(time)})), max(year({ident(time)})) from rows").fetchall()[0] if time else (None, None)
+    return (max(first, last - 50), last + 10) if last else (2000, 2040)
+
+# %% ../nbs/23_features.ipynb #4c182c06
+def _nothing_left(types, refused, problem, notes) -> SlmlError:
+    "The error of a run without features."
+    why = [f"'{c}': {w}" for c, w in refused.items() if c in types and c not in ("row_id", "source", problem["target"])] + [text for _, text in notes]
+    return SlmlError(f"no feature is left ({'; '.join(why[:8]) or 'there is no column beside the target'})", "features", "write one in features:, or set automatic: true and drop or ignore less")
+
+# %% ../nbs/23_features.ipynb #c00d730d
+def _encodings(encode: dict | None, many: list[str], types: dict, refused: dict, problem: dict, max_categories: int) -> tuple[list[Encoding], list[tuple]]:
+    "The encodings that are written and those that are needed, and findings about the latter."
+    wanted = [read_encoding(key, options, types, refused, problem.get("time", "")) for key, options in (encode or {}).items()]
+    more = [c for c in many if [c] not in [w.columns for w in wanted]]
+    notes = [("info", f"column '{c}' has more than {max_categories} distinct texts: encoded by the target, out of fold (raise max_categories to use it as a category)") for c in more]
+    return wanted + [Encoding([c]) for c in more], notes
+
+# %% ../nbs/23_features.ipynb #342723f2
 def choose_features(
     con,  # DuckDB connection with `rows` and `splits`
     problem: dict,
@@ -565,41 +651,21 @@ def choose_features(
 ) -> tuple[list[Feature], list[tuple], list[Join]]:  # features, findings, and the packaged tables of the encodings
     "The features of a run: those that are written, those that are found and those that are encoded, which `rows` then holds."
     types, refused = column_types(con, "rows"), refused_columns(problem)
-    if problem["target"] not in types: raise SlmlError(f"there is no target column '{problem['target']}'", "clean", suggest(problem["target"], types))
-    for name in drop:
-        if name not in types: raise SlmlError(f"there is no column '{name}' to drop", "drop", suggest(name, types))
-    if len({n.lower() for n in features}) < len(features): raise SlmlError("two features have the same name, case apart", "features", "rename one")
+    _check_choice(problem, types, drop, features)
     years = holiday_years(con, types, problem)
-    chosen = [written_feature(con, n, str(e), types, refused, years) for n, e in features.items()]
-    texts = text_features(text, chosen, types, refused)
-    skip = {c.lower() for c in (*refused, *drop, *features)}
+    written = [written_feature(con, n, str(e), types, refused, years) for n, e in features.items()]
+    chosen = written + text_features(text, written, types, refused)
     found, notes, many = [], [], []
     if automatic:
+        skip = {c.lower() for c in (*refused, *drop, *features)}
         train, free = f"select * from rows semi join {_TRAIN} using (row_id)", {c: t for c, t in types.items() if c.lower() not in skip}
-        found, notes, many = found_features(con, train, free, [*features, *(f.name for f in texts)], max_categories, [f.reads for f in chosen], outcomes(con, problem)[0].values(), text)
-    wanted = [read_encoding(key, options, types, refused, problem.get("time", "")) for key, options in (encode or {}).items()]
-    more = [Encoding([c]) for c in many if [c] not in [w.columns for w in wanted]]
-    chosen += texts
-    if not chosen + found + wanted + more: raise _nothing_left(types, refused, problem, notes)
-    encoded, joins, encode_notes = encode_rows(con, problem, wanted + more, [f.name for f in chosen + found])
-    for c in (e.columns[0] for e in more):
-        notes.append(("info", f"column '{c}' has more than {max_categories} distinct texts: encoded by the target, out of fold (raise max_categories to use it as a category)"))
-    notes += encode_notes
-    return chosen + found + encoded, notes, joins
+        found, notes, many = found_features(con, train, free, [f.name for f in chosen], max_categories, [f.reads for f in written], outcomes(con, problem)[0].values(), text)
+    encodings, many_notes = _encodings(encode, many, types, refused, problem, max_categories)
+    if not chosen + found + encodings: raise _nothing_left(types, refused, problem, notes)
+    encoded, joins, encode_notes = encode_rows(con, problem, encodings, [f.name for f in chosen + found])
+    return chosen + found + encoded, notes + many_notes + encode_notes, joins
 
-
-def holiday_years(con, types: dict, problem: dict) -> tuple[int, int]:
-    "The years of the data, and ten more for the requests to come."
-    time = problem.get("time") if problem.get("time") in types else ""
-    first, last = con.execute(f"select min(year({ident(time)})), max(year({ident(time)})) from rows").fetchall()[0] if time else (None, None)
-    return (max(first, last - 50), last + 10) if last else (2000, 2040)
-
-
-def _nothing_left(types, refused, problem, notes) -> SlmlError:
-    why = [f"'{c}': {w}" for c, w in refused.items() if c in types and c not in ("row_id", "source", problem["target"])] + [text for _, text in notes]
-    return SlmlError(f"no feature is left ({'; '.join(why[:8]) or 'there is no column beside the target'})", "features", "write one in features:, or set automatic: true and drop or ignore less")
-
-# %% ../nbs/23_features.ipynb #83ecca47
+# %% ../nbs/23_features.ipynb #998ee2fe
 def feature_table(
     con,  # DuckDB connection with `rows` and `splits`
     features: list[Feature],
@@ -617,7 +683,7 @@ def feature_table(
     if rows != split: raise SlmlError(f"{split:,} rows have a split, {rows:,} of them are in clean", "features", "run the stages sample and quality again from the same clean table")
     return rows
 
-
+# %% ../nbs/23_features.ipynb #b1b1b6ef
 def _culprit(con, features):
     "The feature that cannot be computed."
     import duckdb
@@ -626,29 +692,7 @@ def _culprit(con, features):
         except duckdb.Error: return f"feature '{f.name}'"
     return "the feature table"
 
-# %% ../nbs/23_features.ipynb #16788cf8
-def ablation_rows(
-    con,  # DuckDB connection with the table `features`
-    features: list[Feature],
-    problem: dict,
-    most: int = 10_000,  # rows of each split, those with the smallest md5 of row_id
-) -> dict[str, tuple]:  # {"train": (x, y), "valid": (x, y)}: x (rows, features) float64, y (rows,) numbers or class indices
-    "Training and validation rows as numbers; never a test row."
-    import numpy as np
-    columns = ", ".join(ident(f.name) for f in features)
-    chosen = ("select row_id from (select row_id, split, row_number() over (partition by split order by md5(row_id::VARCHAR), row_id) as n from features "
-              f"where split in ('train', 'valid')) where n <= {most}")
-    got = con.execute(f"select split, target, {columns} from features where split in ('train', 'valid') and row_id in ({chosen}) order by md5(row_id::VARCHAR), row_id").fetchnumpy()
-    plain = {n: np.ma.filled(v.astype(float), np.nan) if f else np.where(np.ma.getmaskarray(v), None, np.ma.getdata(v).astype(object))
-             for (n, v), f in zip(got.items(), [False, problem["task"] == "regression", *(f.kind == "numeric" for f in features)])}
-    known = np.array([v == v and v is not None for v in plain["target"]], bool)
-    plain = {n: v[known] for n, v in plain.items()}
-    train = plain["split"] == "train"
-    x = np.column_stack([plain[f.name] if f.kind == "numeric" else frequency_codes(plain[f.name], train) for f in features])
-    y = plain["target"] if problem["task"] == "regression" else np.unique(plain["target"].astype(str), return_inverse=True)[1]
-    return {"train": (x[train], y[train]), "valid": (x[~train], y[~train])}
-
-
+# %% ../nbs/23_features.ipynb #9d0b0eb6
 def frequency_codes(
     values,  # (n,) texts or None
     train,  # (n,) booleans: the rows to count
@@ -661,7 +705,35 @@ def frequency_codes(
     book = {v: i for i, (v, _) in enumerate(sorted(counts.items(), key=lambda c: (-c[1], c[0]))[:most], 1)}
     return np.array([book.get(v, 0) for v in values], float)
 
-# %% ../nbs/23_features.ipynb #fbe8b1d8
+# %% ../nbs/23_features.ipynb #8115bbd6
+def _fetched(con, features: list[Feature], regression: bool, most: int) -> dict:
+    "{column: (n,) numbers with NaN or texts with None} of some training and validation rows, split and target among them."
+    import numpy as np
+    columns = ", ".join(ident(f.name) for f in features)
+    chosen = ("select row_id from (select row_id, split, row_number() over (partition by split order by md5(row_id::VARCHAR), row_id) as n from features "
+              f"where split in ('train', 'valid')) where n <= {most}")
+    got = con.execute(f"select split, target, {columns} from features where split in ('train', 'valid') and row_id in ({chosen}) order by md5(row_id::VARCHAR), row_id").fetchnumpy()
+    return {n: np.ma.filled(v.astype(float), np.nan) if f else np.where(np.ma.getmaskarray(v), None, np.ma.getdata(v).astype(object))
+            for (n, v), f in zip(got.items(), [False, regression, *(f.kind == "numeric" for f in features)])}
+
+# %% ../nbs/23_features.ipynb #a22b7e22
+def ablation_rows(
+    con,  # DuckDB connection with the table `features`
+    features: list[Feature],
+    problem: dict,
+    most: int = 10_000,  # rows of each split, those with the smallest md5 of row_id
+) -> dict[str, tuple]:  # {"train": (x, y), "valid": (x, y)}: x (rows, features) float64, y (rows,) numbers or class indices
+    "Training and validation rows as numbers; never a test row."
+    import numpy as np
+    plain = _fetched(con, features, problem["task"] == "regression", most)
+    known = np.array([v == v and v is not None for v in plain["target"]], bool)
+    plain = {n: v[known] for n, v in plain.items()}
+    train = plain["split"] == "train"
+    x = np.column_stack([plain[f.name] if f.kind == "numeric" else frequency_codes(plain[f.name], train) for f in features])
+    y = plain["target"] if problem["task"] == "regression" else np.unique(plain["target"].astype(str), return_inverse=True)[1]
+    return {"train": (x[train], y[train]), "valid": (x[~train], y[~train])}
+
+# %% ../nbs/23_features.ipynb #f96afc6a
 def row_losses(
     metric: str,  # of the problem
     y,  # (n,) numbers or class indices
@@ -678,7 +750,7 @@ def row_losses(
     if metric == "brier": return (1 - true) ** 2 if p.shape[1] == 2 else ((p - np.eye(p.shape[1])[y]) ** 2).sum(1), lambda mean: mean, "brier"
     return -np.log(np.clip(true, 1e-15, 1)), lambda mean: mean, "log_loss"
 
-
+# %% ../nbs/23_features.ipynb #cb9e8077
 def quick_trees(
     x, y,  # (n, f), (n,)
     classes: int,  # 0: regression
@@ -699,7 +771,7 @@ def quick_trees(
         return np.column_stack([1 - p, p]) if classes == 2 else p
     return predict, booster.feature_importance("split")
 
-# %% ../nbs/23_features.ipynb #6b17d090
+# %% ../nbs/23_features.ipynb #58583d73
 def ablation_units(
     features: list[Feature],
 ) -> list[tuple[str, list[int]]]:  # (label, which features)
@@ -709,7 +781,7 @@ def ablation_units(
     for i, f in enumerate(features): groups.setdefault(tuple(sorted(f.reads)), []).append(i)
     return single + [(f"all {len(which)} of {' and '.join(reads)}", which) for reads, which in groups.items() if 1 < len(which) < len(features)]
 
-
+# %% ../nbs/23_features.ipynb #38875377
 def shuffled_losses(
     predict, x, y,  # of the validation rows
     units: list,
@@ -724,7 +796,7 @@ def shuffled_losses(
         out.append(float(row_losses(metric, y, predict(mixed))[0].mean()))
     return out
 
-
+# %% ../nbs/23_features.ipynb #79ced7ea
 def bootstrap_gain(
     without, base,  # (n,) losses of the same rows
     measure,  # mean loss -> metric
@@ -738,7 +810,21 @@ def bootstrap_gain(
     low, high = np.quantile(gains, [0.025, 0.975])
     return float(measure(without.mean()) - measure(base.mean())), float(low), float(high)
 
-# %% ../nbs/23_features.ipynb #8a51cee1
+# %% ../nbs/23_features.ipynb #61de3f53
+def _too_little(y, vy) -> str:
+    "Why nothing can be measured with these targets of training and validation rows; empty when it can."
+    if len(y) < 50 or len(vy) < 30: return f"{len(y)} training rows and {len(vy)} validation rows are too few"
+    return "the target does not vary" if len(set(y.tolist())) < 2 else ""
+
+# %% ../nbs/23_features.ipynb #c89d16a6
+def _left_out(unit: tuple, fit, vx, vy, base, measure, metric: str) -> dict:
+    "What a model loses without a unit; `fit(columns)` trains one, `base` are the losses of the whole one."
+    label, which = unit
+    keep = [i for i in range(vx.shape[1]) if i not in which]
+    gain, low, high = bootstrap_gain(row_losses(metric, vy, fit(keep)[0](vx[:, keep]))[0], base, measure)
+    return {"feature": label, "gain": gain, "low": low, "high": high, "verdict": "helps" if low > 0 else "does harm" if high < 0 else "no measurable gain"}
+
+# %% ../nbs/23_features.ipynb #a8fa6fae
 def ablate(
     con,  # DuckDB connection with the table `features`
     features: list[Feature],
@@ -746,29 +832,20 @@ def ablate(
     most: int = 12,  # units that are left out in earnest
 ) -> tuple[list[dict], str]:  # feature, gain, low, high, verdict (the largest gain first), and the metric; or [] and why not
     "The measured gain of the features that a quick model leans on, on validation rows."
-    import numpy as np
     features = [f for f in features if f.kind != "text"]
     if len(features) < 2: return [], "there is only one feature" if features else "there are only texts"
-    rows = ablation_rows(con, features, problem)
-    (x, y), (vx, vy) = rows["train"], rows["valid"]
+    (x, y), (vx, vy) = ablation_rows(con, features, problem).values()
+    if why := _too_little(y, vy): return [], why
     classes = 0 if problem["task"] == "regression" else int(max(y.max(initial=0), vy.max(initial=0))) + 1
-    if len(y) < 50 or len(vy) < 30: return [], f"{len(y)} training rows and {len(vy)} validation rows are too few"
-    if len(np.unique(y)) < 2: return [], "the target does not vary"
     metric, kinds = problem.get("metric", ""), [f.kind == "categorical" for f in features]
     def fit(keep): return quick_trees(x[:, keep], y, classes, metric, [j for j, i in enumerate(keep) if kinds[i]])
-    units, everything = ablation_units(features), list(range(len(features)))
-    predict, splits = fit(everything)
+    predict, splits = fit(list(range(len(features))))
     base, measure, name = row_losses(metric, vy, predict(vx))
-    used = [u for u in units if splits[u[1]].sum()]
+    used = [u for u in ablation_units(features) if splits[u[1]].sum()]
     lean = sorted(zip(shuffled_losses(predict, vx, vy, used, metric), used), key=lambda s: -s[0])[:most]
-    out = []
-    for _, (label, which) in lean:
-        keep = [i for i in everything if i not in which]
-        gain, low, high = bootstrap_gain(row_losses(metric, vy, fit(keep)[0](vx[:, keep]))[0], base, measure)
-        out.append({"feature": label, "gain": gain, "low": low, "high": high, "verdict": "helps" if low > 0 else "does harm" if high < 0 else "no measurable gain"})
-    return sorted(out, key=lambda r: -r["gain"]), name
+    return sorted((_left_out(unit, fit, vx, vy, base, measure, metric) for _, unit in lean), key=lambda r: -r["gain"]), name
 
-# %% ../nbs/23_features.ipynb #8b337e87
+# %% ../nbs/23_features.ipynb #e7d23bce
 def against_target(
     con,  # DuckDB connection with the table `features`
     feature: Feature,
@@ -783,7 +860,7 @@ def against_target(
     return con.execute(f"select median(x), avg(y), count(*) from (select {c} as x, {y} as y, (rank() over (order by {c}) - 1) * {bins} // count(*) over () as b from features "
                        f"where split = 'train' and {c} is not null) group by b order by 1").fetchall()
 
-
+# %% ../nbs/23_features.ipynb #53237895
 def plot_features(
     con,  # DuckDB connection with the table `features`
     axes,  # flat list of matplotlib axes

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['LIMIT_BYTES', 'LIMIT_LIST', 'LIMIT_ID', 'STREAMS', 'PART', 'COLUMNS', 'KINDS', 'Segment', 'folder_id', 'append',
-           'sync', 'renew', 'close', 'read_lines', 'FeedbackLog', 'prediction', 'failed', 'shadow', 'feedback',
-           'answer', 'Waiting', 'Learner', 'take_office', 'lead', 'open_traffic', 'stream_records', 'Stream', 'put',
-           'Shipper', 'shipping', 'backoff', 'compact', 'tidy', 'read_log', 'joined_sql', 'read_joined', 'collect']
+           'append_line', 'sync', 'renew', 'close', 'read_lines', 'FeedbackLog', 'prediction', 'failed', 'shadow',
+           'feedback', 'line_of_texts', 'noting', 'answer', 'Waiting', 'Learner', 'grace', 'take_office', 'lead',
+           'open_traffic', 'stream_records', 'Stream', 'put', 'Shipper', 'shipping', 'backoff', 'compact', 'tidy',
+           'read_log', 'joined_sql', 'read_joined', 'collect']
 
-# %% ../nbs/45_feedback.ipynb #d767101d
+# %% ../nbs/45_feedback.ipynb #7bc40843
 import contextlib, json, math, os, random, threading, time
 from collections import Counter, OrderedDict
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 from .core import SlmlError, atomic_write, read_json, sha256_text
 from .online import moment_of
 from .traffic import Choice, Reward, Traffic, context_of, read_spec
 
-# %% ../nbs/45_feedback.ipynb #0b63ed63
+# %% ../nbs/45_feedback.ipynb #0f4071ac
 class Segment:
     "A file that lines are appended to."
 
@@ -27,17 +29,18 @@ class Segment:
         size_mb: float = 32.0,  # then a new file begins
     ):
         self.folder, self.size = Path(folder), size_mb * 2**20
-        self._write, self._flush, self._written, self._synced, self._fd = threading.Lock(), threading.Lock(), 0, 0, -1
-        self._begin()
+        self._write, self._flush, self._written, self._synced = threading.Lock(), threading.Lock(), 0, 0
+        (self._fd, self.path), self._bytes, self.began = self._made(), 0, time.time()
 
-    def _begin(self):
+    def _made(self) -> tuple[int, Path]:
         "A new file, known to the folder for good."
         import fcntl
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.path = self.folder / f"{folder_id(self.folder)}-{time.time_ns() // 1000:020d}-{os.getpid()}-{os.urandom(3).hex()}.jsonl"
-        self._fd, self._bytes, self.began = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600), 0, time.time()
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        path = self.folder / f"{folder_id(self.folder)}-{time.time_ns() // 1000:020d}-{os.getpid()}-{os.urandom(3).hex()}.jsonl"
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
         _sync_folder(self.folder)
+        return fd, path
 
 # %% ../nbs/45_feedback.ipynb #48693fb9
 def folder_id(
@@ -64,13 +67,17 @@ def _sync_folder(folder):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/45_feedback.ipynb #39f3dc6f
+# %% ../nbs/45_feedback.ipynb #be142a5a
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str, check_circular=False).encode  # made once: that is half the time
 
 
 def append(self: Segment, record: dict) -> int:
-    "Hand one line to the operating system; gives a number to wait for."
-    line = (_encode(record) + "\n").encode("utf-8", "replace")
+    "Hand one record to the operating system; gives a number to wait for."
+    return self.append_line((_encode(record) + "\n").encode("utf-8", "replace"))
+
+
+def append_line(self: Segment, line: bytes) -> int:
+    "The same for a line that is written already."
     with self._write:
         done = os.write(self._fd, line)
         if done < len(line):  # the disk is full: what is there of the line must not spoil the next one
@@ -80,7 +87,7 @@ def append(self: Segment, record: dict) -> int:
         self._written += 1
         return self._written
 
-# %% ../nbs/45_feedback.ipynb #a6a5b6d2
+# %% ../nbs/45_feedback.ipynb #372893cc
 def sync(self: Segment, number: int | None = None) -> None:
     "Wait until a line, or all that were written, are on disk."
     number = self._written if number is None else number
@@ -92,22 +99,24 @@ def sync(self: Segment, number: int | None = None) -> None:
 
 
 def renew(self: Segment, older_than_s: float = 600.0) -> None:
-    "Begin a new file when this one is large or old."
+    "Begin a new file when this one is large or old. Who writes waits for none of it, only for the moment of the change."
     if not self._bytes or self._bytes < self.size and time.time() - self.began < older_than_s: return
-    with self._flush, self._write:
+    with self._flush:
         os.fsync(self._fd)
-        self._synced = self._written
-        os.close(self._fd)
-        self._begin()
+        fd, path = self._made()
+        with self._write: fd, self._fd, self.path, self._bytes, self.began, upto = self._fd, fd, path, 0, time.time(), self._written
+        try: os.fsync(fd)  # the few lines that came meanwhile
+        finally: os.close(fd)
+        self._synced = upto
 
-# %% ../nbs/45_feedback.ipynb #4ea90699
+# %% ../nbs/45_feedback.ipynb #c6e08551
 def close(self: Segment) -> None:
     "Everything on disk, the file let go."
     self.sync()
     with self._flush, self._write: fd, self._fd = self._fd, -1  # what still comes fails, instead of going into another file of that number
     os.close(fd)
 
-Segment.append, Segment.sync, Segment.renew, Segment.close = append, sync, renew, close
+Segment.append, Segment.append_line, Segment.sync, Segment.renew, Segment.close = append, append_line, sync, renew, close
 
 # %% ../nbs/45_feedback.ipynb #2328e6fc
 def read_lines(
@@ -182,10 +191,15 @@ def shadow(self: FeedbackLog, choice: Choice, variant: str, answer, ms: float | 
     "Keep what a shadow said."
     self._put({"k": "s", "id": choice.id, "t": time.time(), "v": variant, "a": answer, "ms": ms})
 
-# %% ../nbs/45_feedback.ipynb #1f97ab68
+# %% ../nbs/45_feedback.ipynb #e7bdd742
 def _put(self: FeedbackLog, record):
     "A line, or one more that is lost: predictions go on."
-    try: self.segment.append(record)
+    self._put_line((_encode(record) + "\n").encode("utf-8", "replace"))
+
+
+def _put_line(self: FeedbackLog, line: bytes):
+    "The same for a line that is written already."
+    try: self.segment.append_line(line)
     except OSError as e: self.lost, self.problem = self.lost + 1, str(e)
 
 
@@ -198,15 +212,43 @@ def feedback(
     "Keep what became of a prediction."
     self._keep([{"k": "f", "id": id, "t": time.time(), **({"w": reward} if truth is None else {"y": truth})}])
 
-# %% ../nbs/45_feedback.ipynb #63b38841
+# %% ../nbs/45_feedback.ipynb #83ba994a
 def _keep(self: FeedbackLog, records):
     try:
         for r in records: number = self.segment.append(r)
         if records: self.segment.sync(number)
     except OSError as e: raise SlmlError(f"the log cannot be written ({e.strerror})", str(self.folder), "send it again when there is room on the disk") from None
 
-FeedbackLog.prediction, FeedbackLog.failed, FeedbackLog.shadow, FeedbackLog._put = prediction, failed, shadow, _put
+FeedbackLog.prediction, FeedbackLog.failed, FeedbackLog.shadow, FeedbackLog._put, FeedbackLog._put_line = prediction, failed, shadow, _put, _put_line
 FeedbackLog.feedback, FeedbackLog._keep, FeedbackLog.sync = feedback, _keep, lambda self: self.segment.sync()
+
+# %% ../nbs/45_feedback.ipynb #32c00afb
+def line_of_texts(
+    id: str,  # of the prediction: letters and digits
+    rest: bytes,  # what all lines have in common: variant and probability
+    body: bytes, text: str,  # request and answer as JSON, one object each
+    ms: float,
+) -> bytes | None:  # None: these texts must be written anew
+    "A line of the log around a request and its answer."
+    if not (body.isascii() and text.isascii()) or b"\\" in body or "\\" in text: return None
+    if b"\n" in body or b"\r" in body: body = body.replace(b"\n", b" ").replace(b"\r", b" ")
+    return b'{"k":"p","id":"%b","t":%b,%b,"r":%b,"a":%b,"ms":%b}\n' % (id.encode(), repr(time.time()).encode(), rest, body, text.encode(), repr(ms).encode())
+
+# %% ../nbs/45_feedback.ipynb #38f174e4
+def noting(
+    log: FeedbackLog,
+    name: str,  # the only variant
+):  # a note, as `invoke` of 41_serve takes it
+    "Write each prediction of one package into a log."
+    rest = f'"v":{_encode(name)},"q":1.0'.encode("utf-8", "replace")
+    def note(requests, answers, seconds, one, texts=None):
+        id, ms = os.urandom(9).hex(), 1000 * seconds
+        if texts and log.keep is None and (line := line_of_texts(id, rest, *texts, ms)): log._put_line(line)
+        else:
+            choice = Choice(id, name, 1.0)
+            for i, (request, answer) in enumerate(zip(requests, answers)): log.prediction(choice if one else choice.part(i), request, answer, ms)
+        return id
+    return note
 
 # %% ../nbs/45_feedback.ipynb #d9f15b5c
 LIMIT_BYTES, LIMIT_LIST, LIMIT_ID = 1_000_000, 10_000, 200
@@ -262,7 +304,7 @@ class Waiting(NamedTuple):
     context: tuple
     shadows: list  # of (variant, answer)
 
-# %% ../nbs/45_feedback.ipynb #cbc86f49
+# %% ../nbs/45_feedback.ipynb #a9298e5d
 class Learner:
     "Reads the segments of a folder and teaches a traffic."
 
@@ -274,7 +316,8 @@ class Learner:
     ):
         self.folder, self.traffic, self.spec, self.remember = Path(folder) / "segments", traffic, traffic.spec, remember
         self.at, self.base, self.waiting, self.early, self.rewarded = {}, {}, OrderedDict(), OrderedDict(), OrderedDict()
-        self.queue, self.counts, self.told = [], {}, Counter()
+        self.queue, self.counts, self.letters, self.told = [], {}, [], Counter()
+        self.mail, self.grace, self.hold = 0, grace(self.spec), 0.0  # letters of up to this version were read; nothing is settled before `hold`
 
     def step(
         self,
@@ -282,20 +325,32 @@ class Learner:
     ) -> bool:  # False: the state store is away; all is in the log and is learned later
         "Read, join, learn."
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.traffic.refresh(): return False
-        now = time.time() if now is None else now
+        now, there = time.time() if now is None else now, self.traffic.refresh()
+        if not there: self.hold = now + self.grace; return False
+        version = self.traffic.version  # looked at before the segments: what its letters are about was written by then
         self._read()
-        self._settle(now)
-        try: learned, repeated = self.traffic.learn(self.queue, self.counts) if self.queue or self.counts else (0, 0)
+        try:
+            self._fetch(version)
+            self._settle(now)
+            learned, repeated = self.traffic.learn(self.queue, self.counts, self.letters) if self.queue or self.counts or self.letters else (0, 0)
         except SlmlError as e:
-            self.traffic.away = self.traffic.away or str(e)
+            self.traffic.away, self.hold = self.traffic.away or str(e), now + self.grace
             return False
-        self.told["learned"] += learned
-        self.told["known before"] += repeated
-        self.base |= {f: c[1] for f, c in self.counts.items() if c[1] >= 0}
-        self.queue, self.counts = [], {}
+        self._learned(learned, repeated)
         self._retire(now)
         return True
+
+# %% ../nbs/45_feedback.ipynb #658af7d5
+def grace(spec: dict) -> float:  # seconds
+    "How long feedback may be on its way from another machine after the time in which it counts."
+    return min(60.0, spec["wait_s"])
+
+
+def _learned(self: Learner, learned, repeated):
+    "All is in the state: how far each file was read is known there, too."
+    self.told.update({"learned": learned, "known before": repeated, "sent on": len(self.letters)})
+    self.base |= {f: c[1] for f, c in self.counts.items() if c[1] >= 0}
+    self.queue, self.counts, self.letters = [], {}, []
 
 # %% ../nbs/45_feedback.ipynb #b94770c6
 def _read(self: Learner):
@@ -316,13 +371,13 @@ def _read(self: Learner):
     for known in (self.at, self.base):
         for name in known.keys() - files.keys(): known.pop(name)
 
-# %% ../nbs/45_feedback.ipynb #1ed0787c
+# %% ../nbs/45_feedback.ipynb #73d97cbe
 def _retire(self: Learner, now):
     "Put away the segments that nobody writes to and nobody waits for, so that neither the state nor the next learner has to know them."
     for name, end in self.at.items():
         path = self.folder / name
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
-            if now - path.stat().st_mtime <= self.spec["wait_s"] or not _alone(f) or path.stat().st_size != end: continue
+            if now - path.stat().st_mtime <= self.spec["wait_s"] + self.grace or not _alone(f) or path.stat().st_size != end: continue
             (self.folder.parent / "done").mkdir(exist_ok=True)
             os.rename(path, self.folder.parent / "done" / name)
 
@@ -350,7 +405,7 @@ def _count(self: Learner, file, variant, failure):
     a, f = by_variant.get(variant, (0, 0))
     by_variant[variant] = (a + 1, f + failure)
 
-# %% ../nbs/45_feedback.ipynb #8a1cb70a
+# %% ../nbs/45_feedback.ipynb #9e9073b1
 def _predicted(self: Learner, file, byte, r, failure):
     "A prediction: it waits, or finds the feedback that waits for it. A failure is the worst reward where there is one."
     if r["id"] in self.waiting or r["id"] in self.rewarded: self.told["repeated predictions"] += 1; return
@@ -358,7 +413,9 @@ def _predicted(self: Learner, file, byte, r, failure):
     said = r.get("a")
     self.waiting[r["id"]] = Waiting(r["t"], file, byte, r["v"], said.get("prediction") if isinstance(said, dict) else said, context, [])
     if failure: return self._failed(file, byte, r)
-    if r["id"] in self.early: self._said(*self.early.pop(r["id"]))
+    if r["id"] in self.early:
+        self.letters = [l for l in self.letters if l["id"] != r["id"]]
+        self._said(*self.early.pop(r["id"]))
     if len(self.waiting) > self.remember: self.waiting.popitem(last=False); self.told["given up"] += 1
 
 
@@ -369,18 +426,40 @@ def _failed(self: Learner, file, byte, r):
         self.queue.append(Reward(r["id"], found.variant, 0.0 if self.spec["goal"] == "max" else 1.0, found.context))
     self._close(r["id"])
 
-# %% ../nbs/45_feedback.ipynb #62aa2c50
+# %% ../nbs/45_feedback.ipynb #0312861f
 def _said(self: Learner, file, byte, r):
-    "Feedback: joined, or kept until its prediction is found."
-    if r["id"] in self.rewarded: self.told[self.rewarded[r["id"]]] += 1; return
-    found = self.waiting.get(r["id"])
-    if found is None: self.early.setdefault(r["id"], (file, byte, r)); return
+    "Feedback: joined, or sent on and kept until its prediction is found."
+    if r["id"] in self.rewarded: self.told[self.rewarded[r["id"]]] += 1
+    elif r["id"] in self.waiting: self._joined(r, byte >= self.base[file])
+    elif r["id"] in self.early: self.told["repeated"] += 1
+    else: self._astray(file, byte, r)
+
+
+def _joined(self: Learner, r, new):
+    "Feedback and the prediction that waits for it."
+    found = self.waiting[r["id"]]
     if r["t"] - found.at > self.spec["wait_s"]: self.told["late"] += 1; return
     self.waiting.pop(r["id"])
     self._close(r["id"])
-    if byte >= self.base[file] or found.byte >= self.base[found.file]: self._reward(r, found)
+    if new or found.byte >= self.base[found.file]: self._reward(r, found)
+
+# %% ../nbs/45_feedback.ipynb #2e0800a8
+def _astray(self: Learner, file, byte, r):
+    "Keep it, send it on."
+    self.early[r["id"]] = (file, byte, r)
+    if byte >= self.base[file]: self.letters.append({k: r[k] for k in ("id", "t", "w", "y") if k in r})
+    if len(self.early) > self.remember: self.early.popitem(last=False); self.told["given up"] += 1
 
 
+def _fetch(self: Learner, version):
+    "Join what other machines were told about predictions of this folder."
+    if version < self.mail: self.mail = 0  # the store was lost, and begins anew
+    if not self.mail < version or self.traffic.state.get("mail", 0) <= self.mail: return
+    for r in self.traffic.store.letters(self.spec["name"], self.mail, version):
+        if r["id"] in self.waiting: self._joined(r, True); self.told["from other machines"] += 1
+    self.mail = version
+
+# %% ../nbs/45_feedback.ipynb #846ddc2d
 def _reward(self: Learner, r, found):
     "The reward of a prediction, and of its shadows when the truth is known."
     pairs = [(r["id"], found.variant, found.answer)] + [(f"{r['id']}|{v}", v, a.get("prediction") if isinstance(a, dict) else a) for v, a in found.shadows]
@@ -396,20 +475,27 @@ def _close(self: Learner, id, then: str = "repeated"):
     self.rewarded[id] = then
     if len(self.rewarded) > self.remember: self.rewarded.popitem(last=False)
 
-# %% ../nbs/45_feedback.ipynb #27b8b2fd
+# %% ../nbs/45_feedback.ipynb #ede008eb
 def _settle(self: Learner, now):
-    "Predictions that waited long enough, and feedback whose prediction was never found."
-    limit = now - self.spec["wait_s"]
-    while self.waiting and (first := next(iter(self.waiting.items())))[1].at < limit:
+    "Predictions that waited long enough; after the store was away, others first have the time to say what they were told."
+    limit = now - self.spec["wait_s"] - self.grace
+    while now >= self.hold and self.waiting and (first := next(iter(self.waiting.items())))[1].at < limit:
         self.waiting.popitem(last=False)
         self.told["silent"] += 1
         if self.spec["silence"] is not None: self.queue.append(Reward(first[0], first[1].variant, float(self.spec["silence"]), first[1].context))
         self._close(first[0], "late")
-    while self.early and next(iter(self.early.values()))[2]["t"] < limit:
-        self.early.popitem(last=False)
-        self.told["without prediction"] += 1
+    self._resign([id for id, _ in takewhile(lambda said: said[1][2]["t"] < limit, self.early.items())])
 
-for f in (_read, _retire, _take, _count, _predicted, _failed, _said, _reward, _close, _settle): setattr(Learner, f.__name__, f)
+# %% ../nbs/45_feedback.ipynb #81b33afa
+def _resign(self: Learner, ids):
+    "Feedback whose prediction was not found here: another machine has learned it, or there was none."
+    for i in range(0, len(ids), self.traffic.store.batch):
+        some = ids[i:i + self.traffic.store.batch]
+        there = self.traffic.store.claimed(self.spec["name"], some)
+        for id in some: del self.early[id]
+        self.told.update({"learned elsewhere": len(there), "without prediction": len(some) - len(there)})
+
+for f in (_learned, _read, _retire, _take, _count, _predicted, _failed, _said, _joined, _astray, _fetch, _reward, _close, _settle, _resign): setattr(Learner, f.__name__, f)
 
 # %% ../nbs/45_feedback.ipynb #428628db
 def _sync_on(self: FeedbackLog, every_s: float = 0.1):
@@ -725,7 +811,7 @@ def _settled(path: Path, older_than_s: float, held) -> tuple | None:
         return read_lines(path)
     except FileNotFoundError: return None
 
-# %% ../nbs/45_feedback.ipynb #76db372c
+# %% ../nbs/45_feedback.ipynb #2b4fbd9a
 def tidy(
     spec,  # of the traffic
 ) -> dict:  # as `compact`
@@ -737,7 +823,7 @@ def tidy(
         try: there = leading[1].step()
         finally: os.close(leading[0])
         if not there: raise SlmlError("the state store is away, so nothing was learned and nothing gathered", traffic.away, "the same command again, later")
-    return compact(spec["log"], max(600.0, spec["wait_s"]))
+    return compact(spec["log"], max(600.0, spec["wait_s"] + grace(spec)))
 
 
 def _write_parquet(table, out: Path):

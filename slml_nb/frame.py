@@ -9,7 +9,7 @@ __all__ = ['QUALITY', 'LIMITS', 'OPERATING', 'SHARES', 'check_metric', 'requirem
 # %% ../nbs/10_frame.ipynb #59f34bb6
 from .core import SlmlError, suggest
 
-# %% ../nbs/10_frame.ipynb #2948204e
+# %% ../nbs/10_frame.ipynb #81063f85
 QUALITY = {  # metric: (direction, task, what it says)
     "mae": ("minimise", "regression", "mean absolute error: how far off a prediction is on average"),
     "rmse": ("minimise", "regression", "root mean squared error: like mae, but large misses weigh more"),
@@ -20,6 +20,8 @@ QUALITY = {  # metric: (direction, task, what it says)
     "f1_macro": ("maximise", "classification", "F1 averaged over the classes: rare classes count as much"),
     "roc_auc": ("maximise", "classification", "chance that a positive ranks above a negative"),
 }
+
+# %% ../nbs/10_frame.ipynb #ecf133f1
 LIMITS = {  # further requirements: (direction, unit, what it says)
     "improvement_over_rule": ("maximise", "share", "error less than the rule's, as a share of the rule's"),
     "improvement_over_weak": ("maximise", "share", "error less than the weak (linear) model's, as a share of it"),
@@ -44,7 +46,20 @@ def check_metric(
     if metric in QUALITY: raise SlmlError(f"metric '{metric}' is for {QUALITY[metric][1]}, the task is {task}", "frame: metric", f"use one of {', '.join(fitting)}")
     raise SlmlError(f"there is no metric '{metric}'", "frame: metric", suggest(metric, fitting))
 
-# %% ../nbs/10_frame.ipynb #8e7b3541
+# %% ../nbs/10_frame.ipynb #b9f8028e
+def _check_number(name: str, limit, lower: bool, where: str):
+    "A limit is a number that can be met, and a share is none of a hundred."
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit != limit: raise SlmlError(f"{limit!r} is not a number", where, "write a number, e.g. 0.1")
+    if name in SHARES and limit > 1: raise SlmlError(f"{limit:g} is not a share between 0 and 1", where, f"write {limit / 100:g} for {limit:g} %")
+    if lower and limit <= 0: raise SlmlError(f"{limit:g} can be met by nothing", where, "write a limit above 0")
+
+# %% ../nbs/10_frame.ipynb #9f246391
+def _unit_of(name: str, unit: str) -> str:
+    "The unit of a requirement, where the target is counted in `unit`."
+    if name in ("mae", "rmse", "mse"): return unit + ("²" if name == "mse" and unit else "")
+    return LIMITS[name][1] if name in LIMITS else "share" if name in SHARES else ""
+
+
 def _limit(name: str, limit: float, op: str, task: str, unit: str) -> dict:
     "One requirement, checked."
     known, side = {**QUALITY, **LIMITS}, {"<=": "at_most", ">=": "at_least"}[op]
@@ -53,14 +68,10 @@ def _limit(name: str, limit: float, op: str, task: str, unit: str) -> dict:
     lower = known[name][0] == "minimise"
     if lower != (op == "<="): raise SlmlError(f"'{name}' is better when {'lower' if lower else 'higher'}", where, f"move it to {'at_most' if lower else 'at_least'}")
     if name in QUALITY: check_metric(name, task)
-    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit != limit: raise SlmlError(f"{limit!r} is not a number", where, "write a number, e.g. 0.1")
-    if name in SHARES and limit > 1: raise SlmlError(f"{limit:g} is not a share between 0 and 1", where, f"write {limit / 100:g} for {limit:g} %")
-    if lower and limit <= 0: raise SlmlError(f"{limit:g} can be met by nothing", where, "write a limit above 0")
-    if name in ("mae", "rmse", "mse"): shown = unit + ("²" if name == "mse" and unit else "")
-    else: shown = LIMITS[name][1] if name in LIMITS else "share" if name in SHARES else ""
-    return {"name": name, "op": op, "limit": float(limit), "unit": shown}
+    _check_number(name, limit, lower, where)
+    return {"name": name, "op": op, "limit": float(limit), "unit": _unit_of(name, unit)}
 
-
+# %% ../nbs/10_frame.ipynb #2c553101
 def requirements(
     at_most: dict,  # {name: upper limit}
     at_least: dict,  # {name: lower limit}
@@ -72,13 +83,31 @@ def requirements(
     order = [*QUALITY, *LIMITS]
     return sorted((_limit(n, v, op, task, unit) for n, v, op in both), key=lambda r: order.index(r["name"]))
 
+# %% ../nbs/10_frame.ipynb #99bc7d67
 def limits_quality(
     asked: list[dict],  # from `requirements`
 ) -> bool:
     "Does any requirement speak of how good a prediction is?"
     return any(r["name"] not in OPERATING for r in asked)
 
-# %% ../nbs/10_frame.ipynb #73886928
+# %% ../nbs/10_frame.ipynb #db33316e
+def _worth(step: str, numeric: bool, decisions_per_day: float, cost_of_error: float) -> list[str]:
+    "What a better model would be worth a day, as far as that is known."
+    if decisions_per_day and cost_of_error:
+        gain, worth = (f"{step} less on average", 1) if numeric else ("one wrong class less in a hundred", .01)
+        return [f"At {decisions_per_day:,.0f} decisions a day, {gain} is worth {worth * decisions_per_day * cost_of_error:,.0f} a day. Compare that with what the work costs."]
+    return [] if cost_of_error else [f"What {step} costs is not known, so nobody can say when a better model stops paying."]
+
+# %% ../nbs/10_frame.ipynb #d626a1a8
+def _open_ends(problem: dict) -> list[str]:
+    "What a problem leaves open."
+    said = []
+    if not problem["time"]: said.append("No column holds the moment of prediction: rows will be split at random, which flatters a model when rows of one day or one customer resemble each other.")
+    if not problem["known_later"]: said.append("No column is marked as known only later. Look again: a total, a status or an end time is often filled in after the fact.")
+    if not limits_quality(problem["requirements"]): said.append("No requirement limits the quality, so the simplest candidate that is not measurably worse than the best will win.")
+    return said
+
+# %% ../nbs/10_frame.ipynb #8ed7f0b4
 def advice(
     problem: dict,  # decision, target, unit, time, known_later, requirements
     rule_today: str = "",  # SQL expression that people use today
@@ -93,19 +122,23 @@ def advice(
     if rule_today: said.append(f"People use a rule today: {rule_today}. It needs no training, no monitoring and no server: a model has to beat it clearly.")
     else: said.append("No rule of today is given. Ask the people who decide now how they do it: their rule is the first candidate, and often enough.")
     if 0 < decisions_per_day < 10: said.append(f"{decisions_per_day:g} decisions a day are few: a person with a good table may be cheaper than a model that has to be kept alive.")
-    if decisions_per_day and cost_of_error:
-        gain, worth = (f"{step} less on average", 1) if numeric else ("one wrong class less in a hundred", .01)
-        said.append(f"At {decisions_per_day:,.0f} decisions a day, {gain} is worth {worth * decisions_per_day * cost_of_error:,.0f} a day. Compare that with what the work costs.")
-    elif not cost_of_error: said.append(f"What {step} costs is not known, so nobody can say when a better model stops paying.")
-    if not problem["time"]: said.append("No column holds the moment of prediction: rows will be split at random, which flatters a model when rows of one day or one customer resemble each other.")
-    if not problem["known_later"]: said.append("No column is marked as known only later. Look again: a total, a status or an end time is often filled in after the fact.")
-    if not limits_quality(problem["requirements"]): said.append("No requirement limits the quality, so the simplest candidate that is not measurably worse than the best will win.")
-    return said
+    return said + _worth(step, numeric, decisions_per_day, cost_of_error) + _open_ends(problem)
 
-# %% ../nbs/10_frame.ipynb #c530a4da
-def _same_name(a: str, b: str) -> bool: return a.strip().lower() == b.strip().lower()
+# %% ../nbs/10_frame.ipynb #21ec4164
+def _same_name(a: str, b: str) -> bool:
+    "Whether two names mean one column; capitals and spaces around do not count."
+    return a.strip().lower() == b.strip().lower()
 
 
+def _check_together(target: str, time: str, **lists):
+    "Refuse answers that contradict each other."
+    if not target.strip(): raise SlmlError("no target is given", "frame: target", "name the column to predict")
+    if _same_name(target, time): raise SlmlError(f"'{target}' is both the target and the moment of prediction", "frame: time", "name the column that says when the prediction is made")
+    for key, names in lists.items():
+        for n in names:
+            if _same_name(n, time): raise SlmlError(f"'{n}' is the moment of prediction", f"frame: {key}", "take it off the list: it is needed to order the rows")
+
+# %% ../nbs/10_frame.ipynb #d740bd2c
 def frame_problem(
     target: str,  # column to predict
     task: str,  # "regression" or "classification"
@@ -119,30 +152,29 @@ def frame_problem(
     at_least: dict | None = None,  # lower limits
 ) -> dict:  # the artifact `problem`, without its advice
     "Check the answers against each other and put them into one dictionary."
-    if not target.strip(): raise SlmlError("no target is given", "frame: target", "name the column to predict")
-    if _same_name(target, time): raise SlmlError(f"'{target}' is both the target and the moment of prediction", "frame: time", "name the column that says when the prediction is made")
-    for key, names in (("known_later", known_later), ("ignore", ignore)):
-        for n in names:
-            if _same_name(n, time): raise SlmlError(f"'{n}' is the moment of prediction", f"frame: {key}", "take it off the list: it is needed to order the rows")
+    _check_together(target, time, known_later=known_later, ignore=ignore)
     return {"decision": decision, "target": target, "task": task, "unit": unit, "metric": metric,
             "direction": check_metric(metric, task), "time": time,
             "known_later": [n for n in dict.fromkeys(known_later) if not _same_name(n, target)], "ignore": list(dict.fromkeys(ignore)),
             "requirements": requirements(at_most, at_least, task, unit), "advice": []}
 
-# %% ../nbs/10_frame.ipynb #9469994d
+# %% ../nbs/10_frame.ipynb #11e8d91d
+def _rail(ax, y: int, required: dict, colour: str):
+    "One requirement as a rail."
+    low, value = required["op"] == "<=", f"{required['limit']:.0%}" if required["unit"] == "share" else f"{required['limit']:g} {required['unit']}"
+    ax.barh(y, 2, left=0, height=.34, color="#e8e8e8")
+    ax.barh(y, 1, left=0 if low else 1, height=.34, color=colour, alpha=.75)
+    ax.plot([1, 1], [y - .3, y + .3], color="#333333", linewidth=2)
+    ax.text(2.06, y, f"{'at most' if low else 'at least'} {value}".rstrip(), va="center")
+
+# %% ../nbs/10_frame.ipynb #e9acf9e3
 def draw_requirements(
     ax,  # matplotlib axes
     required: list[dict],  # from `requirements`
     colours: list[str],  # the house palette
 ):
     "One rail per requirement: the mark is the limit, the filled side is allowed."
-    for y, r in enumerate(reversed(required)):
-        side = (0, 1) if r["op"] == "<=" else (1, 1)
-        ax.barh(y, 2, left=0, height=.34, color="#e8e8e8")
-        ax.barh(y, side[1], left=side[0], height=.34, color=colours[0], alpha=.75)
-        ax.plot([1, 1], [y - .3, y + .3], color="#333333", linewidth=2)
-        value = f"{r['limit']:.0%}" if r["unit"] == "share" else f"{r['limit']:g} {r['unit']}"
-        ax.text(2.06, y, f"{'at most' if r['op'] == '<=' else 'at least'} {value}".rstrip(), va="center")
+    for y, r in enumerate(reversed(required)): _rail(ax, y, r, colours[0])
     ax.set_yticks(range(len(required)), [r["name"].replace("_", " ") for r in reversed(required)])
     ax.set(xlim=(0, 3), ylim=(-.6, max(len(required), 1) - .4), xticks=[])
     ax.tick_params(length=0)

@@ -15,7 +15,7 @@ from .core import (MACHINE, ParamSet, SlmlError, atomic_write, cache_folder, can
 from .engine import left_out
 from .stage import shipped_notebooks
 
-# %% ../nbs/07_graph.ipynb #94ae2895
+# %% ../nbs/07_graph.ipynb #360ac8cc
 @dataclass
 class Node:
     "One stage of a graph."
@@ -26,31 +26,17 @@ class Node:
     source: dict  # the notebook as data
     machine: dict = field(default_factory=dict)  # where it runs, and on what; empty: here
 
-    @property
-    def needs(self):
-        "Names of the artifacts it reads."
-        return self.front["needs"]
+    needs = property(lambda self: self.front["needs"], doc="Names of the artifacts it reads.")
+    makes = property(lambda self: self.front["makes"], doc="Names of the artifacts it leaves.")
+    code = property(lambda self: self.counts["code"], doc="Position and hash of each cell that counts.")
+    counts = functools.cached_property(lambda self: _counts(self))
+    imports = functools.cached_property(lambda self: imports_of_stage(self))
 
-    @property
-    def makes(self):
-        "Names of the artifacts it leaves."
-        return self.front["makes"]
-
-    @functools.cached_property
-    def counts(self):
-        "What decides in it: cells and imports; worked out once, and kept for the next command."
-        cells = [[c["cell_type"], c["source"], c["metadata"].get("tags", [])] for c in self.source["cells"]]
-        return memo.ask("notebook", cells, find=lambda: {"code": [[i, sha256_text(c)[:16]] for i, c in counting_code(self.source)], "imports": sorted(imports_of(executed_code(self.source)))})
-
-    @property
-    def code(self):
-        "Position and hash of each cell that counts."
-        return self.counts["code"]
-
-    @functools.cached_property
-    def imports(self):
-        "Modules and versions that its code imports."
-        return imports_of_stage(self)
+# %% ../nbs/07_graph.ipynb #4dd96e17
+def _counts(node: Node) -> dict:
+    "What decides in a stage: cells and imports; worked out once, and kept for the next command."
+    cells = [[c["cell_type"], c["source"], c["metadata"].get("tags", [])] for c in node.source["cells"]]
+    return memo.ask("notebook", cells, find=lambda: {"code": [[i, sha256_text(c)[:16]] for i, c in counting_code(node.source)], "imports": sorted(imports_of(executed_code(node.source)))})
 
 # %% ../nbs/07_graph.ipynb #f2ea6891
 def read_stage(
@@ -82,7 +68,7 @@ def stages_of(
         found[stage] = path
     return found
 
-# %% ../nbs/07_graph.ipynb #897953d5
+# %% ../nbs/07_graph.ipynb #242784a6
 class Graph:
     "Stages in an order in which each runs after those that make its inputs."
 
@@ -99,39 +85,48 @@ class Graph:
                 if a not in self.maker: raise SlmlError(f"stage {n.stage} needs '{a}', which no stage makes", str(n.notebook), suggest(a, self.maker))
         self.order = self._sort()
 
-    def before(self, stage: str) -> list[str]:
-        "The stages whose artifacts `stage` needs."
-        return list(dict.fromkeys(self.maker[a] for a in self.nodes[stage].needs))
+# %% ../nbs/07_graph.ipynb #c0817b21
+def _before(self: Graph, stage: str) -> list[str]:
+    "The stages whose artifacts `stage` needs."
+    return list(dict.fromkeys(self.maker[a] for a in self.nodes[stage].needs))
 
-    def gate(self, stage: str) -> str:
-        "The stage whose artifact says whether `stage` is needed at all (`- climbs: ladder`); '' for most."
-        return self.maker.get(self.nodes[stage].front.get("climbs", ""), "")
+def _gate(self: Graph, stage: str) -> str:
+    "The stage whose artifact says whether `stage` is needed at all (`- climbs: ladder`); '' for most."
+    return self.maker.get(self.nodes[stage].front.get("climbs", ""), "")
 
-    def _sort(self) -> list[str]:
-        "Topological order (Kahn, 1962); among those that are ready, the order of the notebooks."
-        left, order = list(self.nodes), []
-        while left:
-            ready = next((s for s in left if all(b in order for b in (*self.before(s), *filter(None, [self.gate(s)])))), None)
-            if ready is None: raise SlmlError(f"{' and '.join(left)} need each other in a circle", str(self.nodes[left[0]].notebook), "one of them must do without")
-            order.append(ready)
-            left.remove(ready)
-        return order
+Graph.before, Graph.gate = _before, _gate
 
-    def upstream(self, stage: str) -> set[str]:
-        "`stage` and everything it depends on."
-        self.check(stage)
-        return {stage}.union(*(self.upstream(b) for b in self.before(stage)))
+# %% ../nbs/07_graph.ipynb #72311da1
+def _sort(self: Graph) -> list[str]:
+    "Topological order (Kahn, 1962); among those that are ready, the order of the notebooks."
+    left, order = list(self.nodes), []
+    while left:
+        ready = next((s for s in left if all(b in order for b in (*self.before(s), *filter(None, [self.gate(s)])))), None)
+        if ready is None: raise SlmlError(f"{' and '.join(left)} need each other in a circle", str(self.nodes[left[0]].notebook), "one of them must do without")
+        order.append(ready)
+        left.remove(ready)
+    return order
 
-    def downstream(self, stage: str) -> set[str]:
-        "`stage` and everything that depends on it."
-        self.check(stage)
-        return {s for s in self.order if stage in self.upstream(s)}
+Graph._sort = _sort
 
-    def check(self, stage: str):
-        "Complain about a stage that is not there."
-        if stage not in self.nodes: raise SlmlError(f"there is no stage '{stage}'", "", suggest(stage, self.nodes))
+# %% ../nbs/07_graph.ipynb #974563e8
+def _upstream(self: Graph, stage: str) -> set[str]:
+    "`stage` and everything it depends on."
+    self.check(stage)
+    return {stage}.union(*(self.upstream(b) for b in self.before(stage)))
 
-# %% ../nbs/07_graph.ipynb #7ff46287
+def _downstream(self: Graph, stage: str) -> set[str]:
+    "`stage` and everything that depends on it."
+    self.check(stage)
+    return {s for s in self.order if stage in self.upstream(s)}
+
+def _check(self: Graph, stage: str):
+    "Complain about a stage that is not there."
+    if stage not in self.nodes: raise SlmlError(f"there is no stage '{stage}'", "", suggest(stage, self.nodes))
+
+Graph.upstream, Graph.downstream, Graph.check = _upstream, _downstream, _check
+
+# %% ../nbs/07_graph.ipynb #8c47d4df
 def normal_code(
     source: str,  # Python, as in a cell or a module
 ) -> str:  # its syntax tree as text, without comments and docstrings
@@ -143,7 +138,7 @@ def normal_code(
             n.body = n.body[1:] or [ast.Pass()]
     return ast.dump(tree)
 
-
+# %% ../nbs/07_graph.ipynb #d809bff5
 def counting_code(
     nb: dict,  # from `read_notebook`
 ) -> list[tuple[int, str]]:  # per cell that a batch run executes, its position and its normal form; the parameters cell apart
@@ -151,7 +146,7 @@ def counting_code(
     out, code = left_out(nb["cells"]), [(i, c) for i, c in enumerate(nb["cells"]) if c["cell_type"] == "code"]
     return [(i, normal_code(c["source"])) for i, c in code if i not in out and c["source"].strip() and "parameters" not in c["metadata"].get("tags", [])]
 
-# %% ../nbs/07_graph.ipynb #0f71dc1b
+# %% ../nbs/07_graph.ipynb #81f91633
 def executed_code(
     nb: dict,  # from `read_notebook`
 ) -> str:  # Python
@@ -159,7 +154,7 @@ def executed_code(
     out = left_out(nb["cells"])
     return "\n".join(c["source"] for i, c in enumerate(nb["cells"]) if c["cell_type"] == "code" and i not in out)
 
-
+# %% ../nbs/07_graph.ipynb #7c59cc2d
 def imports_of(
     code: str,  # Python source, or several cells joined
     package: str = "slml_nb",  # what `from .core import x` is relative to
@@ -175,20 +170,20 @@ def imports_of(
             found |= {module} | ({f"{module}.{a.name}" for a in n.names} if module == package else set())
     return found
 
-
+# %% ../nbs/07_graph.ipynb #1d755c2f
 def _local_module(name: str, folders: list[Path]) -> Path | None:
     "The file of a module that belongs to the project or lies beside the notebook."
     for folder in folders:
         for path in (folder / (name.replace(".", "/") + ".py"), folder / name.replace(".", "/") / "__init__.py"):
             if path.is_file(): return path
 
-# %% ../nbs/07_graph.ipynb #b658bca0
+# %% ../nbs/07_graph.ipynb #240a7b18
 @functools.cache
 def _reader() -> str:
     "The code that reads notebooks and modules, as a hash: another version of it reads them again."
     return sha256_text("".join((Path(__file__).parent / f"{room}.py").read_text(encoding="utf-8") for room in ("core", "engine", "graph"))) if "__file__" in globals() else ""
 
-
+# %% ../nbs/07_graph.ipynb #def875c0
 class Memo:
     "What was found out about notebooks and modules, kept in a file of this user."
     def __init__(self): self.known, self.new = None, False
@@ -204,21 +199,23 @@ class Memo:
             self.known = record["known"] if sealed(record) else {}
         return self.known
 
-    def ask(self, *text, find):
-        "What `find()` says about a text, now or when it was asked before: plain values."
-        name = sha256_text(canonical_json([*text, sys.version_info[:2], _reader()]))
-        if name not in self.load(): self.known[name], self.new = find(), True
-        return self.known[name]
+# %% ../nbs/07_graph.ipynb #580a2df4
+def _ask(self: Memo, *text, find):
+    "What `find()` says about a text, now or when it was asked before: plain values."
+    name = sha256_text(canonical_json([*text, sys.version_info[:2], _reader()]))
+    if name not in self.load(): self.known[name], self.new = find(), True
+    return self.known[name]
 
-    def save(self):
-        "Keep it, if that is allowed; at most a few thousand texts."
-        if not self.new: return
-        self.new = False
-        with contextlib.suppress(OSError): atomic_write(self.file(), json.dumps(seal({"known": dict(list(self.known.items())[-3000:])})), durable=False)
+def _save(self: Memo):
+    "Keep it, if that is allowed; at most a few thousand texts."
+    if not self.new: return
+    self.new = False
+    with contextlib.suppress(OSError): atomic_write(self.file(), json.dumps(seal({"known": dict(list(self.known.items())[-3000:])})), durable=False)
 
+Memo.ask, Memo.save = _ask, _save
 memo = Memo()
 
-
+# %% ../nbs/07_graph.ipynb #2a53df97
 @functools.lru_cache(maxsize=None)
 def _module(path: Path, stamp: float) -> tuple[str, frozenset]:
     "Hash of a module's normal form, and what it imports; read again when the file changes."
@@ -226,7 +223,7 @@ def _module(path: Path, stamp: float) -> tuple[str, frozenset]:
     form, imports = memo.ask("module", text, path.parent.name, find=lambda: [sha256_text(normal_code(text)), sorted(imports_of(text, path.parent.name))])
     return form, frozenset(imports)
 
-# %% ../nbs/07_graph.ipynb #fb9853cb
+# %% ../nbs/07_graph.ipynb #fc69adb0
 def closure(
     imports,  # names of modules, as from `imports_of`
     folders: list[Path],  # where modules of the project are looked for, first hit wins
@@ -244,14 +241,14 @@ def closure(
     memo.save()
     return modules, versions
 
-
+# %% ../nbs/07_graph.ipynb #1271154f
 @functools.cache
 def _version(module: str) -> str:
     "Version of the distribution that holds a module; '' when it is not installed."
     try: return importlib.metadata.version({"sklearn": "scikit-learn", "yaml": "PyYAML", "dateutil": "python-dateutil"}.get(module, module))
     except importlib.metadata.PackageNotFoundError: return ""
 
-# %% ../nbs/07_graph.ipynb #b2f67e47
+# %% ../nbs/07_graph.ipynb #d7cd8f55
 def key_parts(
     node: Node,
     parameters: dict,  # resolved, as the stage will see them
@@ -265,7 +262,7 @@ def key_parts(
             "versions": {**versions, "python": ".".join(map(str, sys.version_info[:2]))},
             "shown": {"stage": node.stage, "parameters": {k: _short(v) for k, v in parameters.items()}}}
 
-
+# %% ../nbs/07_graph.ipynb #6b1ae4a8
 def imports_of_stage(
     node: Node,
 ) -> tuple[dict[str, str], dict[str, str]]:  # as from `closure`
@@ -273,20 +270,20 @@ def imports_of_stage(
     package = Path(__file__).parents[1] if "__file__" in globals() else project_root()
     return closure(node.counts["imports"], [node.notebook.parent, package, project_root()])
 
-
+# %% ../nbs/07_graph.ipynb #fbb533a2
 def _short(value) -> str:
     "A parameter in few characters."
     text = canonical_json(mask(value))
     return text if len(text) <= 60 else text[:59] + "…"
 
-
+# %% ../nbs/07_graph.ipynb #8f743c06
 def key_of(
     parts: dict,  # from `key_parts`
 ) -> str:  # 64 hex digits: the name of the stage's artifacts in the store
     "The content key."
     return sha256_text(canonical_json({**{k: v for k, v in parts.items() if k not in ("shown", "seal")}, "cells": [h for _, h in parts["cells"]]}))
 
-# %% ../nbs/07_graph.ipynb #42ff33ae
+# %% ../nbs/07_graph.ipynb #75d80515
 def _changed_cells(old: list, new: list) -> list[str]:  # of [position, hash]
     "Which cells differ, counted as in the notebook: the first is 1."
     said, same = [], difflib.SequenceMatcher(None, [h for _, h in old], [h for _, h in new], autojunk=False)
@@ -295,12 +292,12 @@ def _changed_cells(old: list, new: list) -> list[str]:  # of [position, hash]
         elif tag != "equal": said += [f"cell {i + 1} {'changed' if tag == 'replace' else 'is new'}" for i, _ in new[c:d]]
     return said or (["the order of the cells"] if old != new and [h for _, h in old] != [h for _, h in new] else [])
 
-
+# %% ../nbs/07_graph.ipynb #e7663671
 def _changed_names(kind: str, old: dict, new: dict, say) -> list[str]:
     "Names whose value differs, each said in words."
     return [say(name) for name in sorted({**old.get(kind, {}), **new[kind]}) if old.get(kind, {}).get(name) != new[kind].get(name)]
 
-
+# %% ../nbs/07_graph.ipynb #c8415537
 def what_changed(
     old: dict,  # parts of the key that was
     new: dict,  # parts of the key that is
@@ -313,7 +310,7 @@ def what_changed(
     said += _changed_names("versions", old, new, lambda n: f"{n} " + _arrow(lambda k: k["versions"], n))
     return ", ".join(said[:4]) + (f" and {len(said) - 4} more" if len(said) > 4 else "")
 
-# %% ../nbs/07_graph.ipynb #087894ff
+# %% ../nbs/07_graph.ipynb #077b2efd
 def plan(
     params: ParamSet,
     overrides: dict[str, str] | None = None,  # {"train.epochs": "3"}; a bare "epochs" when only one stage has it
@@ -332,7 +329,7 @@ def plan(
     for s, node in graph.nodes.items(): node.machine = machine_words(s, node.schema, given[s], lines, params.file)
     return graph, {s: resolve(s, graph.nodes[s].schema, given[s], lines, params.file) for s in graph.order}
 
-
+# %% ../nbs/07_graph.ipynb #26613fc5
 def _address(name: str, graph: Graph) -> tuple[str, str]:
     "Which parameter of which stage `-p name=value` means."
     if "." in name:

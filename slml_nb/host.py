@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['ASK', 'TOLD', 'PAGE', 'NAME', 'TAKEN', 'DOORS', 'SHARED', 'asked', 'told', 'memory_kb', 'bound_memory', 'one_answer',
-           'warm_up', 'work', 'Worker', 'read_worker', 'ask_worker', 'stop_worker', 'buried', 'WorkerDied',
-           'new_process', 'start_worker', 'Pool', 'spawn', 'grow', 'grown', 'started', 'give', 'lose', 'Busy', 'take',
-           'impatient', 'ask', 'ask_once', 'tidy', 'drain', 'check_name', 'own_copy', 'Host', 'add', 'remove', 'later',
-           'let_go', 'start', 'stop', 'looked', 'look', 'complain', 'mind', 'meant', 'allowed', 'answered', 'state',
-           'healthz', 'openapi', 'docs', 'nowhere', 'wrong_way', 'close_logs', 'lifespan', 'answer_http', 'ask_variant',
-           'ask_shadow', 'choose', 'shared', 'variants', 'traffic_state', 'host', 'hosting']
+           'csv_places', 'is_header', 'line_asks', 'each_line', 'warm_up', 'work', 'Worker', 'read_worker',
+           'ask_worker', 'stop_worker', 'buried', 'WorkerDied', 'new_process', 'start_worker', 'Pool', 'spawn', 'grow',
+           'grown', 'started', 'give', 'lose', 'Busy', 'take', 'impatient', 'ask', 'ask_once', 'tidy', 'drain',
+           'check_name', 'own_copy', 'Host', 'add', 'remove', 'later', 'let_go', 'start', 'stop', 'looked', 'look',
+           'complain', 'mind', 'meant', 'allowed', 'answered', 'state', 'healthz', 'openapi', 'docs', 'nowhere',
+           'wrong_way', 'close_logs', 'lifespan', 'answer_http', 'ask_variant', 'ask_shadow', 'choose', 'shared',
+           'variants', 'traffic_state', 'host', 'hosting']
 
-# %% ../nbs/42_host.ipynb #fbd0c124
+# %% ../nbs/42_host.ipynb #7b47a0d2
 import asyncio, collections, contextlib, json, os, re, shutil, socket, struct, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 from .core import SlmlError, suggest
-from .package import check_seal, load_package
-from .serve import Guard, Limits, _send, invoke, limits_for, listen, openapi_of, refusal, run_app, running_code
+from .package import MISSING, answer_all, answer_row, check_seal, file_columns, load_package
+from .serve import MEDIA, BodyError, Guard, Limits, _refused, _send, form_of, invoke, limits_for, listen, openapi_of, refusal, run_app, running_code, wished, written
 
 # %% ../nbs/42_host.ipynb #e3ebd3aa
 ASK, TOLD = struct.Struct(">HHI"), struct.Struct(">HIII")  # lengths of content type, accept, body; status, memory in kB, lengths of headers and answer
@@ -64,18 +65,74 @@ def bound_memory(
         most = memory_kb("VmData") * 1024 + int(memory_mb * 2**20)
         resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
-# %% ../nbs/42_host.ipynb #ed94c57f
+# %% ../nbs/42_host.ipynb #f7e00033
 def one_answer(
     predictor,
     body: bytes,
     kind: str, want: str,  # headers: content type, accept
 ) -> tuple[tuple, bool]:  # (status, headers, text), and whether the worker can go on
     "What a worker says of one request."
-    try: return invoke(predictor, body, kind, want), True
+    try: return (each_line if os.environ.get("SLML_EACH") else invoke)(predictor, body, kind, want), True
     except Exception as e:
         print(f"slml: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
         why = refusal(f"the model failed ({type(e).__name__})", "the log of the service says why")
         return (500, {"content-type": "application/json"}, json.dumps(why)), not isinstance(e, MemoryError)
+
+# %% ../nbs/42_host.ipynb #e136d1be
+def csv_places(predictor) -> list[list[str]]:
+    "The orders in which the values of a CSV line may stand: without the fields that are looked up, or with them."
+    inputs = predictor.function.inputs
+    return [[i["name"] for i in inputs if not i["from"]], [i["name"] for i in inputs]]
+
+
+def is_header(predictor, cells: list[str]) -> bool:
+    "Does a line name columns? Not in the order of the signature: BodyError."
+    must, places = {i["name"] for i in predictor.function.inputs if i["required"]}, csv_places(predictor)
+    if not (must <= set(cells) and set(cells) & set(places[0])): return False
+    if cells in places: return True
+    raise BodyError(400, "the columns of this file stand in another order than the fields of the model, and only its first piece has the header",
+                    f"a CSV with these columns in this order: {', '.join(places[0])}; or JSON lines, where every value has its name")
+
+# %% ../nbs/42_host.ipynb #44e07879
+def line_asks(
+    predictor,
+    line: str,
+    form: str,  # csv or lines
+) -> dict | str:  # a request, or why the line is none
+    "What one line asks."
+    import csv
+    if not line.strip(): return "the line is empty"
+    if form == "lines":
+        try: return asked if isinstance(asked := json.loads(line), dict) else "the line is no JSON object: send one object a line"
+        except (ValueError, RecursionError) as e: return f"the line is not JSON ({e}): send one object a line"
+    try: cells = next(csv.reader([line], strict=True))
+    except csv.Error as e: return f"the line is no CSV ({e}): close every quote on its line"
+    for names in csv_places(predictor):
+        if len(cells) == len(names): return {n: v for n, v in zip(names, cells) if v not in MISSING}
+    return f"the line has {len(cells)} values: send {', '.join(csv_places(predictor)[0])}"
+
+# %% ../nbs/42_host.ipynb #44863339
+def each_line(
+    predictor,
+    body: bytes,
+    content_type: str = "", accept: str = "",  # headers
+) -> tuple[int, dict, str]:  # HTTP status, headers, body
+    "Answer every line by itself; JSON is answered as a whole."
+    import csv, io
+    try:
+        if (form := form_of(content_type)) == "json": return invoke(predictor, body, content_type, accept)
+        lines = body.decode("utf-8-sig", "replace").removesuffix("\n").split("\n") if body else []
+        headed = bool(lines) and form == "csv" and is_header(predictor, next(csv.reader([lines[0]]), []))
+        asks = [line_asks(predictor, line.removesuffix("\r"), form) for line in lines[headed:]]
+        good = iter(answer_all(predictor, [a for a in asks if isinstance(a, dict)]))
+    except (BodyError, SlmlError) as e: return _refused(e, "list")
+    answers, to = [next(good) if isinstance(a, dict) else {"prediction": None, "error": a} for a in asks], wished(accept, form)
+    for a in answers:
+        if "error" in a: a["error"] = " ".join(a["error"].split())  # on one line, whatever it says
+    if to != "csv": return 200, {"content-type": MEDIA["lines"]}, "".join(written(a) + "\n" for a in answers)
+    rows = csv.writer(out := io.StringIO(), lineterminator="\n")
+    rows.writerows([*([list(file_columns(predictor))] if headed else []), *(answer_row(predictor, a) for a in answers)])
+    return 200, {"content-type": MEDIA["csv"]}, out.getvalue()
 
 # %% ../nbs/42_host.ipynb #fc1e168c
 def warm_up(

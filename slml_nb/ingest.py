@@ -22,17 +22,17 @@ from urllib.parse import unquote
 from .core import SlmlError, atomic_write, cache_folder, canonical_json, project_root, read_json, sha256_file, sha256_text, suggest
 from .sql import check_expression, columns_of, ident, literal
 
-# %% ../nbs/11_ingest.ipynb #43e676f1
+# %% ../nbs/11_ingest.ipynb #86a9451b
 class NotThere(SlmlError):
     "A source that matches nothing: the fallback is read instead, if there is one."
 
-
+# %% ../nbs/11_ingest.ipynb #e7535cf3
 class Unsettled(SlmlError):
     "A file whose way of reading has to be settled by a person; `settings` is what the evidence suggests."
 
     def __init__(self, what: str, where: str, fix: str, **settings): super().__init__(what, where, fix); self.settings = settings
 
-
+# %% ../nbs/11_ingest.ipynb #57d4ecd4
 ROWS = (".csv", ".tsv", ".txt", ".psv", ".json", ".jsonl", ".ndjson", ".parquet", ".pq", ".gz", ".bz2", ".xz", ".zip")
 
 
@@ -42,7 +42,7 @@ def _missing(source: str, path: Path) -> NotThere:
     while not parent.exists(): path, parent = parent, parent.parent
     return NotThere(f"there is no file '{source}'", "ingest: sources", f"in {parent}, {suggest(path.name, sorted(p.name for p in parent.iterdir()))}")
 
-
+# %% ../nbs/11_ingest.ipynb #85171380
 def _in_folder(path: Path, source: str, notes: list) -> list[Path]:
     "Files with rows below a folder; what else lies there is noted."
     there = sorted(p for p in path.rglob("*") if not p.is_dir() and not p.name.startswith("."))
@@ -52,7 +52,7 @@ def _in_folder(path: Path, source: str, notes: list) -> list[Path]:
         notes.append(("info", f"folder '{source}' holds {len(left):,} thing{'s' * (len(left) > 1)} that {'are' if len(left) > 1 else 'is'} no file of rows by the ending: {', '.join(left[:5])}"))
     return found
 
-
+# %% ../nbs/11_ingest.ipynb #350bf2b4
 def local_files(
     source: str,  # file, folder or pattern; relative to the project's folder
     notes: list | None = None,  # gets (level, sentence) about what is left out
@@ -67,7 +67,7 @@ def local_files(
     if not found: raise _missing(source, path)
     return found
 
-# %% ../nbs/11_ingest.ipynb #bbc50375
+# %% ../nbs/11_ingest.ipynb #31863e7b
 def package_file(
     rest: str,  # DISTRIBUTION/path/in/package
     *_,
@@ -81,7 +81,7 @@ def package_file(
     if path not in files: raise SlmlError(f"package '{name}' has no file '{path}'", "ingest: sources", suggest(path, (f for f in files if f.lower().endswith(ROWS))))
     return [Path(files[path].locate())]
 
-
+# %% ../nbs/11_ingest.ipynb #bfe42d0e
 def sample_file(
     rest: str,  # name of a file of the built-in sample
     *_,
@@ -135,7 +135,7 @@ def s3_files(
     except (BotoCoreError, ClientError) as e: raise SlmlError(f"cannot read 's3://{rest}' ({e})", "ingest: sources", "check bucket, credentials and endpoint_url") from None
     return found
 
-# %% ../nbs/11_ingest.ipynb #eb080c8b
+# %% ../nbs/11_ingest.ipynb #079c1d5d
 _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # first bytes: how to open it
 
 
@@ -149,7 +149,7 @@ def _unzip(path: Path, folder: Path) -> list[tuple[str, Path]]:
         if any(i.flag_bits & 1 for i in inside): raise SlmlError("the archive is locked with a password", path.name, "unpack it first: unzip -P … ")
         return [(f"{path.name}/{n}" if len(names) > 1 else path.name, Path(z.extract(n, folder))) for n in names]
 
-
+# %% ../nbs/11_ingest.ipynb #3801a94b
 def unpack(
     path: Path,  # any file
     folder: Path,  # a place for what comes out
@@ -192,7 +192,7 @@ def hive_columns(
     found = {k: unquote(v) for k, sign, v in folders if sign and k}
     return {k: None if v == "__HIVE_DEFAULT_PARTITION__" else str(int(v)) if re.fullmatch(r"0\d", v) else v for k, v in found.items()}
 
-# %% ../nbs/11_ingest.ipynb #74dcb408
+# %% ../nbs/11_ingest.ipynb #52ff569e
 @dataclass
 class Found:
     "A plain file that a source means."
@@ -202,7 +202,7 @@ class Found:
     address: str = ""  # of the raw file that it came from
     columns: dict = field(default_factory=dict)  # {column: value}, from its folders
 
-
+# %% ../nbs/11_ingest.ipynb #07b9c035
 def find_files(
     sources: list[str],  # see above
     folder: Path,  # for what has to be fetched or unpacked
@@ -226,7 +226,7 @@ def find_files(
     raw[:] = {r["address"]: r for r in raw}.values()
     return _once(list(found.values()), notes)
 
-# %% ../nbs/11_ingest.ipynb #108c5171
+# %% ../nbs/11_ingest.ipynb #1207b90f
 def _fetched(source: str, here: Path, endpoint_url: str, notes: list) -> list[Path]:
     "The files that one source means, on this machine."
     scheme, colon, rest = source.partition("://")
@@ -235,7 +235,7 @@ def _fetched(source: str, here: Path, endpoint_url: str, notes: list) -> list[Pa
     if scheme not in fetch: raise SlmlError(f"there is no way to read '{scheme}://'", "ingest: sources", suggest(scheme, fetch))
     return fetch[scheme](rest, here, endpoint_url, *([scheme] if scheme.startswith("http") else []))
 
-
+# %% ../nbs/11_ingest.ipynb #88b11137
 @contextlib.contextmanager
 def _readable(path: Path):
     "An error of the file system in words."
@@ -257,7 +257,7 @@ def _once(found: list[Found], notes: list) -> list[Found]:
         for i, f in enumerate(again): f.name += f" ({i + 1})" * (i > 0)
     return kept
 
-# %% ../nbs/11_ingest.ipynb #bfd505e4
+# %% ../nbs/11_ingest.ipynb #ed314b49
 @dataclass
 class How:
     "How a text file is to be read, where its evidence should not decide."
@@ -267,7 +267,7 @@ class How:
     skip: int = 0  # lines above the header
     nulls: tuple = ("", "na", "n/a", "nan", "null", "none", "?", "-", "#n/a")  # what means "missing", in lower case
 
-
+# %% ../nbs/11_ingest.ipynb #94494bed
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 
 
@@ -275,7 +275,7 @@ def _widths(lines: list[str], delimiter: str) -> list[int]:
     "Number of fields of each line."
     return [len(next(csv.reader(io.StringIO(line, newline=""), delimiter=delimiter), [])) for line in lines]
 
-
+# %% ../nbs/11_ingest.ipynb #ee987943
 def find_delimiter(
     lines: list[str],  # the header and a few hundred lines after it
 ) -> tuple[str, dict]:  # the delimiter ("" for a single column), {delimiter: (fields, share of lines that have so many, fields of the header)}
@@ -362,7 +362,7 @@ def sieve(
         if fields is None: lines.put_back(taken)
         yield number, fields, reason, "" if fields else bare[:500].encode(errors="surrogateescape").decode(errors="replace").replace("\x00", "\u2400")
 
-# %% ../nbs/11_ingest.ipynb #e39c8146
+# %% ../nbs/11_ingest.ipynb #4df090a5
 class Rejects:
     "What was set aside of a file, as (line, reason, text): any number, kept on disk."
 
@@ -379,18 +379,22 @@ class Rejects:
         if self.n <= 100: self.first.append(reject)
         if len(self.reasons) < 1000: self.reasons[reject[1]] += 1
 
-    def close(self) -> Path:
-        "The CSV file with all of them."
-        if self.file: self.file.close()
-        self.file = None
-        return self.path
+# %% ../nbs/11_ingest.ipynb #82f1f333
+def _close_rejects(self: Rejects) -> Path:
+    "The CSV file with all of them."
+    if self.file: self.file.close()
+    self.file = None
+    return self.path
 
-    def __iter__(self):
-        self.close()
-        if not self.n: return
-        with open(self.path, encoding="utf-8", newline="") as f: yield from ((int(n), reason, text) for n, reason, text in csv.reader(f))
+def _all_rejects(self: Rejects):
+    "Each of them, from the disk."
+    self.close()
+    if not self.n: return
+    with open(self.path, encoding="utf-8", newline="") as f: yield from ((int(n), reason, text) for n, reason, text in csv.reader(f))
 
-# %% ../nbs/11_ingest.ipynb #871cc24c
+Rejects.close, Rejects.__iter__ = _close_rejects, _all_rejects
+
+# %% ../nbs/11_ingest.ipynb #02e777bd
 @dataclass
 class File:
     "One file that was read: where its rows are now, and what was noticed."
@@ -412,7 +416,7 @@ class File:
         "The stored name of each column, by its name in lower case."
         return {n.lower(): s for (n, _), s in zip(self.columns, self.stored)}
 
-
+# %% ../nbs/11_ingest.ipynb #de508eef
 _serial = itertools.count()  # no two files of a process have one name
 
 
@@ -421,13 +425,13 @@ def new_file(name: str, folder: Path, suffix: str = ".parquet") -> File:
     path = folder / f"{next(_serial)}{suffix}"
     return File(name, path, rejects=Rejects(path.with_suffix(".rejects")))
 
-# %% ../nbs/11_ingest.ipynb #fee96a21
+# %% ../nbs/11_ingest.ipynb #525ab215
 def _guess_encoding(line: bytes) -> str:
     "What a line would be in other encodings."
     shown = {e: line.decode(e, errors="replace").strip()[:60] for e in ("cp1252", "cp1250", "cp437")}
     return "set encoding: " + " or ".join(f"{e} (then it reads {t!r})" for e, t in shown.items())
 
-
+# %% ../nbs/11_ingest.ipynb #10feb284
 def as_utf8(
     path: Path,
     name: str,  # for messages
@@ -471,7 +475,7 @@ def column_names(
         elif not raw.strip(): said.append(f"column {i} has no name: it is '{name}' now")
     return names, said
 
-# %% ../nbs/11_ingest.ipynb #a722fd83
+# %% ../nbs/11_ingest.ipynb #78fe144c
 @dataclass
 class Counts:
     "What the bytes of a file say, apart from any parser."
@@ -479,7 +483,7 @@ class Counts:
     records: int = 0  # lines that begin outside of quotes; -1: the quotes do not pair, or hold a thousand lines
     zeros: int = 0  # zero bytes
 
-
+# %% ../nbs/11_ingest.ipynb #5b80d243
 def _inside(parts: list[bytes], open_: bool) -> tuple[int, int, bool]:
     "Line ends within quotes of a block that was split at its quotes; the most between two of them; whether it ends within."
     found = [p.count(b"\n") for p in parts[1 - open_::2]]
@@ -503,7 +507,7 @@ def count_lines(
     counts.records = -1 if counts.records or open_ else counts.lines - inside
     return counts
 
-# %% ../nbs/11_ingest.ipynb #144a3e1f
+# %% ../nbs/11_ingest.ipynb #9af1da37
 def copy_rows(
     con,  # DuckDB connection
     query: str,  # a SELECT
@@ -515,7 +519,7 @@ def copy_rows(
     group = max(2048, min(122_880, 5_000_000 // width // 2048 * 2048))
     return con.execute(f"copy ({query}) to {literal(str(path))} (format parquet, compression {compression}, row_group_size {group})").fetchall()[0][0]
 
-
+# %% ../nbs/11_ingest.ipynb #c2a21362
 def _duck(con, path: Path, delimiter: str, width: int, skip: int, out: Path) -> int:
     "Rows that DuckDB copies from a CSV file to Parquet; -1 when it refuses the file."
     import duckdb
@@ -524,7 +528,7 @@ def _duck(con, path: Path, delimiter: str, width: int, skip: int, out: Path) -> 
         delim={literal(delimiter)}, columns={{{columns}}}, strict_mode=true, hive_partitioning=false)""", out, width)
     except duckdb.Error: return -1
 
-# %% ../nbs/11_ingest.ipynb #db538188
+# %% ../nbs/11_ingest.ipynb #1ae38c74
 def _all_sound(batch: list, delimiter: str, width: int) -> str:
     "The text of a batch of lines when each of them is one record of the right width, else ''."
     if any(len(line) > LONGEST for _, line in batch): return ""
@@ -534,7 +538,7 @@ def _all_sound(batch: list, delimiter: str, width: int) -> str:
     except (UnicodeDecodeError, csv.Error): return ""
     return text.replace("\r\n", "\n") if "\x00" not in text and len(rows) == len(batch) and all(len(r) == width for r in rows) else ""
 
-
+# %% ../nbs/11_ingest.ipynb #b2390458
 def _batch(lines: Lines) -> list:
     "Up to 500 lines, or a megabyte of them."
     batch, size = [], 0
@@ -543,7 +547,7 @@ def _batch(lines: Lines) -> list:
         size += len(line[1])
     return batch
 
-
+# %% ../nbs/11_ingest.ipynb #d6500dbb
 def _sift(path: Path, delimiter: str, width: int, skip: int, out: Path, rejects) -> int:
     "Write the records that can be read to `out`, the others to `rejects`; how many are kept. A batch of sound lines is copied as it is."
     kept = 0
@@ -605,7 +609,7 @@ def _choose_delimiter(lines: list[str], numbers: list[int], name: str, how: How)
     n, share, _ = evidence[found]
     return found, [("info", f"{name} is split at the {DELIMITERS[found]}: {n} fields in {share:.0%} of its first lines")] if found != "," else []
 
-# %% ../nbs/11_ingest.ipynb #ea56ea6d
+# %% ../nbs/11_ingest.ipynb #04eeecc2
 def _header(path: Path, above: int, delimiter: str, name: str) -> tuple[list[str], int]:
     "The fields of the header, and how many further lines it takes."
     with open(path, "rb") as f:
@@ -616,7 +620,7 @@ def _header(path: Path, above: int, delimiter: str, name: str) -> tuple[list[str
     if fields is None: raise SlmlError(f"the header cannot be read: {reason}", name, "mend its quotes, or set skip or delimiter")
     return fields, len(taken)
 
-
+# %% ../nbs/11_ingest.ipynb #f65171f3
 def _check_rejects(file: File, lines: list[str], how: How, bad: tuple | None):
     "Refuse a file of which most is unreadable: then the way of reading is wrong, not the file."
     broken = sum(n for reason, n in file.rejects.reasons.items() if "UTF-8" in reason)
@@ -661,14 +665,14 @@ def read_text(
     if file.rows and how.header: _no_rows(con, file, path, fields)
     return file
 
-# %% ../nbs/11_ingest.ipynb #cac7ddb4
+# %% ../nbs/11_ingest.ipynb #c4ecd665
 def _first_bad(path: Path, file: File) -> tuple | None:
     "(line number, bytes) of the first line that is not UTF-8."
     if not any("UTF-8" in r for r in file.rejects.reasons): return None
     number = next(r[0] for r in file.rejects if "UTF-8" in r[1])
     with open(path, "rb") as f: return next((n, line) for n, line in numbered_lines(f) if n == number)
 
-
+# %% ../nbs/11_ingest.ipynb #2e356dd9
 def _arbitrate(con, file: File, path: Path, skip: int, rows: int):
     "Where DuckDB and the count of lines differ, read record by record."
     sound = file.path.with_suffix(".csv")
@@ -678,7 +682,7 @@ def _arbitrate(con, file: File, path: Path, skip: int, rows: int):
     file.rows_in, file.rows = kept + len(file.rejects), kept
     sound.unlink()
 
-# %% ../nbs/11_ingest.ipynb #6c8bc28a
+# %% ../nbs/11_ingest.ipynb #402c6ee9
 _TOTAL = r"(?i)(grand |overall |sub-?)?(totals?|sum|summe|gesamt|gesamtsumme|insgesamt|total g[eé]n[eé]ral|totale|totaal|suma|итого)( \w+)?:?"
 
 
@@ -688,7 +692,7 @@ def _repeats_header(con, file: File, fields: list[str]) -> dict[int, str]:
     found = con.execute(f"select file_row_number from read_parquet({literal(str(file.path))}, hive_partitioning=false, file_row_number=true) where {same}").fetchall()
     return {r[0]: "the header again" for r in found}
 
-
+# %% ../nbs/11_ingest.ipynb #47afe109
 def _is_total(con, file: File) -> dict[int, str]:
     "The last row, when it is a line of totals."
     rows = f"read_parquet({literal(str(file.path))}, hive_partitioning=false, file_row_number=true)"
@@ -702,7 +706,7 @@ def _is_total(con, file: File) -> dict[int, str]:
     adds_up = any(v is not None and abs(v - float(last[i].replace(",", ""))) <= 1e-6 * max(abs(v), 1) for i, v in zip(numbers, sums))
     return {file.rows - 1: "a line of totals, not a row"} if adds_up or 2 * sum(not (v or "").strip() for v in last) >= len(last) > 1 else {}
 
-# %% ../nbs/11_ingest.ipynb #cfdcc9bb
+# %% ../nbs/11_ingest.ipynb #29d88e1b
 def _no_rows(con, file: File, path: Path, fields: list[str]):
     "Set aside what is no row."
     gone = _is_total(con, file) | _repeats_header(con, file, fields)
@@ -714,13 +718,13 @@ def _no_rows(con, file: File, path: Path, fields: list[str]):
     file.path, file.rows = rest, file.rows - len(gone)
     file.notes.append(("warn", f"{file.name}: {len(gone):,} line{'s were' if len(gone) > 1 else ' was'} set aside: {', '.join(sorted(set(gone.values())))}"))
 
-
+# %% ../nbs/11_ingest.ipynb #1aaa5fbd
 def _texts(con, file: File, numbers) -> dict[int, str]:
     "Rows by their numbers, as lines of text."
     rows = con.execute(f"select * from read_parquet({literal(str(file.path))}, hive_partitioning=false, file_row_number=true) where file_row_number in ({', '.join(map(str, numbers))})").fetchall()
     return {r[-1]: file.delimiter.join(v or "" for v in r[:-1])[:500] for r in rows}
 
-
+# %% ../nbs/11_ingest.ipynb #dd132ad9
 def _line_of(f, file: File, text: str, n: int) -> int:
     "The line at which a row begins: the first one, from row `n` on, with its fields."
     f.seek(0)
@@ -736,7 +740,7 @@ def _json_rows(con, path: Path, out: Path, array: bool) -> tuple[int, list]:
         return copy_rows(con, "select " + ", ".join(f"{ident(n)}::JSON ->> '$' as c{i}" for i, n in enumerate(names)) + f" from {table}", out, len(names)), names
     except duckdb.Error: return -1, []
 
-# %% ../nbs/11_ingest.ipynb #8e4aaaf0
+# %% ../nbs/11_ingest.ipynb #ba3916da
 def _json_line(line: bytes) -> tuple[bytes, str]:
     "A line as DuckDB reads it, or why it is no JSON object. NaN and Infinity, which are no JSON, become null."
     odd = []
@@ -745,7 +749,7 @@ def _json_line(line: bytes) -> tuple[bytes, str]:
     if not isinstance(value, dict): return b"", "not a JSON object"
     return json.dumps(value).encode() if odd else line.strip(), ""
 
-
+# %% ../nbs/11_ingest.ipynb #98b73038
 def _sift_json(path: Path, out: Path, rejects) -> int:
     "Write the lines that are JSON objects to `out`, the others to `rejects`; how many are kept."
     kept = 0
@@ -796,7 +800,7 @@ def read_jsonl(con, name: str, path: Path, how: How, folder: Path) -> File:  # e
     _check_rejects(file, ["JSON lines"], How(encoding="utf-8"), None)
     return file
 
-# %% ../nbs/11_ingest.ipynb #2718ed7e
+# %% ../nbs/11_ingest.ipynb #64a1f5e8
 def plain_type(
     duckdb_type: str,
     small: bool = True,  # its whole numbers fit into 64 bits
@@ -810,13 +814,13 @@ def plain_type(
     if kind.startswith("TIMESTAMP"): return "TIMESTAMP"
     return {"NULL": "", "BOOLEAN": "BOOLEAN", "DATE": "DATE"}.get(kind, "VARCHAR")
 
-
+# %% ../nbs/11_ingest.ipynb #c7a43212
 _WIDE = ("HUGEINT", "UHUGEINT", "UBIGINT", "BIGNUM")
 _FOREIGN = {b"ARROW1": "an Arrow (Feather) file", b"FEA1": "a Feather file", b"ORC": "an ORC file", b"Obj\x01": "an Avro file", b"\xd0\xcf\x11\xe0": "an old Excel workbook",
             b"SQLite format 3": "an SQLite database", b"%PDF": "a PDF", b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy file", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
             b"7z\xbc\xaf": "a 7z archive", b"(\xb5/\xfd": "a file packed by zstd", b"Rar!": "a RAR archive", b"SIMPLE  =": "a FITS file", b"\x80\x04\x95": "a Python pickle"}
 
-# %% ../nbs/11_ingest.ipynb #fcb4cd15
+# %% ../nbs/11_ingest.ipynb #ef735108
 def read_parquet_file(con, name: str, path: Path) -> File:
     "A Parquet file where it is; a column without any value has the type ''. Whole numbers beyond 64 bits are ids: they become text, since a float would change them."
     import duckdb
@@ -833,14 +837,14 @@ def read_parquet_file(con, name: str, path: Path) -> File:
     return File(name, path, [(n, plain_type(r[1], r[0] not in huge) if c else "") for n, r, c in zip(names, described, counts[1:])], counts[0], counts[0],
                 notes=[("warn", f"{name}: {s}") for s in said], stored=[r[0] for r in described], beyond=set(beyond))
 
-
+# %% ../nbs/11_ingest.ipynb #0f667887
 def _beyond(con, table: str, described) -> dict[str, int]:
     "Columns with times that no calendar of Python knows, and how many."
     times = [r[0] for r in described if r[1].startswith(("DATE", "TIMESTAMP")) and r[1] != "TIMESTAMP_NS"]
     outside = [f"count(*) filter ({ident(c)} not between '0001-01-01' and '9999-12-31 23:59:59.999999')" for c in times]
     return {c: n for c, n in zip(times, con.execute(f"select {', '.join(outside)} from {table}").fetchall()[0] if times else ()) if n}
 
-# %% ../nbs/11_ingest.ipynb #d7ad5ab0
+# %% ../nbs/11_ingest.ipynb #33ff0f46
 def _refuse_foreign(magic: bytes, path: Path, name: str):
     "Say what a file is that is no table of text."
     kind = next((k for m, k in _FOREIGN.items() if magic.startswith(m)), "")
@@ -849,7 +853,7 @@ def _refuse_foreign(magic: bytes, path: Path, name: str):
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<table")):
         raise SlmlError("this is a web page or XML, not a table", name, "check the address (a login page often comes instead of the file), or save the table as CSV")
 
-
+# %% ../nbs/11_ingest.ipynb #1e86ea83
 def read_file(con, name: str, path: Path, how: How, folder: Path) -> File:
     "One file, by its first bytes and its ending."
     with open(path, "rb") as f: magic = f.read(512)
@@ -859,7 +863,7 @@ def read_file(con, name: str, path: Path, how: How, folder: Path) -> File:
     if path.suffix.lower() in (".json", ".jsonl", ".ndjson"): return read_jsonl(con, name, path, how, folder)
     return read_text(con, name, path, how, folder)
 
-# %% ../nbs/11_ingest.ipynb #f3a6fce8
+# %% ../nbs/11_ingest.ipynb #f6f2c707
 ENOUGH = 0.98  # share of the values that a reading has to fit
 _signed = r"regexp_replace(regexp_replace({v}, '^\((.*)\)$', '-\1'), '^([^-].*[0-9])-$', '-\1')"  # (5) and 5- are -5, as accountants write it
 _YEAR = r"(000[1-9]|00[1-9]\d|0[1-9]\d\d|[1-9]\d{3})"  # year 0 is none
@@ -868,17 +872,17 @@ _GROUPED = r"[+-]?[1-9]\d{0,2}((,\d{3})+|(,\d\d)+,\d{3}|([ '’\x{a0}\x{202f}]\d
 _TIME = r"([ T,]+\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?( ?[AaPp][Mm])?)?"
 _CLOCKS = ["", " %H:%M:%S", " %H:%M", " %I:%M:%S %p", " %I:%M %p", " %I:%M:%S%p", " %I:%M%p", " %H:%M:%S.%f"]
 
-
+# %% ../nbs/11_ingest.ipynb #88055ce3
 def _fits(pattern: str, value: str) -> str:
     "SQL: `value` where the text {v} matches the whole pattern, else NULL."
     return f"case when regexp_full_match({{v}}, {literal(pattern)}) then {value} end"
 
-
+# %% ../nbs/11_ingest.ipynb #4eaa1722
 def _strptime(text: str, *days: str) -> str:
     "SQL: text as a timestamp, by any of these days with any clock."
     return f"try_strptime(regexp_replace({text}, '[T, ]+([0-9]+:)', ' \\1'), [{', '.join(literal(d + c) for d in days for c in _CLOCKS)}])"
 
-
+# %% ../nbs/11_ingest.ipynb #33177ac0
 def _finite(sql: str) -> str: return f"case when isfinite({sql}) then {sql} end"
 
 
@@ -886,14 +890,14 @@ def _either(*sql: str) -> str:
     "SQL: the first that is not NULL."
     return f"coalesce({', '.join(sql)})"
 
-# %% ../nbs/11_ingest.ipynb #6cf69244
+# %% ../nbs/11_ingest.ipynb #8a302a69
 def _numeric_date(first: str, second: str) -> str:
     "SQL: 25/2/2013, 25.2.2013 or 25-2-2013; a year of two digits only between slashes."
     slashes = r"regexp_replace({v}, '^(\d+)[/.-](\d+)[/.-]', '\1/\2/')"
     return _either(_fits(r"\d{1,2}[/.-]\d{1,2}[/.-]\d{4}" + _TIME, _strptime(slashes, f"{first}/{second}/%Y")),
                    _fits(r"\d{1,2}/\d{1,2}/\d{2}" + _TIME, _strptime("{v}", f"{first}/{second}/%y")))
 
-
+# %% ../nbs/11_ingest.ipynb #b0b130cc
 _STAMP = _YEAR + r"[-/]\d{1,2}[-/]\d{1,2}([ T]\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?)?"
 
 
@@ -903,22 +907,24 @@ def _iso(text: str) -> str:
     return _either(f"try_cast({text} as TIMESTAMP)", f"case when regexp_matches({text}, '{late}') then try_cast(regexp_replace({text}, '{late}', ' 00:00') as TIMESTAMP) + INTERVAL 1 DAY end",
                    f"case when regexp_matches({text}, '{leap}') then try_cast(regexp_replace({text}, '{leap}', ':59') as TIMESTAMP) + INTERVAL 1 SECOND end")
 
-
+# %% ../nbs/11_ingest.ipynb #98c14e3d
 def _zoned_timestamp() -> str:
     "SQL: 2013-01-31T10:00:00.5+02:00 as UTC (DuckDB's own cast would drop the zone)."
     part = r"regexp_extract({v}, '([+-])(\d\d):?(\d\d)?$', %d)"
     minutes = f"(60 * {part % 2}::INT + ('0' || {part % 3})::INT) * ({part % 1} || '1')::INT"
     return _fits(_STAMP + r" ?[+-]\d{2}:?(\d{2})?", _iso(r"regexp_replace({v}, ' ?[+-]\d\d:?(\d\d)?$', '')") + f" - to_minutes({minutes})")
 
-
+# %% ../nbs/11_ingest.ipynb #f840a4f1
 def _since_1970(digits: str, per_second: int) -> str:
     "SQL: a count since 1970 as a time, if that lies between 1990 and 2050."
     return _fits(digits, f"case when {{v}}::DOUBLE / {per_second} between 631152000 and 2524608000 then make_timestamp(cast(round({{v}}::DECIMAL(38,6) * {1_000_000 / per_second:g}) as BIGINT)) end")
 
-# %% ../nbs/11_ingest.ipynb #15a9217f
+# %% ../nbs/11_ingest.ipynb #fdcd8468
 _MONTH = r"([A-Za-z]+, +)?(\d{1,2}[ -][A-Za-z]{3,9}\.?[ ,-]+|[A-Za-z]{3,9}\.? \d{1,2},? )\d{4}"
 _words = r"regexp_replace(regexp_replace({v}, '^[A-Za-z]+, +', ''), '[ ,.-]+', ' ', 'g')"
 _SECONDS = " + ".join(f"{n} * coalesce(try_cast(regexp_extract({{v}}, '{p}', 1) as DOUBLE), 0)" for n, p in ((86400, r"^(\d+) day"), (3600, r"(\d+):\d+:"), (60, r":(\d+):"), (1, r"([\d.]+)$")))
+
+# %% ../nbs/11_ingest.ipynb #321f4465
 READINGS = {  # name: (type, SQL); those of one group are rivals
     "integer": ("BIGINT", _fits(r"[+-]?\d{1,19}", "try_cast({v} as BIGINT)")),
     "number": ("DOUBLE", _fits(_NUMBER, _finite("try_cast({v} as DOUBLE)"))),
@@ -940,6 +946,8 @@ READINGS = {  # name: (type, SQL); those of one group are rivals
     "epoch milliseconds": ("TIMESTAMP", _since_1970(r"\d{12,13}(\.\d+)?", 1000)),
     "epoch microseconds": ("TIMESTAMP", _since_1970(r"\d{15,16}", 1_000_000)),
 }
+
+# %% ../nbs/11_ingest.ipynb #252672fb
 READINGS["timestamp with zone"] = "TIMESTAMP", _either(READINGS["timestamp"][1], _zoned_timestamp())
 for order in ("day first", "month first"): READINGS[f"iso or {order}"] = "TIMESTAMP", _either(READINGS["timestamp"][1], READINGS[order][1], READINGS["month name"][1])
 GROUPS = [["integer", "number", "true or false", "yes or no", "date", "timestamp", "timestamp with zone"], ["thousands", "decimal comma"], ["day first", "month first"], ["month name"], ["clock"],
@@ -953,7 +961,7 @@ _AMOUNT = r"^([+-]?)([$€£¥₹]|USD|EUR|GBP|CHF|JPY|INR)? ?([+-]?[\d.,'’]*\
 _PARTS = f"regexp_extract({_signed}, {literal(_AMOUNT)}, ['sign', 'before', 'number', 'after'])"
 UNITS = {f"{r} with unit": READINGS[r][1].replace("{v}", f"({_PARTS}.sign || {_PARTS}.number)") for r in GROUPS[1]}
 
-# %% ../nbs/11_ingest.ipynb #1dddf310
+# %% ../nbs/11_ingest.ipynb #1cac722e
 _MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
 _TRUTHS = "('true', 'false', 't', 'f', 'yes', 'no', 'y', 'n')"
 QUESTIONS = {
@@ -965,18 +973,20 @@ QUESTIONS = {
     "a date made of a code": _fits(rf"(?i)\d{{1,2}}-({_MONTHS})|({_MONTHS})-\d{{2}}", "1"),
     "beyond 64 bits": _fits(r"[+-]?\d{19,}", "case when try_cast({v} as BIGINT) is null then 1 end"),
     "has a clock": "case when contains({v}, ':') then 1 end"}
+
+# %% ../nbs/11_ingest.ipynb #854badc3
 _KINDS = {"integer": "number", "number": "number", "thousands": "number", "decimal comma": "number", "true or false": "truth", "yes or no": "truth", "date": "time", "timestamp": "time",
           "timestamp with zone": "time", "day first": "time", "month first": "time", "month name": "time", "iso or day first": "time", "iso or month first": "time", "clock": "clock"}
 _INCLUDES = {"integer": {"number", "thousands", "decimal comma"}, "number": {"thousands"}, "date": {"timestamp", "timestamp with zone", "iso or day first", "iso or month first"},
              "timestamp": {"timestamp with zone", "iso or day first", "iso or month first"}}  # whoever fits the one fits these
 
-
+# %% ../nbs/11_ingest.ipynb #7b21422c
 def tidy(text: str, unwrap: bool = False) -> str:
     "SQL: text without blanks around it, and without the =\"…\" that keeps a spreadsheet from changing it."
     text = f"trim({text}, ' \t\r\n\u00a0')"
     return f"regexp_replace({text}, '^=\"(.*)\"$', '\\1')" if unwrap else text
 
-# %% ../nbs/11_ingest.ipynb #d3ece7e1
+# %% ../nbs/11_ingest.ipynb #81058ea3
 class Evidence:
     "What the values of one text column of one file say. What was asked once is kept in `known`, which is plain JSON."
 
@@ -991,18 +1001,21 @@ class Evidence:
             self.known.update(zip(("distinct", "blanks", "quoted"), found))
         return self.known[fact]
 
-    def open(self):
-        "Lay out the values: each distinct one once with its count, or all as they come where most are distinct."
-        if Evidence.last is self: return
-        Evidence.last, few = None, self.look("distinct") <= 200_000
-        text = tidy("v", bool(self.look("quoted"))) if self.look("blanks") or self.look("quoted") else "v"
-        grouped = f"select v, {'count(*)' if few else '1'} as n, lower(v) in ({', '.join(map(literal, self.nulls))}) as token from (select {text} as v from {self.rows}) where v is not null{' group by v' if few else ''}"
-        self.con.execute("drop table if exists slml_distinct")
-        if few: self.con.execute(f"create temp table slml_distinct as {grouped}")
-        self.con.execute(f"create or replace temp view slml_values as {'from slml_distinct' if few else grouped}")
-        Evidence.last = self
+# %% ../nbs/11_ingest.ipynb #5d31d243
+def _open(self: Evidence):
+    "Lay out the values: each distinct one once with its count, or all as they come where most are distinct."
+    if Evidence.last is self: return
+    Evidence.last, few = None, self.look("distinct") <= 200_000
+    text = tidy("v", bool(self.look("quoted"))) if self.look("blanks") or self.look("quoted") else "v"
+    grouped = f"select v, {'count(*)' if few else '1'} as n, lower(v) in ({', '.join(map(literal, self.nulls))}) as token from (select {text} as v from {self.rows}) where v is not null{' group by v' if few else ''}"
+    self.con.execute("drop table if exists slml_distinct")
+    if few: self.con.execute(f"create temp table slml_distinct as {grouped}")
+    self.con.execute(f"create or replace temp view slml_values as {'from slml_distinct' if few else grouped}")
+    Evidence.last = self
 
-# %% ../nbs/11_ingest.ipynb #d33d9909
+Evidence.open = _open
+
+# %% ../nbs/11_ingest.ipynb #3b64696b
 def _values(self: Evidence) -> int:
     "How many values there are, without those that mean missing."
     if "values" not in self.known:
@@ -1011,7 +1024,7 @@ def _values(self: Evidence) -> int:
         self.known["tokens"] = dict(self.con.execute("select v, sum(n)::BIGINT from slml_values where token group by v order by 2 desc, 1").fetchall())
     return self.known["values"]
 
-
+# %% ../nbs/11_ingest.ipynb #c348c35b
 def _answer(self: Evidence, question: str) -> int | None:
     "The count that is known already, or follows from one that is."
     if question in self.known: return self.known[question]
@@ -1020,7 +1033,7 @@ def _answer(self: Evidence, question: str) -> int | None:
     if question == "plausible" or question in _INCLUDES.get(sure, ()): return self.values()
     return 0 if question in _KINDS and _KINDS[question] != _KINDS[sure] else None
 
-
+# %% ../nbs/11_ingest.ipynb #e1982ceb
 def _ask(self: Evidence, *questions: str) -> list[int]:
     "How many values each question fits: the name of a question, or SQL."
     new = [q for q in dict.fromkeys(questions) if _answer(self, q) is None]
@@ -1030,7 +1043,7 @@ def _ask(self: Evidence, *questions: str) -> list[int]:
         self.known.update(zip(new, found))
     return [_answer(self, q) for q in questions]
 
-
+# %% ../nbs/11_ingest.ipynb #bc96165c
 def _units(self: Evidence) -> dict[str, int]:
     "The units that numbers carry, and how often."
     if "units" not in self.known:
@@ -1041,18 +1054,18 @@ def _units(self: Evidence) -> dict[str, int]:
 
 Evidence.values, Evidence.ask, Evidence.units = _values, _ask, _units
 
-
+# %% ../nbs/11_ingest.ipynb #d09b7457
 def total_of(parts: list[Evidence], *questions: str) -> list[int]:
     "Counts over all files."
     return [sum(c) for c in zip(*(p.ask(*questions) for p in parts))]
 
-# %% ../nbs/11_ingest.ipynb #a9391152
+# %% ../nbs/11_ingest.ipynb #e7168e78
 _GUESSES = {"integer": r"[+-]?\d{1,18}", "number": _NUMBER, "date": _YEAR + r"[-/]\d{1,2}[-/]\d{1,2}", "timestamp": _STAMP + "( ?Z| ?UTC)?"}
 _BARE = {"integer": "try_cast({v} as BIGINT)", "number": "try_cast({v} as DOUBLE)", "date": "try_cast({v} as DATE)", "timestamp": "try_cast({v} as TIMESTAMP)"}
 _PLAIN = {"timestamp": _fits(_GUESSES["timestamp"], _BARE["timestamp"])}  # DuckDB's cast knows no leap second
 _GUESSES = {r: re.compile(p.replace(r"\x{a0}", "\u00a0")) for r, p in _GUESSES.items()}
 
-
+# %% ../nbs/11_ingest.ipynb #447b8d9d
 def _guess(values, nulls) -> str:
     "The first simple reading that fits all of some values; '' for none."
     there = {v for v in values if v and v.lower() not in nulls}
@@ -1063,7 +1076,7 @@ def _token_case(nulls) -> str:
     "SQL: true where a text means missing. IN (…) would become a join for each column."
     return f"case lower({{v}}) {' '.join(f'when {literal(n)} then true' for n in nulls)} end"
 
-
+# %% ../nbs/11_ingest.ipynb #59a2efce
 def _counts_of(column: str, reading: str, tokens: str) -> list[str]:
     "SQL of what the one pass counts for a column."
     c, zero = ident(column), "0"
@@ -1073,7 +1086,7 @@ def _counts_of(column: str, reading: str, tokens: str) -> list[str]:
     number = f"try_cast({c} as BIGINT)" if reading == "integer" else "NULL::BIGINT"
     return [f"count({c})", f"count({tokens.replace('{v}', c)})", fit, codes, clock, f"min({number})", f"max({number})"]
 
-
+# %% ../nbs/11_ingest.ipynb #30279bd9
 def _small_look(values, reading: str, nulls) -> dict:
     "What `first_look` counts, of a column that is in memory as a whole."
     there = [v for v in values if v is not None and v.lower() not in nulls]
@@ -1083,7 +1096,7 @@ def _small_look(values, reading: str, nulls) -> dict:
     if not all(abs(float(v)) < float("inf") for v in there): return {}
     return known | ({} if any("E+" in v for v in there) else {"mangled by a spreadsheet": 0})
 
-# %% ../nbs/11_ingest.ipynb #ba2440a8
+# %% ../nbs/11_ingest.ipynb #2bf80ab2
 def first_look(con, file: File, rows: str, columns: dict[str, str], nulls):
     "Ask all text columns of a file at once whether a simple reading fits every value."
     todo, tokens = [c for c in columns if c not in file.known], _token_case(nulls)
@@ -1102,13 +1115,13 @@ def first_look(con, file: File, rows: str, columns: dict[str, str], nulls):
             if fit == n - missing > 0: file.known[c] = {"values": fit, "tokens": _tokens(con, rows, columns[c], tokens) if missing else {}, "blanks": 0, "quoted": 0, "sure": r, r: fit,
                                                         **({"leading zeros": codes, "low": low, "high": high} if r == "integer" else {}), **({"has a clock": clock} if r == "timestamp" else {"mangled by a spreadsheet": 0} if not codes else {})}
 
-
+# %% ../nbs/11_ingest.ipynb #9f99d1c3
 def _tokens(con, rows: str, column: str, tokens: str) -> dict[str, int]:
     "How often each word for missing stands in a column."
     c = ident(column)
     return dict(con.execute(f"select {c}, count(*) from {rows} where {tokens.replace('{v}', c)} group by 1 order by 2 desc, 1").fetchall())
 
-# %% ../nbs/11_ingest.ipynb #7cfd488e
+# %% ../nbs/11_ingest.ipynb #64de0f22
 def _best(parts: list[Evidence], total: int) -> tuple[dict[str, int], list[str]]:
     "Values that each reading fits, as far as it was worth asking; readings in the order of preference."
     counts = {}
@@ -1120,7 +1133,7 @@ def _best(parts: list[Evidence], total: int) -> tuple[dict[str, int], list[str]]
         if max(counts.values()) == total: break
     return counts, sorted(counts, key=lambda r: -counts[r])
 
-
+# %% ../nbs/11_ingest.ipynb #c1f6d7cc
 def _codes(parts: list[Evidence], name: str, total: int, counts: dict) -> str:
     "Why whole numbers are no numbers but codes; '' when they are numbers."
     codes, mangled = total_of(parts, "leading zeros", "mangled by a spreadsheet") if counts.get("integer") else (0, *total_of(parts, "mangled by a spreadsheet"))
@@ -1128,7 +1141,7 @@ def _codes(parts: list[Evidence], name: str, total: int, counts: dict) -> str:
     if counts.get("integer") == max(counts.values()) and codes > (1 - ENOUGH) * total: return f"column '{name}' holds codes with leading zeros and stays text"
     return ""
 
-
+# %% ../nbs/11_ingest.ipynb #42b20ba9
 def _as_time(parts: list[Evidence], name: str, total: int) -> tuple[str, str]:
     "Whole numbers that are times, and the note about it: all of 20240131, or all within the seconds since 1970 under a name that says time."
     low, high = min(p.known.get("low", 1 << 63) for p in parts), max(p.known.get("high", -1) for p in parts)
@@ -1162,12 +1175,12 @@ def _settle(parts: list[Evidence], name: str, total: int, delimiter: str) -> tup
         return "thousands", f"column '{name}': the comma was read as thousands (1,234 = 1234); if it is a decimal comma, set types: {{{name}: decimal comma}}"
     return "", f"column '{name}' can be read as {first} and as {rival}, with different results, and no value tells which: it stays text; set types: {{{name}: {first}}}"
 
-# %% ../nbs/11_ingest.ipynb #923e8c5d
+# %% ../nbs/11_ingest.ipynb #13d34013
 def _disagree(a: str, b: str) -> str:
     "The question where two readings make different things of the same text."
     return f"case when ({READINGS[a][1]}) <> ({READINGS[b][1]}) then 1 end"
 
-
+# %% ../nbs/11_ingest.ipynb #01fae181
 def _formats(parts: list[Evidence], name: str, reading: str) -> str:
     "A sentence about dates in several formats within one column."
     if not reading.startswith("iso or "): return ""
@@ -1175,7 +1188,7 @@ def _formats(parts: list[Evidence], name: str, reading: str) -> str:
     found = dict(zip(kinds, total_of(parts, *kinds)))
     return f"column '{name}' has dates in several formats: " + ", ".join(f"{n:,} {'like 2013-02-25' if k == 'timestamp' else k}" for k, n in found.items() if n)
 
-
+# %% ../nbs/11_ingest.ipynb #75356602
 def _why_text(parts: list[Evidence], name: str) -> str:
     "A sentence about a column of text that was something else once."
     huge, made = total_of(parts, "beyond 64 bits", "a date made of a code")
@@ -1203,7 +1216,7 @@ class Column:
     notes: list = field(default_factory=list)  # [(level, sentence)]
     trim: bool = True  # whether there are blanks to take off
 
-# %% ../nbs/11_ingest.ipynb #90d46af2
+# %% ../nbs/11_ingest.ipynb #6a1724b9
 def decide(
     parts: list[Evidence],  # of the same column, one for each file
     name: str,
@@ -1228,7 +1241,7 @@ def decide(
     if column.unparsed: column.examples = _examples(parts, column)
     return column
 
-
+# %% ../nbs/11_ingest.ipynb #4786535a
 def _examples(parts: list[Evidence], column: Column) -> list:
     "The most frequent values that a reading does not fit."
     found = Counter()
@@ -1249,7 +1262,7 @@ def infer(
     "The type of one column of a table."
     return decide([Evidence(con, f"(select {ident(name)} as v from {table})", how.nulls, {})], name, forced, delimiter)
 
-# %% ../nbs/11_ingest.ipynb #80e26093
+# %% ../nbs/11_ingest.ipynb #6d87a581
 def _try_units(parts: list[Evidence], column: Column, total: int):
     "Read numbers with a unit, or say why not."
     if total_of(parts, "plausible")[0] < ENOUGH * total: return
@@ -1263,7 +1276,7 @@ def _try_units(parts: list[Evidence], column: Column, total: int):
     elif 2 <= len(units) <= 3 and sum(units.values()) >= ENOUGH * total:
         column.notes.append(("warn", f"column '{column.name}' has numbers in several units ({', '.join(units)}) and stays text; bring them to one unit with columns:"))
 
-
+# %% ../nbs/11_ingest.ipynb #0557c20e
 def _force(parts: list[Evidence], column: Column, forced: str):
     "The type that the user wants; the reading of that type which fits most."
     kind, _, form = forced.partition(" %")
@@ -1276,7 +1289,7 @@ def _force(parts: list[Evidence], column: Column, forced: str):
         try: column.type, column.sql = kind.upper(), max(zip(total_of(parts, *sqls), range(0, -len(sqls), -1), sqls))[2]
         except Exception: raise SlmlError(f"there is no type '{forced}'", f"ingest: types: {column.name}", suggest(forced, ["BIGINT", "DOUBLE", "BOOLEAN", "DATE", "TIMESTAMP", "VARCHAR", *READINGS])) from None
 
-# %% ../nbs/11_ingest.ipynb #e1185283
+# %% ../nbs/11_ingest.ipynb #ea60c496
 def widest(types) -> str:  # "VARCHAR" for a column without any value
     "The type that holds values of all these types."
     kinds = {t for t in types if t}
@@ -1284,7 +1297,7 @@ def widest(types) -> str:  # "VARCHAR" for a column without any value
     if kinds == {"DATE", "TIMESTAMP"}: return "TIMESTAMP"
     return kinds.pop() if len(kinds) == 1 else "VARCHAR"
 
-
+# %% ../nbs/11_ingest.ipynb #8cb35dd4
 def _names(files: list[File]) -> dict[str, dict]:
     "The name and the types by file of each column, by its name in lower case, in the order of first appearance."
     met = {}
@@ -1292,7 +1305,7 @@ def _names(files: list[File]) -> dict[str, dict]:
         for name, kind in [*f.columns, *((c, "VARCHAR") for c in f.constants)]: met.setdefault(name.lower(), {"name": name, "types": {}})["types"][f.name] = kind
     return met
 
-
+# %% ../nbs/11_ingest.ipynb #d4d02842
 def _plain_name(name: str) -> str: return re.sub(r"[\W_]+", "", name).lower()
 
 
@@ -1311,7 +1324,7 @@ def renamed(files: list[File]) -> list[str]:  # sentences
                 new.remove(best)
     return said
 
-# %% ../nbs/11_ingest.ipynb #8ce824a0
+# %% ../nbs/11_ingest.ipynb #db16b14b
 def differences(files: list[File]) -> list[str]:  # sentences
     "How files of one table differ in their columns: missing or added, renamed, of another type, spelt otherwise."
     met, said = _names(files), renamed(files)
@@ -1329,13 +1342,13 @@ def differences(files: list[File]) -> list[str]:  # sentences
         if len(spelt) > 1: said.append(f"column '{c['name']}' is also spelt {', '.join(sorted(spelt - {c['name']}))}")
     return said
 
-
+# %% ../nbs/11_ingest.ipynb #50b67dc6
 def _some(names, most: int = 4) -> str:
     "A few names, and how many more."
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-
+# %% ../nbs/11_ingest.ipynb #41630071
 def retyped(files: list[File], column: Column) -> str:
     "A sentence about a column of text whose values are of another kind in some files."
     kinds = {}
@@ -1345,14 +1358,14 @@ def retyped(files: list[File], column: Column) -> str:
     if len(kinds) < 2 or (set(kinds) <= {"integer", "number"}) or set(kinds) <= {"date", "timestamp"} or ("text or mixed" in kinds and column.type != "VARCHAR" and not column.unparsed): return ""
     return f"column '{column.name}' differs between files: " + ", ".join(f"{k} in {_some(n)}" for k, n in kinds.items()) + f"; it is {column.type} everywhere"
 
-# %% ../nbs/11_ingest.ipynb #3ad3eada
+# %% ../nbs/11_ingest.ipynb #1cc6bec0
 def cell_of(file: File, key: str) -> str:
     "SQL of a column, by its name in lower case, in the Parquet of a file; NULL where the file has none."
     at = file.places.get(key)
     if at is None: return literal(next((v for n, v in file.constants.items() if n.lower() == key), None))
     return f"case when {ident(at)} between '0001-01-01' and '9999-12-31 23:59:59.999999' then {ident(at)} end" if at in file.beyond else ident(at)
 
-
+# %% ../nbs/11_ingest.ipynb #1e6cf0d1
 def unite(con, view: str, files: list[File]) -> list[tuple[str, str]]:  # [(column, type)]
     "Make a view over all files, with `row_id` in their order, `source`, and the columns of all."
     columns, parts, before = {k: (c["name"], widest(c["types"].values())) for k, c in _names(files).items()}, [], 0
@@ -1378,7 +1391,7 @@ class Table:
     rows: int  # after `limit`
     raw: list = field(default_factory=list)  # a `raw_record` of each file that it came from
 
-# %% ../nbs/11_ingest.ipynb #7424daf5
+# %% ../nbs/11_ingest.ipynb #718e0a06
 def evidence_of(con, files: list[File], name: str, how: How) -> list[Evidence]:
     "The evidence about a text column, of each file that has it."
     key, parts = name.lower(), []
@@ -1387,24 +1400,34 @@ def evidence_of(con, files: list[File], name: str, how: How) -> list[Evidence]:
         if f.rows and cell != "NULL": parts.append(Evidence(con, f"(select cast({cell} as VARCHAR) as v from read_parquet({literal(str(f.path))}, hive_partitioning=false))", how.nulls, f.known.setdefault(key, {})))
     return parts
 
+# %% ../nbs/11_ingest.ipynb #69799edf
+def _first_looks(con, texts: set[str], files: list[File], how: How):
+    "Ask the simple questions about all text columns of each file at once."
+    for f in files:
+        own = {n.lower(): s for (n, k), s in zip(f.columns, f.stored) if k == "VARCHAR" and n.lower() in texts}
+        as_text = ", ".join(f"cast({ident(c)} as VARCHAR) as {ident(c)}" for c in own.values())
+        if f.rows and own: first_look(con, f, f"(select {as_text} from read_parquet({literal(str(f.path))}, hive_partitioning=false))", own, how.nulls)
 
+# %% ../nbs/11_ingest.ipynb #35acc0e9
+def _decided(con, files: list[File], name: str, how: How, types: dict, numbers) -> Column:
+    "The decision about one text column; one that SQL reckons with stays a number."
+    parts, delimiter = evidence_of(con, files, name, how), ";" if any(f.delimiter == ";" for f in files) else ","
+    column = decide(parts, name, types.get(name, ""), delimiter)
+    counts = column.reading in COUNTED and name.lower() in numbers and name not in types
+    return decide(parts, name, "integer", delimiter) if counts else column
+
+# %% ../nbs/11_ingest.ipynb #dff5417f
 def typed(con, view: str, described, files: list[File], how: How, types: dict, numbers=frozenset()) -> tuple[str, list[Column]]:
     "SELECT that types every text column of a view; the decision for each column. Whole numbers named in `numbers` are not taken for times."
     names = [n for n, _ in described]
     for n in types:
         if n not in names: raise SlmlError(f"column '{n}' is not in the data", "ingest: types", suggest(n, names))
-    delimiter, inner, outer, columns = ";" if any(f.delimiter == ";" for f in files) else ",", [], [], []
-    texts = {n.lower() for n, k in described if k == "VARCHAR"}
-    for f in files:
-        own = {n.lower(): s for (n, k), s in zip(f.columns, f.stored) if k == "VARCHAR" and n.lower() in texts}
-        as_text = ", ".join(f"cast({ident(c)} as VARCHAR) as {ident(c)}" for c in own.values())
-        if f.rows and own: first_look(con, f, f"(select {as_text} from read_parquet({literal(str(f.path))}, hive_partitioning=false))", own, how.nulls)
+    inner, outer, columns = [], [], []
+    _first_looks(con, {n.lower() for n, k in described if k == "VARCHAR"}, files, how)
     for name, kind in described:
         c = ident(name)
         if kind == "VARCHAR":
-            parts = evidence_of(con, files, name, how)
-            column = decide(parts, name, types.get(name, ""), delimiter)
-            if column.reading in COUNTED and name.lower() in numbers and name not in types: column = decide(parts, name, "integer", delimiter)
+            column = _decided(con, files, name, how, types, numbers)
             columns.append(column)
             if not column.values and re.fullmatch(r"column_\d+", name):
                 column.type = ""  # neither a name nor a value
@@ -1419,7 +1442,7 @@ def typed(con, view: str, described, files: list[File], how: How, types: dict, n
             columns.append(column)
     return f"select row_id, source, {', '.join(outer)} from (select row_id, source, {', '.join(inner)} from {ident(view)})", columns
 
-
+# %% ../nbs/11_ingest.ipynb #cebbfc17
 def _without_tokens(c: str, column: Column, how: How) -> str:
     "SQL of the tidy text of a column, NULL where it means missing; no more than its values need."
     text = tidy(c, True) if column.trim else c
@@ -1439,7 +1462,7 @@ def add_columns(con, view: str, derived: dict[str, str]) -> str:  # SELECT
     replacing = f" replace ({', '.join(replaced)})" if replaced else ""
     return f"select *{replacing}{''.join(', ' + n for n in new)} from {ident(view)}"
 
-# %% ../nbs/11_ingest.ipynb #31ec46b7
+# %% ../nbs/11_ingest.ipynb #1094cc30
 _READER = sha256_text(canonical_json([READINGS, QUESTIONS, "1"]))[:16]  # "1": of how files are read
 
 
@@ -1453,41 +1476,50 @@ class Parts:
         "What decides the rows of a file."
         return sha256_text(canonical_json([found.sha256, found.path.suffix.lower(), {**asdict(how), "nulls": sorted(set(how.nulls))}, _READER]))[:32]
 
-    def load(self, key: str, found: Found) -> File | None:
-        "A file as it was read; None when it was not, or is not what it was."
-        kept = read_json(self.folder / key / "file.json")
-        rows = self.folder / key / "rows.parquet"
-        if not kept or kept["rows"] and kept["rows_sha256"] and (not rows.exists() or sha256_file(rows) != kept["rows_sha256"]): return None
-        rejects = Rejects(self.folder / key / "rejects.csv")
-        rejects.n, rejects.reasons = kept["rejects"], Counter(kept["reasons"])
-        rejects.first = [tuple(r) for r in kept["first"]]
-        notes = [(level, text.replace(kept["name"], found.name)) for level, text in kept["notes"]]
-        return File(found.name, rows if kept["rows_sha256"] else found.path, [tuple(c) for c in kept["columns"]], kept["rows_in"], kept["rows"], rejects, notes, kept["stored"],
-                    kept["delimiter"], {}, set(kept["beyond"]), kept["known"])
+# %% ../nbs/11_ingest.ipynb #1ec66ad6
+def _load(self: Parts, key: str, found: Found) -> File | None:
+    "A file as it was read; None when it was not, or is not what it was."
+    kept = read_json(self.folder / key / "file.json")
+    rows = self.folder / key / "rows.parquet"
+    if not kept or kept["rows"] and kept["rows_sha256"] and (not rows.exists() or sha256_file(rows) != kept["rows_sha256"]): return None
+    rejects = Rejects(self.folder / key / "rejects.csv")
+    rejects.n, rejects.reasons = kept["rejects"], Counter(kept["reasons"])
+    rejects.first = [tuple(r) for r in kept["first"]]
+    notes = [(level, text.replace(kept["name"], found.name)) for level, text in kept["notes"]]
+    return File(found.name, rows if kept["rows_sha256"] else found.path, [tuple(c) for c in kept["columns"]], kept["rows_in"], kept["rows"], rejects, notes, kept["stored"],
+                kept["delimiter"], {}, set(kept["beyond"]), kept["known"])
 
-    def save(self, key: str, file: File, own: bool):
-        "Keep a file, once it is read; `own`: its rows are the source itself."
-        place = self.folder / key
-        place.mkdir(parents=True, exist_ok=True)
-        if file.rows and (self.whole or not own):
-            (shutil.copyfile if own else shutil.move)(file.path, place / "rows.part")
-            os.replace(place / "rows.part", place / "rows.parquet")
-            file.path = place / "rows.parquet"
-        if file.rejects:
-            shutil.copyfile(file.rejects.close(), place / "rejects.csv")
-            file.rejects.path = place / "rejects.csv"
-        atomic_write(place / "file.json", json.dumps(self.record(file, sha256_file(file.path) if file.rows and file.path.parent == place else "")))
+Parts.load = _load
 
-    def record(self, file: File, rows_sha256: str) -> dict:
-        "What is kept of a file beside its rows."
-        rejects = file.rejects if isinstance(file.rejects, Rejects) else Rejects(Path())
-        return {k: getattr(file, k) for k in ("name", "columns", "rows_in", "rows", "notes", "stored", "delimiter", "known")} | {
-            "beyond": sorted(file.beyond), "rejects": len(rejects), "reasons": dict(rejects.reasons), "first": rejects.first, "rows_sha256": rows_sha256}
+# %% ../nbs/11_ingest.ipynb #271c972c
+def _save(self: Parts, key: str, file: File, own: bool):
+    "Keep a file, once it is read; `own`: its rows are the source itself."
+    place = self.folder / key
+    place.mkdir(parents=True, exist_ok=True)
+    if file.rows and (self.whole or not own):
+        (shutil.copyfile if own else shutil.move)(file.path, place / "rows.part")
+        os.replace(place / "rows.part", place / "rows.parquet")
+        file.path = place / "rows.parquet"
+    if file.rejects:
+        shutil.copyfile(file.rejects.close(), place / "rejects.csv")
+        file.rejects.path = place / "rejects.csv"
+    atomic_write(place / "file.json", json.dumps(self.record(file, sha256_file(file.path) if file.rows and file.path.parent == place else "")))
 
-    def learn(self, key: str, file: File):
-        "Keep what was asked since."
-        kept = read_json(self.folder / key / "file.json")
-        if kept and kept["known"] != file.known: atomic_write(self.folder / key / "file.json", json.dumps({**kept, "known": file.known}))
+Parts.save = _save
+
+# %% ../nbs/11_ingest.ipynb #883942a1
+def _record(self: Parts, file: File, rows_sha256: str) -> dict:
+    "What is kept of a file beside its rows."
+    rejects = file.rejects if isinstance(file.rejects, Rejects) else Rejects(Path())
+    return {k: getattr(file, k) for k in ("name", "columns", "rows_in", "rows", "notes", "stored", "delimiter", "known")} | {
+        "beyond": sorted(file.beyond), "rejects": len(rejects), "reasons": dict(rejects.reasons), "first": rejects.first, "rows_sha256": rows_sha256}
+
+def _learn(self: Parts, key: str, file: File):
+    "Keep what was asked since."
+    kept = read_json(self.folder / key / "file.json")
+    if kept and kept["known"] != file.known: atomic_write(self.folder / key / "file.json", json.dumps({**kept, "known": file.known}))
+
+Parts.record, Parts.learn = _record, _learn
 
 # %% ../nbs/11_ingest.ipynb #2b1bcbf4
 def read_found(con, found: Found, how: How, folder: Path, parts: Parts | None) -> tuple[File, str]:
@@ -1501,7 +1533,7 @@ def read_found(con, found: Found, how: How, folder: Path, parts: Parts | None) -
     file.constants = {n: v for n, v in found.columns.items() if n.lower() not in there and n.lower() not in TAKEN}
     return file, key
 
-# %% ../nbs/11_ingest.ipynb #92e6216e
+# %% ../nbs/11_ingest.ipynb #0d990443
 def _entries(ledger: Path) -> list[dict]:
     "What a ledger remembers."
     if not ledger.exists(): return []
@@ -1509,7 +1541,7 @@ def _entries(ledger: Path) -> list[dict]:
     if not isinstance(kept, dict) or "files" not in kept: raise SlmlError("this is no ledger of ingest", str(ledger), "set append: to a name of its own, such as data/trips.ledger.json")
     return kept["files"]
 
-
+# %% ../nbs/11_ingest.ipynb #b3d4c1ea
 def appended(
     ledger: Path,
     found: list[Found],  # what the sources mean today
@@ -1549,7 +1581,7 @@ def read_appended(con, ledger: Path, found: list[Found], how: How, folder: Path,
     notes.append(("info", f"{new:,} of {len(there):,} files are new, the others were remembered"))
     return files, [e["key"] for _, e in there], parts
 
-# %% ../nbs/11_ingest.ipynb #6a6ea34c
+# %% ../nbs/11_ingest.ipynb #5eca9249
 @contextlib.contextmanager
 def engine_errors(con, files: list[File], width: int = 0):
     "What DuckDB says while it reads rows, with the name of the file."
@@ -1558,7 +1590,7 @@ def engine_errors(con, files: list[File], width: int = 0):
     except duckdb.OutOfMemoryException as e: raise SlmlError(f"{width:,} columns do not fit into memory ({str(e).splitlines()[0]})", "ingest", 'give it more: memory: "8GB"') from None
     except duckdb.Error as e: raise SlmlError(f"the rows cannot be read ({str(e).splitlines()[0]})", _culprit(con, files), "fetch or write this file again") from None
 
-
+# %% ../nbs/11_ingest.ipynb #df83a577
 @dataclass
 class Rows:
     "Rows to be saved as a table, however wide; an error of the engine names the file."
@@ -1571,7 +1603,7 @@ class Rows:
         "Write them."
         with engine_errors(self.con, self.files, self.width): copy_rows(self.con, self.query, path, self.width, compression)
 
-
+# %% ../nbs/11_ingest.ipynb #11abd88e
 def _culprit(con, files: list[File]) -> str:
     "The first file whose rows cannot be read."
     import duckdb
@@ -1580,7 +1612,7 @@ def _culprit(con, files: list[File]) -> str:
         except duckdb.Error: return f.name
     return "ingest"
 
-# %% ../nbs/11_ingest.ipynb #39123ca4
+# %% ../nbs/11_ingest.ipynb #d34894d4
 def read_files(con, sources, folder: Path, how: How, endpoint_url: str, incremental: bool, append: str, notes: list, raw: list) -> tuple[list[File], list[str], Parts | None]:
     "The files of a table, read or remembered; their keys."
     ledger = project_root() / Path(append).expanduser() if append else None
@@ -1596,7 +1628,7 @@ def read_files(con, sources, folder: Path, how: How, endpoint_url: str, incremen
     files, keys = zip(*(read_found(con, f, how, parquet, parts) for f in found))
     return list(files), list(keys), parts
 
-
+# %% ../nbs/11_ingest.ipynb #dc0060fd
 def read_table(
     con,  # DuckDB connection
     name: str,  # of the table
@@ -1622,11 +1654,16 @@ def read_table(
     with engine_errors(con, files, len(described)): query, found = typed(con, f"slml_text_{name}", described, files, how, types or {}, reckoned)
     for f, key in zip(files, keys): parts.learn(key, f) if parts else None
     for c in found: notes += _said_of(c, files)
+    return _finished(con, name, query, found, columns or {}, files, notes, total, limit, raw)
+
+# %% ../nbs/11_ingest.ipynb #093536e8
+def _finished(con, name: str, query: str, found: list[Column], columns: dict, files: list[File], notes: list, total: int, limit: int, raw: list) -> Table:
+    "A typed query as a table: thinned to its limit, with its computed columns."
     step = -(-total // limit) if limit else 1
     if step > 1: query = f"select * replace (row_id // {step} as row_id) from ({query}) where row_id % {step} = 0"
     con.execute(f"create or replace temp view {ident('slml_typed_' + name)} as {query}")
-    query, kept = add_columns(con, f"slml_typed_{name}", columns or {}), [c for c in found if c.type and c.name not in (columns or {})]
-    computed = [Column(r[0], r[1], "computed", columns[r[0]]) for r in con.execute(f"describe {query}").fetchall() if r[0] in (columns or {})]
+    query, kept = add_columns(con, f"slml_typed_{name}", columns), [c for c in found if c.type and c.name not in columns]
+    computed = [Column(r[0], r[1], "computed", columns[r[0]]) for r in con.execute(f"describe {query}").fetchall() if r[0] in columns]
     return Table(query, files, kept + computed, notes, -(-total // step), raw)
 
 # %% ../nbs/11_ingest.ipynb #6ff906f9
@@ -1639,7 +1676,7 @@ def _said_of(c: Column, files: list[File]) -> list[tuple[str, str]]:
     if len(files) > 1 and c.reading != "as stored" and (differs := retyped(files, c)): notes.append(("warn", differs))
     return notes
 
-# %% ../nbs/11_ingest.ipynb #e8cb714d
+# %% ../nbs/11_ingest.ipynb #bc1f0e72
 def account(
     tables: dict[str, Table],  # "" is the main one
     limit: int = 0,  # as it was asked for
@@ -1649,7 +1686,7 @@ def account(
              "lacks": len({n.lower() for g in t.files for n, _ in g.columns} - {n.lower() for n, _ in f.columns}),
              "split_at": DELIMITERS.get(f.delimiter, "")} for name, t in tables.items() for f in t.files]
 
-
+# %% ../nbs/11_ingest.ipynb #6bf73740
 def report(
     tables: dict[str, Table],  # "" is the main one
     missing: dict[str, dict],  # {file: {column: share of rows without a value}}
@@ -1666,13 +1703,13 @@ def report(
             "tables": {n: {"rows": t.rows, "columns": [[c.name, c.type] for c in t.columns]} for n, t in tables.items() if n},
             "notes": [{"level": l, "text": x} for t in tables.values() for l, x in t.notes]}
 
-
+# %% ../nbs/11_ingest.ipynb #06605381
 def missing_shares(con, view: str, columns: list[str]) -> dict[str, dict]:
     "The share of missing values of each column in each file."
     shares = ", ".join(f"round(1 - count({ident(c)}) / count(*), 4)" for c in columns)
     return {r[0]: dict(zip(columns, r[1:])) for r in con.execute(f"select source, {shares} from {ident(view)} group by source order by min(row_id)").fetchall()}
 
-
+# %% ../nbs/11_ingest.ipynb #2601d6ec
 def rejects_table(con, tables: dict[str, Table]):  # a relation: file, line, reason, text
     "All lines that could not be read."
     spec = "auto_detect=false, header=false, delim=',', quote='\"', escape='\"', strict_mode=false, max_line_size=4000000, columns={'line': 'BIGINT', 'reason': 'VARCHAR', 'text': 'VARCHAR'}"
@@ -1680,7 +1717,7 @@ def rejects_table(con, tables: dict[str, Table]):  # a relation: file, line, rea
     con.execute("create or replace temp view slml_rejects as " + (" union all ".join(parts) or "select ''::VARCHAR as file, 0::BIGINT as line, ''::VARCHAR as reason, ''::VARCHAR as text where false"))
     return con.sql("select * from slml_rejects")
 
-
+# %% ../nbs/11_ingest.ipynb #72ea23c7
 def save_partitions(con, rows: str, folder: Path, columns: list[str], names: list[str]) -> int:  # files
     "Write the rows once more into folders called column=value, which is how Hive, Athena and Spark find a part without reading the rest."
     for c in columns:

@@ -13,7 +13,7 @@ from pathlib import Path
 from .core import SlmlError
 from .meter import descendants, kill_marked, kill_tree, oom_kills, process_meter, reset_peak, used_between
 
-# %% ../nbs/05_kernel.ipynb #73326fc8
+# %% ../nbs/05_kernel.ipynb #ef5108af
 class Wire:
     "Messages over a socket, one at a time."
 
@@ -24,22 +24,29 @@ class Wire:
         data = json.dumps(message, default=str).encode()
         with self.lock: self.sock.sendall(struct.pack("!I", len(data)) + data)
 
-    def receive(self) -> dict | None:
-        "The next message; None when nobody is there any more."
-        if head := self._bytes(4): data = self._bytes(struct.unpack("!I", head)[0])
-        return json.loads(data) if head and data else None
+# %% ../nbs/05_kernel.ipynb #31d0c2f0
+def _receive(self: Wire) -> dict | None:
+    "The next message; None when nobody is there any more."
+    if head := self._bytes(4): data = self._bytes(struct.unpack("!I", head)[0])
+    return json.loads(data) if head and data else None
 
-    def _bytes(self, n: int) -> bytes:
-        parts = []
-        while n:
-            try: part = self.sock.recv(min(n, 1 << 20))
-            except (ConnectionResetError, OSError): return b""
-            if not part: return b""
-            parts.append(part)
-            n -= len(part)
-        return b"".join(parts)
+Wire.receive = _receive
 
-# %% ../nbs/05_kernel.ipynb #cbbcb339
+# %% ../nbs/05_kernel.ipynb #a3e87503
+def _bytes(self: Wire, n: int) -> bytes:
+    "Exactly so many bytes, or none when the other end has closed."
+    parts = []
+    while n:
+        try: part = self.sock.recv(min(n, 1 << 20))
+        except (ConnectionResetError, OSError): return b""
+        if not part: return b""
+        parts.append(part)
+        n -= len(part)
+    return b"".join(parts)
+
+Wire._bytes = _bytes
+
+# %% ../nbs/05_kernel.ipynb #5e6fb2cb
 class Printed(io.TextIOBase):
     "`sys.stdout` or `sys.stderr` of a cell."
     encoding, errors = "UTF-8", "replace"
@@ -51,60 +58,76 @@ class Printed(io.TextIOBase):
     def isatty(self): return False
     def writable(self): return True
 
-    def write(self, text):
-        "Keep a text until it is worth a message."
-        if not isinstance(text, str): raise TypeError(f"write() argument must be str, not {type(text).__name__}")
-        if os.getpid() != self.pid: return os.write(self.fileno(), text.encode("utf-8", "replace")) and len(text)  # a forked child has no wire
-        with self.lock:
-            self.parts.append(text)
-            self.size += len(text)
-            if self.size > 1 << 16: self.flush()
-            elif not self.later:
-                self.later = True
-                threading.Thread(target=self._soon, daemon=True).start()
-        return len(text)
+# %% ../nbs/05_kernel.ipynb #4cac61fa
+def _write(self: Printed, text):
+    "Keep a text until it is worth a message."
+    if not isinstance(text, str): raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+    if os.getpid() != self.pid: return os.write(self.fileno(), text.encode("utf-8", "replace")) and len(text)  # a forked child has no wire
+    with self.lock:
+        self.parts.append(text)
+        self.size += len(text)
+        if self.size > 1 << 16: self.flush()
+        elif not self.later:
+            self.later = True
+            threading.Thread(target=self._soon, daemon=True).start()
+    return len(text)
 
-    def _soon(self):
-        time.sleep(0.05)
-        with self.lock: self.later = False
-        self.flush()
+Printed.write = _write
 
-    def flush(self):
-        "Send what was kept."
-        if os.getpid() != self.pid: return
-        with self.lock:
-            text, self.parts, self.size = "".join(self.parts), [], 0
-            for i in range(0, len(text), 1 << 16): self.wire.send({"type": "stream", "name": self.name, "text": text[i:i + (1 << 16)]})  # pieces: the runner's memory is small
+# %% ../nbs/05_kernel.ipynb #ae264533
+def _soon(self: Printed):
+    "Send what has come together, a twentieth of a second later."
+    time.sleep(0.05)
+    with self.lock: self.later = False
+    self.flush()
+
+def _flush(self: Printed):
+    "Send what was kept."
+    if os.getpid() != self.pid: return
+    with self.lock:
+        text, self.parts, self.size = "".join(self.parts), [], 0
+        for i in range(0, len(text), 1 << 16): self.wire.send({"type": "stream", "name": self.name, "text": text[i:i + (1 << 16)]})  # pieces: the runner's memory is small
+
+Printed._soon, Printed.flush = _soon, _flush
 
 # %% ../nbs/05_kernel.ipynb #52b6980a
 def _as_json(bundle: dict) -> dict:
     "A bundle of representations, with images as base64 text."
     return {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in bundle.items()}
 
-# %% ../nbs/05_kernel.ipynb #1605a6b5
-def make_shell():
-    "IPython's shell, silent and without history; its output goes where `shell.wire` leads."
-    from IPython.core.displayhook import DisplayHook
+# %% ../nbs/05_kernel.ipynb #ff5b82eb
+def _publisher():
+    "The class of the object that publishes displays; IPython is imported on first use."
     from IPython.core.displaypub import DisplayPublisher
-    from IPython.core.interactiveshell import InteractiveShell
-    from traitlets import Type
-    from traitlets.config import Config
 
     class Publisher(DisplayPublisher):
         def publish(self, data, metadata=None, source=None, *, transient=None, update=False, **kw):
             self.shell.tell(type="update_display_data" if update else "display_data", data=_as_json(data), metadata=metadata or {}, transient=transient or {})
 
         def clear_output(self, wait=False): self.shell.tell(type="clear_output", wait=wait)
+    return Publisher
+
+# %% ../nbs/05_kernel.ipynb #f3533b02
+def _hook():
+    "The class of the object that publishes the result of a cell."
+    from IPython.core.displayhook import DisplayHook
 
     class Hook(DisplayHook):
         def write_output_prompt(self): self.shown = None
         def write_format_data(self, format_dict, md_dict=None): self.shown = _as_json(format_dict), md_dict or {}
         def finish_displayhook(self):
             if self.shown: self.shell.tell(type="execute_result", data=self.shown[0], metadata=self.shown[1], execution_count=self.prompt_count)
+    return Hook
+
+# %% ../nbs/05_kernel.ipynb #2364af06
+def _shell_class():
+    "IPython's shell with a wire: what a cell shows, and how it fails, become messages."
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets import Type
 
     class ZMQInteractiveShell(InteractiveShell):  # by this name, and by having a kernel, libraries know a notebook from a terminal
         kernel = object()
-        displayhook_class, display_pub_class, wire, failure, over = Type(Hook), Type(Publisher), None, None, False
+        displayhook_class, display_pub_class, wire, failure, over = Type(_hook()), Type(_publisher()), None, None, False
 
         def tell(self, **message):
             "Send a message, behind everything printed before it; a forked child has nobody to send to."
@@ -120,12 +143,17 @@ def make_shell():
         def ask_exit(self):
             "`exit` in a cell ends the notebook."
             self.over = True
+    return ZMQInteractiveShell
 
+# %% ../nbs/05_kernel.ipynb #2fcd60c8
+def make_shell():
+    "IPython's shell, silent and without history; its output goes where `shell.wire` leads."
+    from traitlets.config import Config
     # that key is how libraries recognise a notebook; colours as in Jupyter; SQLite's history would start a thread
     settings = Config({"IPKernelApp": {}, "HistoryManager": {"enabled": False}, "InteractiveShell": {"colors": "neutral", "ast_node_interactivity": "last_expr"}})
-    return ZMQInteractiveShell.instance(config=settings)
+    return _shell_class().instance(config=settings)
 
-# %% ../nbs/05_kernel.ipynb #d040e1ca
+# %% ../nbs/05_kernel.ipynb #e4686c41
 async def _run_async(shell, code: str):
     "One cell of IPython's; every cell runs inside an event loop, so that what it has started goes on in the next one."
     result, transformed, problem = None, code, None
@@ -137,7 +165,7 @@ async def _run_async(shell, code: str):
         shell.events.trigger("post_run_cell", result)
     return result
 
-
+# %% ../nbs/05_kernel.ipynb #56bc0be1
 def _run_cell(shell, code: str, loop) -> dict:
     "Run one cell; what the runner is told when it is over."
     shell.failure = None
@@ -149,7 +177,7 @@ def _run_cell(shell, code: str, loop) -> dict:
     used = {"seconds": round(time.perf_counter() - start, 4), **used_between(before, process_meter())}
     return {"type": "done", "status": "error" if shell.failure else "exit" if shell.over else "ok", "failure": shell.failure, "count": shell.execution_count - 1, "used": used}
 
-
+# %% ../nbs/05_kernel.ipynb #0d6bb496
 def _run_in(shell, loop, code: str):
     "Run a cell in the loop; what it raised, if anything."
     task = loop.create_task(_run_async(shell, code), context=shell.context)  # all cells share one context, so that a ContextVar keeps its value
@@ -174,17 +202,17 @@ def serve_cells(shell, sock: socket.socket):
         try: wire.send(_run_cell(shell, message["code"], loop))
         except KeyboardInterrupt: pass  # came between two cells: nothing ran that it could stop
 
-# %% ../nbs/05_kernel.ipynb #909c3a87
+# %% ../nbs/05_kernel.ipynb #362f5086
 def reseed():
     "New seeds for the generators that are imported."
     random.seed()
     if np := sys.modules.get("numpy"): np.random.seed(int.from_bytes(os.urandom(4), "little"))
     if torch := sys.modules.get("torch"): torch.manual_seed(int.from_bytes(os.urandom(7), "little"))
 
-
+# %% ../nbs/05_kernel.ipynb #b5c72891
 def _no_input(*_, **__): raise OSError("a batch run has nobody to ask: make it a parameter")
 
-
+# %% ../nbs/05_kernel.ipynb #d20fd9df
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
@@ -192,7 +220,7 @@ def _prctl(option: int, value: int):
     import ctypes
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
-
+# %% ../nbs/05_kernel.ipynb #ebcd892b
 def _become_kernel(shell, sock, streams: list[int], asked: dict):
     "Turn a fresh copy of the template into a kernel, and run it."
     os.setsid()
@@ -211,7 +239,7 @@ def _become_kernel(shell, sock, streams: list[int], asked: dict):
     import atexit
     atexit._run_exitfuncs()
 
-# %% ../nbs/05_kernel.ipynb #48a5121f
+# %% ../nbs/05_kernel.ipynb #5476c31c
 def template(fd: int):
     "The process that kernels are forked from; ends, with all of them, when the runner has gone."
     control, alive = Wire(socket.socket(fileno=fd)), set()
@@ -230,13 +258,13 @@ def template(fd: int):
         with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
     os._exit(0)
 
-
+# %% ../nbs/05_kernel.ipynb #8dcd7199
 def _import(shell, name: str):
     "Import a library so that all kernels have it, its filters of warnings too; it may look whether it is in a notebook. What it says nobody hears."
     import importlib
     with shell.builtin_trap, contextlib.suppress(Exception): importlib.import_module(name)
 
-# %% ../nbs/05_kernel.ipynb #b93b013c
+# %% ../nbs/05_kernel.ipynb #28c14e8c
 def _fork(control: Wire, shell, alive: set, fds: list[int], asked: dict):
     "Make a kernel."
     gc.freeze()  # what is there now is shared: the collector shall not touch, and thereby copy, it
@@ -249,7 +277,7 @@ def _fork(control: Wire, shell, alive: set, fds: list[int], asked: dict):
         _become_kernel(shell, socket.socket(fileno=fds[0]), fds[1:], asked)
     finally: os._exit(0)
 
-
+# %% ../nbs/05_kernel.ipynb #4d7db8b6
 def _bury(alive: set, pid: int) -> dict:
     "Wait for a kernel that is dead or dying, and end what it has left behind."
     alive.discard(pid)
@@ -258,7 +286,7 @@ def _bury(alive: set, pid: int) -> dict:
         for orphan in [int(p) for p in _children() if int(p) not in alive]: kill_tree(orphan), os.waitpid(orphan, 0)
     return {"code": os.waitstatus_to_exitcode(status), "peak_mb": round(usage.ru_maxrss / 1024, 1)}
 
-
+# %% ../nbs/05_kernel.ipynb #03f60bb9
 def _children() -> list[str]:
     "Processes whose parent this one is."
     out = []
@@ -267,7 +295,7 @@ def _children() -> list[str]:
             if p.isdigit() and Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[1] == str(os.getpid()): out.append(p)
     return out
 
-# %% ../nbs/05_kernel.ipynb #c26a921c
+# %% ../nbs/05_kernel.ipynb #3189f6d6
 class KernelDied(Exception):
     "A kernel ended in mid-cell; the text says how, and with how much memory."
 
@@ -275,20 +303,20 @@ class KernelDied(Exception):
 class TimeUp(Exception):
     "A cell ran out of time."
 
-
+# %% ../nbs/05_kernel.ipynb #5b0f580e
 HEAVY = ("numpy", "pandas", "duckdb", "pyarrow.parquet", "matplotlib.figure", "onnxruntime", "sklearn.linear_model", "lightgbm", "torch")  # known to fork well
 
 
 UNLESS_SET = {"OMP_WAIT_POLICY": "PASSIVE", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # PASSIVE: idle threads give the core to a stage beside them
 AS_JUPYTER = {"TERM": "xterm-color", "CLICOLOR": "1", "FORCE_COLOR": "1", "CLICOLOR_FORCE": "1", "PAGER": "cat", "GIT_PAGER": "cat"}
 
-
+# %% ../nbs/05_kernel.ipynb #86c5444b
 def warm_possible() -> str:
     "'' where kernels can be forked; else why not."
     if not sys.platform.startswith("linux"): return f"{sys.platform} cannot fork a process with these libraries safely"
     return "" if hasattr(os, "fork") else "this Python cannot fork"
 
-# %% ../nbs/05_kernel.ipynb #93b7313f
+# %% ../nbs/05_kernel.ipynb #030e4777
 class WarmKernels:
     "The template and the kernels that come from it; a context manager."
 
@@ -298,47 +326,61 @@ class WarmKernels:
     ):
         if reason := warm_possible(): raise SlmlError("kernels cannot be forked here", "kernels", reason)
         ours, theirs = socket.socketpair()
-        path = [p for p in sys.path if p and p != os.path.dirname(os.path.abspath(sys.argv[0] or "."))]  # the folder of a script is its own affair
-        if "__file__" in globals() and (package := str(Path(__file__).parents[1])) not in path: path.append(package)
-        code = f"import sys; sys.path[:] = {path!r}; from slml_nb.kernel import template; template({theirs.fileno()})"
         self.mark = os.urandom(8).hex()
-        with open(os.devnull, "r+b") as none:
-            self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=none, stdout=none, stderr=none, start_new_session=True,
-                                            env={**UNLESS_SET, **os.environ, **AS_JUPYTER, "SLML_TEMPLATE": self.mark})
+        self.process = _start_template(theirs, self.mark)
         theirs.close()
         self.control, self.lock, self.oom = Wire(ours), threading.Lock(), oom_kills()
         self.control.send({"preload": list(preload)})
 
-    def ask(self, fds: list[int], **message) -> dict:
-        "One request to the template, one answer."
-        with self.lock:
-            try:
-                socket.send_fds(self.control.sock, [b"!"], fds)
-                self.control.send(message)
-            except OSError: return {}
-            return self.control.receive() or {}
-
-    def start(self, cwd=".", env: dict | None = None, path: list | None = None) -> "WarmKernel":
-        "A kernel, in a directory, with these variables on top of this process's, and folders of modules."
-        ours, theirs = socket.socketpair()
-        (out, out_in), (err, err_in) = os.pipe(), os.pipe()
-        given = {**UNLESS_SET, **os.environ, **AS_JUPYTER, **(env or {}), "SLML_TEMPLATE": self.mark}
-        answer = self.ask([theirs.fileno(), out_in, err_in], cwd=str(Path(cwd).resolve()), env=given, path=[str(p) for p in path or []])
-        theirs.close(), os.close(out_in), os.close(err_in)
-        if "pid" not in answer: raise SlmlError("the template of the kernels has ended", "kernels", "--cold starts each kernel by itself")
-        return WarmKernel(self, answer["pid"], Wire(ours), {out: "stdout", err: "stderr"})
-
-    def close(self):
-        "End the template and every kernel."
-        self.control.sock.close()
-        try: self.process.wait(5)
-        except subprocess.TimeoutExpired: kill_tree(self.process.pid), self.process.wait()
-        if self.process.returncode: kill_marked("SLML_TEMPLATE", self.mark)  # it could not tidy up itself
-
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../nbs/05_kernel.ipynb #4e5131dc
+# %% ../nbs/05_kernel.ipynb #0b28e7ee
+def _start_template(theirs: socket.socket, mark: str) -> subprocess.Popen:
+    "A fresh Python that has nothing to do but to be forked."
+    path = [p for p in sys.path if p and p != os.path.dirname(os.path.abspath(sys.argv[0] or "."))]  # the folder of a script is its own affair
+    if "__file__" in globals() and (package := str(Path(__file__).parents[1])) not in path: path.append(package)
+    code = f"import sys; sys.path[:] = {path!r}; from slml_nb.kernel import template; template({theirs.fileno()})"
+    with open(os.devnull, "r+b") as none:
+        return subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=none, stdout=none, stderr=none, start_new_session=True,
+                                env={**UNLESS_SET, **os.environ, **AS_JUPYTER, "SLML_TEMPLATE": mark})
+
+# %% ../nbs/05_kernel.ipynb #cc901168
+def _ask(self: WarmKernels, fds: list[int], **message) -> dict:
+    "One request to the template, one answer."
+    with self.lock:
+        try:
+            socket.send_fds(self.control.sock, [b"!"], fds)
+            self.control.send(message)
+        except OSError: return {}
+        return self.control.receive() or {}
+
+WarmKernels.ask = _ask
+
+# %% ../nbs/05_kernel.ipynb #0facdb41
+def _start(self: WarmKernels, cwd=".", env: dict | None = None, path: list | None = None) -> "WarmKernel":
+    "A kernel, in a directory, with these variables on top of this process's, and folders of modules."
+    ours, theirs = socket.socketpair()
+    (out, out_in), (err, err_in) = os.pipe(), os.pipe()
+    given = {**UNLESS_SET, **os.environ, **AS_JUPYTER, **(env or {}), "SLML_TEMPLATE": self.mark}
+    answer = self.ask([theirs.fileno(), out_in, err_in], cwd=str(Path(cwd).resolve()), env=given, path=[str(p) for p in path or []])
+    theirs.close(), os.close(out_in), os.close(err_in)
+    if "pid" not in answer: raise SlmlError("the template of the kernels has ended", "kernels", "--cold starts each kernel by itself")
+    return WarmKernel(self, answer["pid"], Wire(ours), {out: "stdout", err: "stderr"})
+
+WarmKernels.start = _start
+
+# %% ../nbs/05_kernel.ipynb #c461f53c
+def _close(self: WarmKernels):
+    "End the template and every kernel."
+    self.control.sock.close()
+    try: self.process.wait(5)
+    except subprocess.TimeoutExpired: kill_tree(self.process.pid), self.process.wait()
+    if self.process.returncode: kill_marked("SLML_TEMPLATE", self.mark)  # it could not tidy up itself
+
+WarmKernels.close = _close
+
+# %% ../nbs/05_kernel.ipynb #cb80c7a8
 class WarmKernel:
     "A forked kernel, seen from the runner."
     kind, grace = "warm", 3.0  # seconds between an interrupt and the kill
@@ -348,33 +390,43 @@ class WarmKernel:
         self.pipes = {fd: (name, codecs.getincrementaldecoder("utf-8")("replace")) for fd, name in pipes.items()}
         for fd in pipes: os.set_blocking(fd, False)
 
-    def execute(
-        self,
-        code: str,
-        on_message,  # called with each message: stream, display_data, update_display_data, execute_result, error, clear_output
-        limit: float | None = None,  # seconds
-    ) -> dict:  # status ("ok", "error", "exit"), count, used
-        "Run one cell; KernelDied or TimeUp when it cannot be finished."
-        try: self.wire.send({"code": code})
-        except OSError: self._dead()
-        end, late = time.monotonic() + limit if limit else None, False
-        with selectors.DefaultSelector() as ready:
-            for fd in (self.wire.sock, *self.pipes): ready.register(fd, selectors.EVENT_READ)
-            while True:
-                for key, _ in ready.select(None if end is None else max(0, end - time.monotonic())):
-                    if key.fd in self.pipes: self._pipe(key.fd, on_message, ready)
-                    elif (message := self.wire.receive()) is None: self._dead(on_message, late, limit)
-                    elif message["type"] != "done": on_message(message)
-                    else:
-                        for fd in self.pipes: self._pipe(fd, on_message)
-                        if late: raise TimeUp(f"the cell ran longer than {limit:g} s")
-                        return message
-                if end is not None and time.monotonic() >= end:
-                    if late: self.kill()
-                    else: os.kill(self.pid, signal.SIGINT)
-                    end, late = time.monotonic() + self.grace, True
+# %% ../nbs/05_kernel.ipynb #4fcba97e
+def _execute(
+    self: WarmKernel,
+    code: str,
+    on_message,  # called with each message: stream, display_data, update_display_data, execute_result, error, clear_output
+    limit: float | None = None,  # seconds
+) -> dict:  # status ("ok", "error", "exit"), count, used
+    "Run one cell; KernelDied or TimeUp when it cannot be finished."
+    try: self.wire.send({"code": code})
+    except OSError: self._dead()
+    end, late = time.monotonic() + limit if limit else None, False
+    with selectors.DefaultSelector() as ready:
+        for fd in (self.wire.sock, *self.pipes): ready.register(fd, selectors.EVENT_READ)
+        while True:
+            for key, _ in ready.select(None if end is None else max(0, end - time.monotonic())):
+                if done := self._hear(key.fd, ready, on_message, late, limit): return done
+            if end is not None and time.monotonic() >= end:
+                if late: self.kill()
+                else: os.kill(self.pid, signal.SIGINT)
+                end, late = time.monotonic() + self.grace, True
 
-# %% ../nbs/05_kernel.ipynb #7c61b613
+WarmKernel.execute = _execute
+
+# %% ../nbs/05_kernel.ipynb #cd0cee3e
+def _hear(self: WarmKernel, fd: int, ready, on_message, late: bool, limit) -> dict | None:
+    "Hand on one message, or what a pipe holds; the kernel's own answer when the cell is over."
+    if fd in self.pipes: self._pipe(fd, on_message, ready)
+    elif (message := self.wire.receive()) is None: self._dead(on_message, late, limit)
+    elif message["type"] != "done": on_message(message)
+    else:
+        for pipe in self.pipes: self._pipe(pipe, on_message)
+        if late: raise TimeUp(f"the cell ran longer than {limit:g} s")
+        return message
+
+WarmKernel._hear = _hear
+
+# %% ../nbs/05_kernel.ipynb #242ab436
 def _pipe(self: WarmKernel, fd: int, on_message, ready=None):
     "Hand on what child processes have printed."
     name, decoder = self.pipes[fd]
@@ -385,7 +437,9 @@ def _pipe(self: WarmKernel, fd: int, on_message, ready=None):
         if text := decoder.decode(data): on_message({"type": "stream", "name": name, "text": text})
         if ready: return
 
+WarmKernel._pipe = _pipe
 
+# %% ../nbs/05_kernel.ipynb #7db37f18
 def _dead(self: WarmKernel, on_message=None, late=False, limit=None):
     "Find out how the kernel ended, and say so."
     for fd in self.pipes if on_message else (): self._pipe(fd, on_message)
@@ -393,7 +447,9 @@ def _dead(self: WarmKernel, on_message=None, late=False, limit=None):
     if late: raise TimeUp(f"the cell ran longer than {limit:g} s and did not heed an interrupt")
     raise KernelDied(death(how.get("code"), how.get("peak_mb"), oom_kills() > self.kernels.oom))
 
+WarmKernel._dead = _dead
 
+# %% ../nbs/05_kernel.ipynb #8e0b15d7
 def death(
     code: int | None,  # of exit; negative: a signal
     peak_mb: float | None = None,  # the most memory it had
@@ -407,9 +463,7 @@ def death(
     if -code == signal.SIGKILL: why = ", by the system's out-of-memory killer" if oom else ": perhaps the machine is out of memory"
     return f"the kernel was killed by {signal.Signals(-code).name}{why}{memory}"
 
-WarmKernel._pipe, WarmKernel._dead = _pipe, _dead
-
-# %% ../nbs/05_kernel.ipynb #00cc4d25
+# %% ../nbs/05_kernel.ipynb #6e800b15
 def kill(self: WarmKernel) -> dict:  # code and peak_mb
     "End the kernel with everything it has started; the second time, only say how it ended."
     if self.ended is None:
@@ -418,7 +472,9 @@ def kill(self: WarmKernel) -> dict:  # code and peak_mb
         if not self.ended: kill_marked("SLML_TEMPLATE", self.kernels.mark)  # the template has ended, and nobody else finds what kernels have left
     return self.ended
 
+WarmKernel.kill = kill
 
+# %% ../nbs/05_kernel.ipynb #4c74a426
 def stop(self: WarmKernel):
     "Let the kernel end by itself, as a notebook's kernel does, within two seconds; then end what is left."
     self.wire.sock.shutdown(socket.SHUT_WR)
@@ -429,4 +485,4 @@ def stop(self: WarmKernel):
     for fd in self.pipes: os.close(fd)
     self.pipes = {}
 
-WarmKernel.kill, WarmKernel.stop = kill, stop
+WarmKernel.stop = stop

@@ -11,7 +11,7 @@ from .core import SlmlError, nearest, suggest
 from .dialect import ALIASES, INSTEAD, SUBSET, expand
 from .sql import ident, literal, parse_expression, walk_tree
 
-# %% ../nbs/21_library.ipynb #46f8fc96
+# %% ../nbs/21_library.ipynb #2a414675
 LIBRARY = {}  # {name: (parameters, SQL)}, as `expand` takes it
 ABOUT = {}  # {name: {"call", "unit", "doc", "source"}}
 
@@ -28,7 +28,7 @@ def add_macro(
     LIBRARY[name] = ([p.strip() for p in parameters.split(",")], sql)
     ABOUT[name] = {"call": call, "unit": unit, "doc": doc, "source": source}
 
-
+# %% ../nbs/21_library.ipynb #15915d66
 def library_table() -> list[dict]:  # name, call, unit, doc, source
     "The library to read: one row a macro."
     return [{"name": name, **about} for name, about in ABOUT.items()]
@@ -83,14 +83,14 @@ add_macro("word_count(s)",
 add_macro("capital_share(s)", "CASE WHEN s <> '' THEN length(regexp_replace(s, '[^A-Z]', '', 'g')) / length(s) END", "0 to 1", "the share of A to Z among the characters", "ASCII")
 add_macro("digit_share(s)", "CASE WHEN s <> '' THEN length(regexp_replace(s, '[^0-9]', '', 'g')) / length(s) END", "0 to 1", "the share of 0 to 9 among the characters", "ASCII")
 
-# %% ../nbs/21_library.ipynb #235bab7d
+# %% ../nbs/21_library.ipynb #db64cd36
 def _holidays():
     "The package that knows the dates."
     try: import holidays
     except ImportError: raise SlmlError("the package 'holidays' is not installed", "is_holiday", "pip install holidays; it is needed at training only") from None
     return holidays
 
-
+# %% ../nbs/21_library.ipynb #1f1e3a1f
 def calendar_codes(
     calendar: str,  # what the user wrote
 ) -> tuple[str, str | None]:  # country or exchange, and part of the country
@@ -102,7 +102,7 @@ def calendar_codes(
     if code in countries: raise SlmlError(f"{code} has no part '{part}'", f"calendar '{calendar}'", f"write one of {', '.join(f'{code}-{p}' for p in countries[code]) or code}")
     raise SlmlError(f"'{calendar}' is no code of a country", f"calendar '{calendar}'", _meant(calendar, holidays) or suggest(code, countries))
 
-
+# %% ../nbs/21_library.ipynb #5f5465cf
 def _meant(calendar: str, holidays) -> str:
     "The codes of the countries and parts whose name holds a word."
     word, found = calendar.lower().replace(" ", ""), []
@@ -122,8 +122,10 @@ def holiday_dates(
     if code in holidays.list_supported_countries(): return sorted(holidays.country_holidays(code, subdiv=part, years=span))
     return sorted(holidays.financial_holidays(code, years=span))
 
-# %% ../nbs/21_library.ipynb #84e4ff80
-def _date(d) -> str: return f"DATE '{d}'"
+# %% ../nbs/21_library.ipynb #3a14da44
+def _date(d) -> str:
+    "A date as SQL."
+    return f"DATE '{d}'"
 
 
 def is_holiday_sql(
@@ -133,7 +135,7 @@ def is_holiday_sql(
     "Is the day of t a holiday?"
     return f"CASE WHEN year(t) BETWEEN {years[0]} AND {years[1]} THEN CAST(t AS DATE) IN ({', '.join(map(_date, dates))}) END"
 
-
+# %% ../nbs/21_library.ipynb #239ce291
 def days_to_holiday_sql(
     dates: list,
     years: tuple[int, int],
@@ -145,13 +147,13 @@ def days_to_holiday_sql(
     found = f"date_diff('day', CAST(t AS DATE), CASE WHEN CAST(t AS DATE) <= {_date(dates[-1])} THEN {search(dates)} END)"
     return f"CASE WHEN year(t) BETWEEN {years[0]} AND {years[1]} THEN {found} END"
 
-
+# %% ../nbs/21_library.ipynb #cd3cce9c
 HOLIDAYS = {"is_holiday": is_holiday_sql, "days_to_holiday": days_to_holiday_sql}
 for _name, _unit, _doc in [("is_holiday", "true or false", "is the day of t a public holiday? is_holiday(t, 'US'), (t, 'DE-BY'), (t, 'XNYS')"),
                            ("days_to_holiday", "days", "days to the next public holiday, 0 on one")]:
     ABOUT[_name] = {"call": f"{_name}(t, calendar)", "unit": _unit, "doc": _doc, "source": "the package holidays, at training"}
 
-# %% ../nbs/21_library.ipynb #f2d41b39
+# %% ../nbs/21_library.ipynb #a21dd5b6
 def calendars_in(
     expression: str,  # SQL
     where: str = "",  # what it belongs to, for messages
@@ -166,7 +168,7 @@ def calendars_in(
         if code not in found.setdefault(name, []): found[name].append(code)
     return found
 
-
+# %% ../nbs/21_library.ipynb #6d505f9a
 def _calls(expression, where):
     "The functions of an expression, with their arguments; one that is nearly a name of the library is refused."
     for node in walk_tree(parse_expression(expression, where)):
@@ -175,7 +177,7 @@ def _calls(expression, where):
             raise SlmlError(f"there is no function {name}", where, f"did you mean {ABOUT[close]['call']}?")
         if name: yield name, node.get("arguments", [])
 
-
+# %% ../nbs/21_library.ipynb #355edc10
 def macros_for(
     expression: str,  # SQL that may call the library
     years: tuple[int, int] = (2000, 2040),  # of which holidays are written out, first and last
@@ -189,7 +191,7 @@ def macros_for(
                       "CASE calendar " + " ".join(f"WHEN {literal(c)} THEN {s}" for c, s in sql.items()) + " END")
     return {**LIBRARY, **more}
 
-
+# %% ../nbs/21_library.ipynb #bb90abc1
 def with_library(
     expression: str,  # SQL that may call the library
     years: tuple[int, int] = (2000, 2040),  # of which holidays are written out

@@ -15,13 +15,13 @@ from .graph import key_of
 from .run import load_run
 from .stage import shipped_notebooks
 
-# %% ../nbs/51_lineage.ipynb #fade1e68
+# %% ../nbs/51_lineage.ipynb #45b1b254
 def _moment(value) -> bool:
     "Whether a value is a time in ISO 8601."
     try: return bool(dt.datetime.fromisoformat(value))
     except (ValueError, TypeError): return value == ""
 
-
+# %% ../nbs/51_lineage.ipynb #522daec6
 _texts = {"*": str}
 _state = {"state": str, "key": str, "stage": str, "title": str, "started": _moment, "seconds": (int, float), "offset": (int, float), "error": {"message": str}}
 SHAPES = {  # what is read here of each file: a type, a test, [of each], {"*": of each}; None is always allowed
@@ -34,7 +34,7 @@ SHAPES = {  # what is read here of each file: a type, a test, [of each], {"*": o
                  "stages": {"*": _state}, "nodes": {"*": _state}},
     "context.json": {"needs": [str], "makes": [str]}}
 
-
+# %% ../nbs/51_lineage.ipynb #79890e0a
 def fits(
     value,  # as JSON gives it
     shape,  # see `SHAPES`
@@ -45,7 +45,7 @@ def fits(
     if isinstance(shape, dict): return isinstance(value, dict) and all(fits(value[k], s) for k, s in shape.items() if k in value) and ("*" not in shape or all(fits(v, shape["*"]) for v in value.values()))
     return isinstance(value, shape) if isinstance(shape, (type, tuple)) else shape(value)
 
-# %% ../nbs/51_lineage.ipynb #55ac2674
+# %% ../nbs/51_lineage.ipynb #237187fd
 def _parsed(path: Path, problems: list) -> dict | None:
     "A JSON object from a file; None, and a word in `problems`, when it is damaged."
     try: found = json.loads(path.read_bytes())
@@ -59,26 +59,26 @@ def _parsed(path: Path, problems: list) -> dict | None:
     if isinstance(found, dict): return {k: v for k, v in found.items() if v is not None}
     problems.append(f"{path.parent.parent.name}/{path.parent.name}/{path.name} is damaged and was left out ({why})")
 
-
+# %% ../nbs/51_lineage.ipynb #5adf990b
 def _record_of(folder: Path) -> dict:
     "The record of a run that is whole enough to be told."
     record = load_run(folder)
     if fits(record, SHAPES["run.json"]) and {"project", "started", "stages"} <= {k for k, v in record.items() if v}: return {k: v for k, v in record.items() if v is not None}
     raise SlmlError("run.json is damaged", str(folder), "run the parameter set again: finished stages are reused")
 
-
+# %% ../nbs/51_lineage.ipynb #a3a039a9
 def _key(parts: dict) -> str:
     "The key that its parts give; '' when they are no parts of a key. Older records name a cell by its hash alone."
     try: return key_of({**parts, "cells": [c if isinstance(c, list) else [0, c] for c in parts["cells"]]})
     except (KeyError, TypeError, ValueError): return ""
 
-# %% ../nbs/51_lineage.ipynb #4008d5da
+# %% ../nbs/51_lineage.ipynb #80d87a1a
 def _plain_address(address: str) -> str:
     "A web address without its query and its user, as ingest records it."
     scheme, sep, rest = address.partition("://")
     return f"{scheme}://{rest.split('?')[0].split('#')[0].rpartition('@')[2]}" if scheme in ("http", "https") and sep else address
 
-
+# %% ../nbs/51_lineage.ipynb #bde073b8
 def _raw_files(parts: dict, made: dict) -> list[dict]:
     "What an execution has read from outside: files with the hash of their bytes; for older records, what identified their content."
     outside = {_plain_address(a): str(mark) for a, mark in parts.get("outside", {}).items() if mark != "absent"}
@@ -111,18 +111,18 @@ def execution(
         parts, inputs, read = {}, {}, _raw_files({}, made)
     return {"key": key, "stage": stage, "parts": parts, "artifacts": artifacts, "inputs": inputs, "read": read, "root": made.get("root", ""), "place": str(place)}
 
-# %% ../nbs/51_lineage.ipynb #93f6c436
+# %% ../nbs/51_lineage.ipynb #93dfa460
 def empty_graph() -> dict:  # {"nodes": {id: node}, "ahead": {id: {id}}, "behind": {id: {id}}, "runs": {name: run}, "problems": []}
     "A history in which nothing has happened yet."
     return {"nodes": {}, "ahead": {}, "behind": {}, "runs": {}, "problems": []}
 
-
+# %% ../nbs/51_lineage.ipynb #746d306c
 def _edge(graph, a, b):
     "Something that went into something."
     graph["ahead"].setdefault(a, {})[b] = True
     graph["behind"].setdefault(b, {})[a] = True
 
-
+# %% ../nbs/51_lineage.ipynb #3493d906
 def _node(graph, ident: str, run: str, **what) -> dict:
     "A node, made at the first mention; each mention adds its run."
     node = graph["nodes"].setdefault(ident, {"id": ident, "runs": {}})
@@ -172,7 +172,7 @@ def walk(
             if b not in seen: seen[b] = todo.append(b) or True
     return list(seen)[1:]
 
-# %% ../nbs/51_lineage.ipynb #2beff695
+# %% ../nbs/51_lineage.ipynb #da2a562e
 def _run_folders(root: Path) -> list[Path]:
     "Folders of runs and of sweep points, newest first."
     found = [p for pattern in ("*/*", "*/*/points/*") for p in root.glob(pattern) if not any(s.startswith(".") for s in p.relative_to(root).parts)]
@@ -180,13 +180,13 @@ def _run_folders(root: Path) -> list[Path]:
     when = lambda p: ((p / "run.json") if (p / "run.json").is_file() else p).stat().st_mtime_ns
     return sorted(found, key=lambda p: (when(p), p.name), reverse=True)
 
-
+# %% ../nbs/51_lineage.ipynb #ef26e98e
 def _digest(path: Path) -> bytes:
     "Hash of a small file, to see whether it was read before; of one that cannot be read, its name's."
     try: return hashlib.sha256(path.read_bytes()).digest()
     except OSError: return str(path).encode()
 
-
+# %% ../nbs/51_lineage.ipynb #884a2a86
 def _read_run(graph: dict, folder: Path, name: str, known: dict):
     "Put a run into the graph; `known` remembers what several runs share, so that it is read once."
     record = _parsed(folder / "run.json", graph["problems"]) or {}
@@ -227,7 +227,7 @@ def history(
     if lost: graph["problems"].append(f"{lost} stage{'s' * (lost > 1)} in the store {'have' if lost > 1 else 'has'} neither a run nor a key.json: what they were made from is not known")
     return graph
 
-# %% ../nbs/51_lineage.ipynb #7a72aacb
+# %% ../nbs/51_lineage.ipynb #080d4189
 MODELS = ("package", "network", "baselines")  # what a run is for, most finished first
 
 
@@ -239,13 +239,13 @@ def _run_called(graph: dict, name: str) -> dict | None:
         if name == "latest" and len(parts) == 2 or name in (run["name"], parts[-1] if len(parts) == 2 else "/".join(parts[1:])) or name == run["project"] and len(parts) == 2: return run
     return next((r for r in graph["runs"].values() if os.path.realpath(r["folder"]) == path), None)
 
-
+# %% ../nbs/51_lineage.ipynb #7e7cffac
 def _named(graph: dict, run: dict, name: str) -> list[str]:
     "The artifact, else the stage, of that name in a run."
     made = [a for s in run["stages"].values() for a in graph["ahead"].get(s, ()) if name in graph["nodes"][a].get("names", ())]
     return made[:1] or [run["stages"][name]] if made or name in run["stages"] else []
 
-
+# %% ../nbs/51_lineage.ipynb #686b4529
 def _main_results(graph: dict, run: dict) -> list[str]:
     "A run's model; else what it made and did not use itself."
     for name in MODELS:
@@ -254,7 +254,7 @@ def _main_results(graph: dict, run: dict) -> list[str]:
     made = [a for s in own for a in graph["ahead"].get(s, ())]
     return sorted(a for a in made if not own & set(graph["ahead"].get(a, ()))) or sorted(own)
 
-# %% ../nbs/51_lineage.ipynb #af3d8cc5
+# %% ../nbs/51_lineage.ipynb #c4c692f4
 def resolve_thing(
     graph: dict,
     thing: str,
@@ -276,12 +276,12 @@ def resolve_thing(
             if ids and graph["nodes"][ids[0]]["type"] == kind: return kind, ids, run["name"]
     return _by_content(graph, thing)
 
-
+# %% ../nbs/51_lineage.ipynb #0f5a227b
 def _names(graph, run) -> list[str]:
     "Stages and artifacts of a run."
     return [*run["stages"], *(n for s in run["stages"].values() for a in graph["ahead"].get(s, ()) for n in graph["nodes"][a].get("names", ()))]
 
-# %% ../nbs/51_lineage.ipynb #e28d9e18
+# %% ../nbs/51_lineage.ipynb #a3609f83
 def _by_content(graph, thing) -> tuple[str, list[str], str]:
     "Nodes by hash, by address, or by the bytes of a file or folder."
     nodes = graph["nodes"].values()
@@ -304,12 +304,12 @@ def _by_content(graph, thing) -> tuple[str, list[str], str]:
     read = f"; runs have read {thing} when its bytes were {', '.join((graph['nodes'][i].get('sha256') or '?')[:12] for i in at[:3])}" if at else ""
     raise SlmlError(f"no run has read or made these bytes ({sha[:12]}){read}", str(thing), "`slml lineage ADDRESS` follows what was read before" if at else "`slml runs` lists the runs")
 
-
+# %% ../nbs/51_lineage.ipynb #5ab60fd9
 def _callable(graph) -> list[str]:
     "Names that a thing could have had."
     return ["latest", *dict.fromkeys(r["project"] for r in graph["runs"].values()), *dict.fromkeys(n for r in graph["runs"].values() for n in _names(graph, r)), *(r.split("/")[1] for r in graph["runs"])]
 
-# %% ../nbs/51_lineage.ipynb #3d0de380
+# %% ../nbs/51_lineage.ipynb #5bf54e0e
 def _maker(graph, node) -> dict:
     "The run that made an execution: the one it names, else the oldest that did not reuse it."
     runs = [graph["runs"][r] for r in node["runs"]]
@@ -317,7 +317,7 @@ def _maker(graph, node) -> dict:
     made = [r for r in runs if r["record"].get("stages", {}).get(node["stage"], {}).get("state") == "made"]
     return next((r for r in runs if named and named in r["name"].split("/")), None) or (made or runs or [{"name": "", "record": {}}])[-1]
 
-
+# %% ../nbs/51_lineage.ipynb #c31d7bbc
 def _parameters(node, record) -> tuple[dict, list]:
     "{parameter: its value as short text}, and the names of those that are not what the notebook's default is."
     hashes = node["parts"].get("parameters", {})
@@ -364,7 +364,7 @@ def lineage(
     return {"thing": thing, "what": what, "run": run, "starts": starts, "back": back, "forward": forward, "edges": edges,
             "nodes": {i: described(graph, i) for i in [*starts, *back, *forward]}, "problems": graph["problems"]}
 
-# %% ../nbs/51_lineage.ipynb #58e15529
+# %% ../nbs/51_lineage.ipynb #f7c4f3d2
 def _size(count) -> str:
     "Bytes for people."
     if count is None: return ""
@@ -372,12 +372,12 @@ def _size(count) -> str:
         if count < 1000 or unit == "GB": return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
 
-
+# %% ../nbs/51_lineage.ipynb #a58f610c
 def _short(text: str, most: int) -> str:
     "A text cut in its middle to at most so many characters."
     return text if len(text) <= most else f"{text[:most // 2 - 1]}…{text[-(most - most // 2):]}"
 
-
+# %% ../nbs/51_lineage.ipynb #956dcb88
 def _line(node: dict) -> str:
     "One node in one line."
     if node["type"] == "source":
@@ -402,7 +402,7 @@ def _details(node: dict, code: bool = True) -> list[str]:
     code = f"code {node['code'][:12]} ({node['cells']} cells, {len(node['modules'])} modules)" if node["code"] else ""
     return [x for x in (line and f"set: {line}", "; ".join(filter(None, [code, versions]))) if x]
 
-# %% ../nbs/51_lineage.ipynb #88135f67
+# %% ../nbs/51_lineage.ipynb #95862935
 def _tree(found: dict, beyond: dict, here: str, stem: str, shown: set, code: bool, most: int = 12) -> list[str]:
     "The lines below a node."
     lines, children = [], beyond.get(here, [])
@@ -419,7 +419,7 @@ def _tree(found: dict, beyond: dict, here: str, stem: str, shown: set, code: boo
         lines += _tree(found, beyond, child, below, shown, code, most)
     return lines + ([f"{stem}└─ and {len(children) - most:,} more"] if len(children) > most else [])
 
-
+# %% ../nbs/51_lineage.ipynb #bca936fe
 def _counted(found: dict, ids) -> str:
     "How many stages, artifacts and raw files there are among some nodes."
     kinds = collections.Counter(found["nodes"][i]["type"] for i in ids)
@@ -447,7 +447,7 @@ def lineage_text(
         lines += ["", f"environment: python {env.get('python')}, {env.get('platform', '')}, " + ", ".join(f"{k} {v}" for k, v in env.get("packages", {}).items())]
     return "\n".join(lines + ["", *(f"! {p}" for p in found["problems"])]).rstrip() + "\n"
 
-# %% ../nbs/51_lineage.ipynb #5d3bb70a
+# %% ../nbs/51_lineage.ipynb #35620c2f
 PRODUCER = "https://github.com/slml-nb/slml_nb"
 OPENLINEAGE = "https://openlineage.io/spec"
 FACETS = {"schema": "1-2-0/SchemaDatasetFacet", "dataSource": "1-0-1/DatasourceDatasetFacet", "version": "1-0-1/DatasetVersionDatasetFacet",
@@ -456,29 +456,29 @@ FACETS = {"schema": "1-2-0/SchemaDatasetFacet", "dataSource": "1-0-1/DatasourceD
           "jobType": "2-0-4/JobTypeJobFacet", "documentation": "1-1-0/DocumentationJobFacet", "executionParameters": "1-0-0/ExecutionParametersRunFacet",
           "tags": "1-0-0/TagsRunFacet", "nominalTime": "1-0-1/NominalTimeRunFacet"}
 
-
+# %% ../nbs/51_lineage.ipynb #f36df2bd
 def _facets(**given) -> dict:
     "Facets with the address of their schema; those without content are left out."
     return {n: {"_producer": PRODUCER, "_schemaURL": f"{OPENLINEAGE}/facets/{FACETS[n]}.json#/$defs/{FACETS[n].split('/')[1]}", **what} for n, what in given.items() if what}
 
-
+# %% ../nbs/51_lineage.ipynb #83dbf8d1
 def _uri(address: str) -> str:
     "An address with what a URI may not hold written as %xx."
     return urllib.parse.quote(address, safe=":/?#[]@!$&'()*+,;=%~")
 
-# %% ../nbs/51_lineage.ipynb #8502d663
+# %% ../nbs/51_lineage.ipynb #a897a113
 def _statistics(record: dict) -> dict:
     "Rows and bytes, where they are known."
     return {k: int(record[n]) for k, n in (("rowCount", "rows"), ("size", "bytes")) if record.get(n) is not None}
 
-
+# %% ../nbs/51_lineage.ipynb #99f96b3a
 def _artifact_dataset(project: str, name: str, record: dict, place: str, way: str) -> dict:
     "An artifact as a dataset of an event; way: inputFacets or outputFacets."
     fields = [{"name": n, "type": t, "ordinal_position": i} for i, (n, t) in enumerate(record.get("columns") or [], 1)]
     facets = _facets(schema=fields and {"fields": fields}, version={"datasetVersion": record["sha256"]}, dataSource=place and {"name": project, "uri": place})
     return {"namespace": f"slml_nb://{project}", "name": name, "facets": facets, way: _facets(**{way.replace("Facets", "Statistics"): _statistics(record)})}
 
-
+# %% ../nbs/51_lineage.ipynb #1341b7cd
 def _source_dataset(r: dict) -> dict:
     "A raw file as a dataset: named as OpenLineage names files and objects."
     scheme, sep, rest = r["address"].partition("://")
@@ -488,12 +488,12 @@ def _source_dataset(r: dict) -> dict:
     return {"namespace": namespace, "name": name, "facets": _facets(version={"datasetVersion": r.get("sha256") or r.get("fingerprint") or "unknown"}, dataSource=sep and {"name": namespace, "uri": _uri(r["address"])}),
             "inputFacets": _facets(inputStatistics=_statistics(r))}
 
-# %% ../nbs/51_lineage.ipynb #951cfa7d
+# %% ../nbs/51_lineage.ipynb #cbec16df
 def _run_id(*names: str) -> str:
     "A UUID that is the same whenever the names are."
     return str(uuid.uuid5(uuid.NAMESPACE_URL, "/".join([PRODUCER, *names])))
 
-
+# %% ../nbs/51_lineage.ipynb #8ec48680
 def _times(record: dict, state: dict) -> tuple[str, str]:
     "When a stage began and ended, as ISO 8601 in UTC."
     began = dt.datetime.fromisoformat(state.get("started") or record["started"])
@@ -502,14 +502,14 @@ def _times(record: dict, state: dict) -> tuple[str, str]:
     end = began + dt.timedelta(seconds=state.get("seconds") or 0)
     return began.isoformat(timespec="milliseconds"), end.isoformat(timespec="milliseconds")
 
-
+# %% ../nbs/51_lineage.ipynb #60df351c
 def _address(done: dict, name: str, folder: Path) -> str:
     "Where an artifact lies, without naming this machine's folders."
     root, file = done["root"], done["artifacts"][name].get("file", "")
     if "://" in root: return _uri(f"{root}/{file}")
     return _uri("file:" + Path(os.path.relpath(Path(done["place"]) / root / file, folder.parents[2] if len(folder.parents) > 2 else folder)).as_posix())
 
-
+# %% ../nbs/51_lineage.ipynb #d0bd1472
 def _ending(record: dict, state: str) -> str | None:
     "The event that ends a stage or a run; None while it goes on."
     over = record.get("state") in ("done", "failed", "interrupted")
@@ -521,18 +521,27 @@ def _event(kind: str, when: str, run: str, run_facets: dict, job: tuple, job_fac
     return {"eventType": kind, "eventTime": when, "producer": PRODUCER, "schemaURL": f"{OPENLINEAGE}/2-0-2/OpenLineage.json#/$defs/RunEvent",
             "run": {"runId": run, "facets": run_facets}, "job": {"namespace": job[0], "name": job[1], "facets": job_facets}, "inputs": list(inputs), "outputs": list(outputs)}
 
-# %% ../nbs/51_lineage.ipynb #606ab528
+# %% ../nbs/51_lineage.ipynb #50a99565
 def _given(record: dict, stage: str, done: dict | None) -> dict:
     "The parameters of a stage, from the run's record or from what its key shows."
     return record.get("parameters", {}).get(stage) or (done or {"parts": {}})["parts"].get("shown", {}).get("parameters") or {}
 
-
+# %% ../nbs/51_lineage.ipynb #75938c8e
 def _without_tokens(value) -> str:
     "A value as text; web addresses in it lose their user and their query, for it may go to another house."
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return re.sub(r"""(https?://)(?:[^\s/"'@]*@)?([^\s"'?#]*)(?:[?#][^\s"']*)?""", r"\1\2", text)
 
+# %% ../nbs/51_lineage.ipynb #1fe3fad3
+def _datasets_of(done: dict, folder: Path, project: str, makers: dict) -> tuple[list[dict], list[dict]]:
+    "What a stage has read and what it has written, as datasets."
+    inputs = [_source_dataset(r) for r in done["read"]]
+    for n, sha in done["inputs"].items():
+        maker = makers.get((n, sha))
+        inputs.append(_artifact_dataset(project, n, maker["artifacts"][n] if maker else {"sha256": sha}, _address(maker, n, folder) if maker else "", "inputFacets"))
+    return inputs, [_artifact_dataset(project, n, r, _address(done, n, folder), "outputFacets") for n, r in done["artifacts"].items()]
 
+# %% ../nbs/51_lineage.ipynb #1edd1b7c
 def _stage_events(folder: Path, record: dict, name: str, stage: str, known: dict) -> list[dict]:
     "START and the end of one stage; known: the run's executions, by stage and by (artifact, hash)."
     state, done, project = record["stages"][stage], known["stages"].get(stage), record["project"]
@@ -546,17 +555,11 @@ def _stage_events(folder: Path, record: dict, name: str, stage: str, known: dict
                     executionParameters=given and {"parameters": given}, tags={"tags": [{"key": k, "value": str(v), "source": "slml_nb"} for k, v in (("state", state["state"]), ("key", state.get("key")), ("who", record.get("who"))) if v]})
     failed = _facets(errorMessage=error and {"message": _without_tokens(error), "programmingLanguage": "PYTHON"})
     job = _facets(jobType={"processingType": "BATCH", "integration": "SLML_NB", "jobType": "TASK"}, documentation={"description": state.get("title") or named})
-    inputs, outputs = [], []
-    if done:
-        inputs = [_source_dataset(r) for r in done["read"]]
-        for n, sha in done["inputs"].items():
-            maker = known["makers"].get((n, sha))
-            inputs.append(_artifact_dataset(project, n, maker["artifacts"][n] if maker else {"sha256": sha}, _address(maker, n, folder) if maker else "", "inputFacets"))
-        outputs = [_artifact_dataset(project, n, r, _address(done, n, folder), "outputFacets") for n, r in done["artifacts"].items()]
+    inputs, outputs = _datasets_of(done, folder, project, known["makers"]) if done else ([], [])
     one, last = _run_id(project, name, stage), _ending(record, state["state"])
     return [_event("START", start, one, about, (project, named), job, inputs)] + ([_event(last, end, one, {**about, **failed}, (project, named), job, inputs, outputs)] if last else [])
 
-# %% ../nbs/51_lineage.ipynb #2fcfabd4
+# %% ../nbs/51_lineage.ipynb #d945e6e2
 def openlineage_events(
     run,  # folder of a run
 ) -> list[dict]:  # RunEvents of OpenLineage 2-0-2, in the order of their times
@@ -577,7 +580,7 @@ def openlineage_events(
     final = [_event(last, max([record.get("finished") or end, *(e["eventTime"] for e in inner)]), _run_id(project, name), facets, (project, project), job)] if last else []
     return first + sorted(inner, key=lambda e: (e["eventTime"], e["eventType"] != "START")) + final
 
-
+# %% ../nbs/51_lineage.ipynb #3df77cf1
 def _run_name(folder: Path, record: dict) -> str:
     "A run's name within its project; a sweep point carries the sweep's."
     return f"{folder.parents[1].name}/points/{folder.name}" if folder.parent.name == "points" else str(record.get("run") or folder.name)
@@ -613,14 +616,14 @@ def send_events(
             raise SlmlError(f"the collector did not take event {sent + 1} of {len(events)} ({why})", _plain_address(to), fix) from None
     return len(events)
 
-# %% ../nbs/51_lineage.ipynb #74fa824f
+# %% ../nbs/51_lineage.ipynb #acd6cd30
 def _needed_by(folder: Path, stage: str) -> dict:
     "Front matter of a stage that has left no key: what it would have needed and made."
     told = _parsed(folder / stage / "context.json", []) or {}
     if not told and stage in (shipped := shipped_notebooks()): told = read_front_matter(read_notebook(shipped[stage]))
     return {"needs": told.get("needs", []), "makes": told.get("makes", [])}
 
-
+# %% ../nbs/51_lineage.ipynb #504491ae
 def run_parts(
     run,  # folder of a run
 ) -> tuple[list[dict], list[dict]]:  # stages (name, state, seconds, needs, makes, read), raw files (address, file, hash)
@@ -638,7 +641,7 @@ def run_parts(
                        "makes": makes or {n: {} for n in plan.get("makes", [])}, "read": [r["address"] for r in d["read"]] if d else []})
     return stages, list(files.values())
 
-# %% ../nbs/51_lineage.ipynb #f8f36b31
+# %% ../nbs/51_lineage.ipynb #a5b0ce9f
 def layers_of(
     stages: list[dict],  # from `run_parts`
 ) -> dict[str, int]:  # {stage: its column, from 1}
@@ -650,7 +653,7 @@ def layers_of(
         for s, needed in before.items(): layer[s] = max([layer[s], *(layer[b] + 1 for b in needed if layer[b] < len(before))])
     return layer
 
-
+# %% ../nbs/51_lineage.ipynb #cc1084f4
 def _wrapped(name: str, most: int = 13) -> list[str]:
     "A name in at most two lines, broken at underscores and the like, cut when it is longer still."
     lines = [""]
@@ -659,7 +662,7 @@ def _wrapped(name: str, most: int = 13) -> list[str]:
         lines[-1] += word
     return [_short(line, most) for line in lines]
 
-# %% ../nbs/51_lineage.ipynb #746a43c2
+# %% ../nbs/51_lineage.ipynb #9e8f5f46
 def _box(stage: dict, layer: int) -> dict:
     "A stage with its artifacts, measured: width, height, and the height at which each artifact leaves."
     said = stage["state"] + (f" · {stage['seconds']:.1f} s" if stage["seconds"] is not None and stage["state"] in ("made", "reused", "failed") else "")
@@ -674,7 +677,7 @@ def _box(stage: dict, layer: int) -> dict:
     width = max([6.8 * len(_short(stage["stage"], 14)), 5.2 * len(said), 46, *(5.7 * len(line) for _, lines, _ in rows for line in lines)])
     return {"kind": "stage", "id": stage["stage"], "layer": layer, "h": y + 3 if rows else 36, "w": width + 14, "ports": ports, "rows": rows, "hidden": len(hidden), "said": said, "stage": stage}
 
-
+# %% ../nbs/51_lineage.ipynb #5d5ed2dc
 def _file_box(f: dict) -> dict:
     "A raw file, measured."
     lines = [f["file"]] if f.get("more") else _wrapped(f["file"], 15)
@@ -682,7 +685,7 @@ def _file_box(f: dict) -> dict:
     high = 12 * len(lines) + (20 if mark else 8)
     return {"kind": "file", "id": f["address"], "layer": 0, "h": high, "w": max(5.7 * len(t) for t in [*lines, mark]) + 14, "ports": {f["address"]: high / 2}, "lines": lines, "mark": mark, "file": f}
 
-# %% ../nbs/51_lineage.ipynb #c39a8d33
+# %% ../nbs/51_lineage.ipynb #99039c4a
 def _laid_out(stages: list[dict], files: list[dict]) -> tuple[list[list[dict]], list[tuple]]:
     "Columns of boxes and lanes, in an order with few crossings, and the wires: (what, [[box, box] per step])."
     layer = layers_of(stages)
@@ -692,20 +695,30 @@ def _laid_out(stages: list[dict], files: list[dict]) -> tuple[list[list[dict]], 
     for b in boxes: columns[b["layer"]].append(b)
     for b in boxes:
         for what in b["ports"]:
-            alias = b["file"].get("more") if b["kind"] == "file" else None
-            users = [u for u in boxes if u["kind"] == "stage" and (what in u["stage"]["needs"] if b["kind"] == "stage" else (alias or {what}) & set(u["stage"]["read"])) and u["layer"] > b["layer"]]
-            steps, here = [], b
-            for column in range(b["layer"] + 1, max((u["layer"] for u in users), default=0) + 1):
-                steps += [(here, u) for u in users if u["layer"] == column]
-                if column < max(u["layer"] for u in users):
-                    lane = {"kind": "lane", "id": what, "layer": column, "h": 4, "w": 0, "ports": {what: 2}}
-                    columns[column].append(lane)
-                    steps.append((here, lane))
-                    here = lane
-            if steps: wires.append((what, steps))
+            if steps := _wire(b, what, _users_of(b, what, boxes), columns): wires.append((what, steps))
     return _ordered([c for c in columns if c], wires), wires
 
+# %% ../nbs/51_lineage.ipynb #8417af3b
+def _users_of(b: dict, what: str, boxes: list[dict]) -> list[dict]:
+    "The stages to the right that read an artifact or a file; a box of many files stands for each of them."
+    if b["kind"] == "stage": return [u for u in boxes if u["kind"] == "stage" and what in u["stage"]["needs"] and u["layer"] > b["layer"]]
+    files = b["file"].get("more") or {what}
+    return [u for u in boxes if u["kind"] == "stage" and files & set(u["stage"]["read"]) and u["layer"] > b["layer"]]
 
+
+def _wire(b: dict, what: str, users: list[dict], columns: list[list[dict]]) -> list[tuple]:  # (box, box) per step; lanes go into `columns`
+    "The way of an artifact to all who need it."
+    steps, here, end = [], b, max((u["layer"] for u in users), default=0)
+    for column in range(b["layer"] + 1, end + 1):
+        steps += [(here, u) for u in users if u["layer"] == column]
+        if column == end: break
+        lane = {"kind": "lane", "id": what, "layer": column, "h": 4, "w": 0, "ports": {what: 2}}
+        columns[column].append(lane)
+        steps.append((here, lane))
+        here = lane
+    return steps
+
+# %% ../nbs/51_lineage.ipynb #fbe50e25
 def _ordered(columns: list[list[dict]], wires: list[tuple]) -> list[list[dict]]:
     "Each column sorted by the mean place of its neighbours (barycentre), a few times forth and back."
     near = collections.defaultdict(list)
@@ -759,33 +772,42 @@ LINEAGE_CSS = """
 .lineage .wire { fill:none; stroke:var(--s); stroke-width:1.1; opacity:.42 } .lineage .wire:hover { stroke:var(--b); stroke-width:2; opacity:1 } .lineage .tip { fill:var(--s) }
 """
 
-# %% ../nbs/51_lineage.ipynb #2a23f512
+# %% ../nbs/51_lineage.ipynb #7bf71084
 def _text_at(x: float, y: float, text: str, kind: str) -> str:
     "One line of text."
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{html.escape(text)}</text>'
 
-
+# %% ../nbs/51_lineage.ipynb #37142411
 def _draw_box(b: dict) -> str:
     "A stage or a raw file."
     x, y, w, h = b["x"], b["y"], b["w"], b["h"]
     frame = f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="5" class="box"/>'
-    if b["kind"] == "file":
-        title = f"{b['file']['address']}\nsha256 {b['file']['hash'] or 'not recorded'}" + (f"\n{b['file']['bytes']:,} bytes" if b["file"].get("bytes") is not None else "")
-        words = "".join(_text_at(x + 7, y + 13 + 12 * i, line, "art") for i, line in enumerate(b["lines"])) + _text_at(x + 7, y + h - 7, b["mark"], "hash")
-        return f'<g class="file"><title>{html.escape(title)}</title>{frame}{words}</g>'
+    if b["kind"] == "file": return _draw_file(b, frame)
     s = b["stage"]
     out = f'{frame}<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="33" rx="5" class="head"/><rect x="{x:.1f}" y="{y:.1f}" width="3.5" height="{h:.1f}" rx="1.7" class="bar"/>'
     out += _text_at(x + 9, y + 14, _short(s["stage"], 14), "name") + _text_at(x + 9, y + 27, b["said"], "sub")
-    for name, lines, dy in b["rows"]:
-        r = s["makes"][name]
-        title = "\n".join(filter(None, [name, f"sha256 {r['sha256']}" if r else "not made", f"{r['rows']:,} rows" if r.get("rows") is not None else "", _size(r.get("bytes"))]))
-        tint = f'<rect x="{x + 5:.1f}" y="{y + dy - 1:.1f}" width="{w - 8:.1f}" height="{12 * len(lines) + 14}" rx="3" class="tint"/>' if name in MODELS and r else ""
-        words = "".join(_text_at(x + 9, y + dy + 10 + 12 * i, line, "art") for i, line in enumerate(lines)) + _text_at(x + 9, y + dy + 9 + 12 * len(lines), r["sha256"][:8] if r else "not made", "hash")
-        out += f'<g class="{"model" if tint else "" if r else "none"}"><title>{html.escape(title)}</title>{tint}{words}</g>'
+    out += "".join(_draw_artifact(b, *row) for row in b["rows"])
     if b["hidden"]: out += _text_at(x + 9, y + h - 8, f"and {b['hidden']} more", "sub")
     return f'<g class="{html.escape(s["state"])}">{out}</g>'
 
-# %% ../nbs/51_lineage.ipynb #fc7f7c7e
+# %% ../nbs/51_lineage.ipynb #f656a2ea
+def _draw_file(b: dict, frame: str) -> str:
+    "A raw file: its name and its hash."
+    x, y, f = b["x"], b["y"], b["file"]
+    title = f"{f['address']}\nsha256 {f['hash'] or 'not recorded'}" + (f"\n{f['bytes']:,} bytes" if f.get("bytes") is not None else "")
+    words = "".join(_text_at(x + 7, y + 13 + 12 * i, line, "art") for i, line in enumerate(b["lines"])) + _text_at(x + 7, y + b["h"] - 7, b["mark"], "hash")
+    return f'<g class="file"><title>{html.escape(title)}</title>{frame}{words}</g>'
+
+
+def _draw_artifact(b: dict, name: str, lines: list[str], dy: float) -> str:
+    "An artifact in the box of its stage; models are tinted."
+    x, y, r = b["x"], b["y"], b["stage"]["makes"][name]
+    title = "\n".join(filter(None, [name, f"sha256 {r['sha256']}" if r else "not made", f"{r['rows']:,} rows" if r.get("rows") is not None else "", _size(r.get("bytes"))]))
+    tint = f'<rect x="{x + 5:.1f}" y="{y + dy - 1:.1f}" width="{b["w"] - 8:.1f}" height="{12 * len(lines) + 14}" rx="3" class="tint"/>' if name in MODELS and r else ""
+    words = "".join(_text_at(x + 9, y + dy + 10 + 12 * i, line, "art") for i, line in enumerate(lines)) + _text_at(x + 9, y + dy + 9 + 12 * len(lines), r["sha256"][:8] if r else "not made", "hash")
+    return f'<g class="{"model" if tint else "" if r else "none"}"><title>{html.escape(title)}</title>{tint}{words}</g>'
+
+# %% ../nbs/51_lineage.ipynb #4e88349b
 def _draw_wire(what: str, steps: list[tuple]) -> str:
     "One artifact on its way: curves between columns, straight along its lanes."
     path, tips = "", ""
@@ -797,7 +819,7 @@ def _draw_wire(what: str, steps: list[tuple]) -> str:
     users = ", ".join(b["id"] for _, b in steps if b["kind"] == "stage")
     return f'<path d="{path}" class="wire"><title>{html.escape(f"{what} → {users}")}</title></path>{tips}'
 
-
+# %% ../nbs/51_lineage.ipynb #46e1ecb4
 def lineage_svg(
     run,  # folder of a run
 ) -> str:  # an SVG that needs nothing else; "" when there is nothing to draw

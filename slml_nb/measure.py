@@ -12,7 +12,7 @@ __all__ = ['AVERAGES', 'LAMBDA', 'LABELS', 'UNITS', 'METRICS', 'average', 'weigh
 import math, time
 from .core import SlmlError, size_of, suggest
 
-# %% ../nbs/29_measure.ipynb #2e1a6b5e
+# %% ../nbs/29_measure.ipynb #d599fe9f
 def _log_loss(y, p):
     import numpy as np
     eps = np.finfo(float).eps
@@ -22,9 +22,11 @@ def _brier(y, p):
     import numpy as np
     return (p[:, 1] - y)**2 if p.shape[1] == 2 else ((p - np.eye(p.shape[1])[y])**2).sum(1)
 
+# %% ../nbs/29_measure.ipynb #82400c2b
 AVERAGES = dict(mae=lambda y, p: abs(y - p), mse=lambda y, p: (y - p)**2, rmse=lambda y, p: (y - p)**2,
                 log_loss=_log_loss, accuracy=lambda y, p: (p.argmax(1) == y).astype(float), brier=_brier)
 
+# %% ../nbs/29_measure.ipynb #75ec4f9f
 def average(
     metric,     # one of AVERAGES
     loss,       # sum of the losses of each unit, (units,)
@@ -36,7 +38,7 @@ def average(
         return mean ** .5 if metric == "rmse" else mean
     return _of
 
-# %% ../nbs/29_measure.ipynb #2164d6a6
+# %% ../nbs/29_measure.ipynb #c95e6615
 def _r2(y, p):
     y, e = y - y.mean(), (y - p)**2
     def _of(w):
@@ -44,6 +46,7 @@ def _r2(y, p):
         return 1 - w @ e / (w @ y**2 - (w @ y)**2 / n)
     return _of
 
+# %% ../nbs/29_measure.ipynb #9a754474
 def _f1_macro(y, p):
     import numpy as np
     truth, said = np.eye(p.shape[1])[y], np.eye(p.shape[1])[p.argmax(1)]
@@ -52,7 +55,7 @@ def _f1_macro(y, p):
         return np.nanmean(np.where(both > 0, 2 * (w @ (truth * said)) / both, np.nan), axis=1)
     return _of
 
-# %% ../nbs/29_measure.ipynb #5905e7f1
+# %% ../nbs/29_measure.ipynb #54f2ab98
 def _auc(hit, score):   # hit: is the row of the class; score: its probability
     import numpy as np
     order = np.argsort(score, kind="stable")
@@ -66,6 +69,7 @@ def _auc(hit, score):   # hit: is the row of the class; score: its probability
         return wins / (yes.sum(1) * no.sum(1))
     return _of
 
+# %% ../nbs/29_measure.ipynb #2e1d8a90
 def _roc_auc(y, p):
     import numpy as np
     if p.shape[1] == 2: return _auc(y == 1, p[:, 1])
@@ -105,7 +109,7 @@ def resample_counts(
         counts = np.bincount(draws.ravel(), minlength=b * units).reshape(b, units).astype(float)
         yield counts if groups is None else counts[:, groups]
 
-# %% ../nbs/29_measure.ipynb #7d0b5d0e
+# %% ../nbs/29_measure.ipynb #21d48555
 def bootstrap(
     metric,        # the main metric
     y,             # truth (rows,)
@@ -123,6 +127,7 @@ def bootstrap(
     parts = [[f(w) for f in of] for w in resample_counts(n, n_boot, seed, groups)]
     return dict(zip(predictions, np.concatenate(parts, axis=1))) if parts else {}
 
+# %% ../nbs/29_measure.ipynb #ba5ed452
 def interval(samples, level=0.95):
     "[low, high] that holds the middle `level` of the samples; None if there are none."
     import numpy as np
@@ -138,7 +143,7 @@ def days(frame, resample="auto"):
     index = frame.moment.dt.date.astype(str).rank(method="dense").to_numpy(int) - 1
     return index if resample == "days" or index.max() + 1 >= 20 else None
 
-# %% ../nbs/29_measure.ipynb #063d3860
+# %% ../nbs/29_measure.ipynb #d0e06d1a
 def latencies(
     calls,       # {candidate: function of one request}
     requests,    # list of request dicts, used in turn
@@ -158,11 +163,12 @@ def latencies(
             took[name].append((time.perf_counter() - start) * 1e3)
     return {name: np.array(ms[warm:]) for name, ms in took.items()}
 
+# %% ../nbs/29_measure.ipynb #38932757
 def folder_mb(*folders) -> float:
     "Size of all files in the folders, in MB of a million bytes."
     return size_of(*folders) / 1e6
 
-# %% ../nbs/29_measure.ipynb #b437563e
+# %% ../nbs/29_measure.ipynb #40a3f9cd
 def lambda_usd(
     seconds,                    # of one call
     memory_mb,                  # reserved
@@ -172,6 +178,7 @@ def lambda_usd(
     "One call of a Lambda function, without the free tier."
     return usd_per_million_requests / 1e6 + memory_mb / 1024 * math.ceil(round(seconds * 1000, 6)) / 1000 * usd_per_gb_second
 
+# %% ../nbs/29_measure.ipynb #93d7a863
 LAMBDA = dict(memory_mb=1769, usd_per_gb_second=0.0000166667, usd_per_million_requests=0.2)   # one virtual CPU; x86, us-east-1, first tier, as in params/prices.yaml
 
 def lambda_usd_per_1000(
@@ -208,12 +215,13 @@ def operating(
     took = latencies({name: (lambda r, m=m: m.predict(features.rows([r]))) for name, m in askable.items()}, requests, n)
     return {name: dict(package_mb=folder_mb(f, recipe), servable=name in askable) | (speed(took[name], **prices) if name in took else {}) for name, f in folders.items()}
 
-# %% ../nbs/29_measure.ipynb #3926ef03
+# %% ../nbs/29_measure.ipynb #cb895d3d
 def meets(value, op, limit) -> bool:
     "Does the value keep the promise? An unknown value does not."
     if value is None: return False
     return value <= limit if op == "<=" else value >= limit
 
+# %% ../nbs/29_measure.ipynb #ba2e04ab
 def gate(
     requirements,  # of the problem: name, op, limit, unit
     candidates,    # dicts with all measured numbers, by name of requirement
@@ -222,7 +230,7 @@ def gate(
     return [{**r, "values": {c["name"]: dict(value=c.get(r["name"]), met=meets(c.get(r["name"]), r["op"], r["limit"])) for c in candidates}}
             for r in requirements]
 
-# %% ../nbs/29_measure.ipynb #e094da0a
+# %% ../nbs/29_measure.ipynb #370524b5
 def plain(x, digits=3) -> str:
     "A number for reading: three significant digits, thousands apart, no exponent for everyday sizes."
     if x is None: return "–"
@@ -231,28 +239,32 @@ def plain(x, digits=3) -> str:
     places = max(0, digits - 1 - math.floor(math.log10(abs(x))))
     return f"{x:.1e}" if places > 6 else f"{x:,.{places}f}"
 
+# %% ../nbs/29_measure.ipynb #f5eb3bf2
 def percent(x, places=0) -> str:
     "A share as a percentage: 23 %, 0.4 %."
     if x is None: return "–"
     return f"{100 * x:.1g} %" if 1e-4 <= abs(x) < .0095 else f"{100 * x if abs(x) >= 1e-4 else 0:.{places}f} %"
 
+# %% ../nbs/29_measure.ipynb #c7cc812d
 def places(interval) -> int:
     "Decimals at which the two ends of an interval differ."
     width = interval[1] - interval[0] if interval else 0
     return min(6, max(1 if width < 5 else 0, math.ceil(.3 - math.log10(width)))) if width > 0 else 2
 
-# %% ../nbs/29_measure.ipynb #b53f896d
+# %% ../nbs/29_measure.ipynb #16dc6369
 LABELS = dict(rule="the rule", linear="the linear model", trees="the trees", found_rule="the rule that was found", network="the network", fleet="the fleet", ensemble="the ensemble")
 UNITS = dict(p99_ms="ms", package_mb="MB", usd_per_1000="USD")
 METRICS = dict(mae="mean absolute error", rmse="root mean squared error", mse="mean squared error", r2="R²", log_loss="log loss",
     accuracy="accuracy", f1_macro="macro F1", roc_auc="ROC AUC", brier="Brier score", error_rate="error rate", improvement_over_rule="improvement over the rule",
     improvement_over_weak="improvement over the weak baseline", worse_than_best="error above that of the best candidate", p99_ms="p99 latency", package_mb="package size", usd_per_1000="cost per 1,000 predictions")
 
+# %% ../nbs/29_measure.ipynb #8a8ab4bf
 def label(c) -> str:
     "What a candidate is called in a sentence."
     if c.get("constant"): return "the best constant guess"
     return LABELS[c["name"]] if c["name"] in (c["kind"], "found_rule") and c["name"] in LABELS else f"'{c['name']}'"
 
+# %% ../nbs/29_measure.ipynb #bc82bcbb
 def quality_words(
     metric,     # the main metric
     value,      # its value on the test split
@@ -269,12 +281,14 @@ def quality_words(
                 r2=f"explains {n} of the variation").get(metric, f"{METRICS.get(metric, metric)} {n}")
     return said + (f" ({100 * level:.0f} % interval {times * between[0]:,.{k}f}–{times * between[1]:,.{k}f})" if between else "")
 
+# %% ../nbs/29_measure.ipynb #ead39cff
 def requirement_words(r) -> str:
     "A requirement in words: mean absolute error at most 12 minutes."
     unit = "%" if is_share(r) else r.get("unit") or UNITS.get(r["name"], "")
     limit = round(100 * r["limit"], 9) if is_share(r) else r["limit"]
     return f"{METRICS.get(r['name'], r['name'])} {'at most' if r['op'] == '<=' else 'at least'} " + f"{limit:,.9g} {unit}".strip()
 
+# %% ../nbs/29_measure.ipynb #011ccce5
 def is_share(r) -> bool:
     "Is the requirement read as a percentage?"
     return r["name"].startswith("improvement") or r.get("unit") == "share"

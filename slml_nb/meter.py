@@ -12,14 +12,14 @@ __all__ = ['FLOAT_FEATURES', 'THREAD_SETTINGS', 'process_meter', 'reset_peak', '
 import contextlib, importlib.util, os, platform, re, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 
-# %% ../nbs/04_meter.ipynb #2db6b8be
+# %% ../nbs/04_meter.ipynb #c4bab6f9
 def _proc(pid, name: str) -> str:
     "A file of /proc, or '' when the process or /proc is not there."
     try:
         with open(f"/proc/{pid}/{name}", "rb", buffering=0) as f: return f.read().decode("utf-8", "replace")
     except OSError: return ""
 
-
+# %% ../nbs/04_meter.ipynb #f22ccb14
 def process_meter(
     pid="self",
 ) -> dict:  # cpu (seconds), peak_mb, read and written (bytes); empty when the process is gone or there is no /proc
@@ -31,19 +31,19 @@ def process_meter(
     return {"cpu": sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK"), "peak_mb": round(int(peak[1]) / 1024, 1),
             "read": int(count.get("rchar", 0)), "written": int(count.get("wchar", 0))}
 
-
+# %% ../nbs/04_meter.ipynb #2c7f2c92
 def reset_peak(pid="self") -> None:
     "Start the high-water mark of the memory anew."
     with contextlib.suppress(OSError): Path(f"/proc/{pid}/clear_refs").write_text("5")
 
-
+# %% ../nbs/04_meter.ipynb #02edaafd
 def used_between(
     before: dict, after: dict,  # from `process_meter`
 ) -> dict:
     "What was used in between; of the memory, the peak."
     return {k: v if k == "peak_mb" else round(v - before.get(k, 0), 4) for k, v in after.items()}
 
-# %% ../nbs/04_meter.ipynb #f068c636
+# %% ../nbs/04_meter.ipynb #63a7608f
 def descendants(
     pid: int,
 ) -> list[int]:  # children first, then theirs
@@ -57,7 +57,7 @@ def descendants(
         todo += parent.get(p, [])
     return found
 
-
+# %% ../nbs/04_meter.ipynb #2c43693e
 def tree_mb(
     pid: int,
 ) -> float:  # resident, now
@@ -65,7 +65,7 @@ def tree_mb(
     page = os.sysconf("SC_PAGE_SIZE")
     return round(sum(int(s.split()[1]) for p in [pid, *descendants(pid)] if (s := _proc(p, "statm"))) * page / 2**20, 1)
 
-
+# %% ../nbs/04_meter.ipynb #2fa25e1c
 def kill_tree(
     pid: int,
     wait: float = 0,  # seconds between asking (SIGTERM) and making (SIGKILL)
@@ -78,13 +78,13 @@ def kill_tree(
         if sig == signal.SIGTERM: time.sleep(wait)
     return len(family)
 
-# %% ../nbs/04_meter.ipynb #5e2d0833
+# %% ../nbs/04_meter.ipynb #625e0698
 def _starting(pid: int) -> bool:
     "Whether a process has just been given its program, and its environment is still on the way (proc(5), stat: 23 vsize, 50 env_start)."
     fields = _proc(pid, "stat").rpartition(") ")[2].split()
     return len(fields) > 47 and fields[20] != "0" and fields[47] == "0"
 
-
+# %% ../nbs/04_meter.ipynb #b31dda0b
 def environment_of(
     pid: int,
 ) -> set[bytes]:  # NAME=value; nothing when it has ended, or is another user's
@@ -110,7 +110,7 @@ def kill_marked(
         ended |= found
         if not found: return len(ended)
 
-# %% ../nbs/04_meter.ipynb #180209e4
+# %% ../nbs/04_meter.ipynb #b4572a05
 def _cgroup(name: str) -> str:
     "A file of this process's control group (version 2), or ''."
     path = next((l[3:] for l in _proc("self", "cgroup").splitlines() if l.startswith("0::")), "").strip()
@@ -118,7 +118,7 @@ def _cgroup(name: str) -> str:
         with contextlib.suppress(OSError): return Path(folder, name).read_text()
     return ""
 
-
+# %% ../nbs/04_meter.ipynb #4b64dc6d
 def memory_mb() -> float:  # inf where it cannot be known
     "Memory that could be used now: what the machine has left, or the container."
     left = re.search(r"MemAvailable:\s+(\d+)", _proc("", "meminfo"))
@@ -126,13 +126,13 @@ def memory_mb() -> float:  # inf where it cannot be known
     limit, used = _cgroup("memory.max").strip(), _cgroup("memory.current").strip()
     return round(min(free, (int(limit) - int(used)) / 2**20), 1) if limit.isdigit() and used.isdigit() else round(free, 1)
 
-
+# %% ../nbs/04_meter.ipynb #8e502ff6
 def machine_mb() -> float | None:  # None where it cannot be known
     "Memory of the machine, or the most that the container may have."
     total, limit = re.search(r"MemTotal:\s+(\d+)", _proc("", "meminfo")), _cgroup("memory.max").strip()
     return round(min(int(total[1]) / 1024, int(limit) / 2**20 if limit.isdigit() else float("inf")), 1) if total else None
 
-
+# %% ../nbs/04_meter.ipynb #c8e997e0
 def oom_kills() -> int:
     "How often the out-of-memory killer has struck, in this container or on this machine."
     found = re.search(r"^oom_kill (\d+)", _cgroup("memory.events") or _proc("", "vmstat"), re.M) or re.search(r"^oom_kill (\d+)", _proc("", "vmstat"), re.M)
@@ -149,7 +149,7 @@ def term_is_interrupt():
     finally:
         if main: signal.signal(signal.SIGTERM, old or signal.SIG_DFL)
 
-# %% ../nbs/04_meter.ipynb #e7ea81d1
+# %% ../nbs/04_meter.ipynb #d65a238c
 def disk_bytes(
     pid="self",
 ) -> tuple[int, int]:  # read from and written to a device, children that have ended included; zeros when the process is gone
@@ -157,7 +157,7 @@ def disk_bytes(
     found = dict(re.findall(r"(\w+): (\d+)", _proc(pid, "io")))
     return int(found.get("read_bytes", 0)), max(0, int(found.get("write_bytes", 0)) - int(found.get("cancelled_write_bytes", 0)))
 
-
+# %% ../nbs/04_meter.ipynb #7eb4c67e
 def stalled(
     what: str,  # "io", "memory" or "cpu"
 ) -> float | None:  # seconds since the machine started; None where Linux does not tell
@@ -165,7 +165,7 @@ def stalled(
     found = re.search(r"^some .*total=(\d+)", _proc("", f"pressure/{what}"), re.M)
     return int(found[1]) / 1e6 if found else None
 
-
+# %% ../nbs/04_meter.ipynb #f1b1e452
 def wire_bytes(
     text: str | None = None,  # of /proc/net/dev; None: as it is now
     loopback: bool = False,  # count what does not leave the machine, too
@@ -174,7 +174,7 @@ def wire_bytes(
     rows = [line.split(":", 1) for line in (_proc("", "net/dev") if text is None else text).splitlines()[2:]]
     return sum(int(v.split()[0]) + int(v.split()[8]) for name, v in rows if loopback or name.strip() != "lo")
 
-
+# %% ../nbs/04_meter.ipynb #3b56d824
 def joules(
     root: Path = Path("/sys/class/powercap"),
 ) -> float | None:  # since some moment; None where the processor does not tell, as in most virtual machines
@@ -184,7 +184,7 @@ def joules(
         with contextlib.suppress(OSError, ValueError): found.append(int(f.read_text()) / 1e6)
     return sum(found) if found else None
 
-# %% ../nbs/04_meter.ipynb #25dfc3ed
+# %% ../nbs/04_meter.ipynb #0eebc3b0
 class Sampler:
     "Samples of a process and all it has started: `with Sampler(pid) as s: …`, then `s.table()`."
     columns = ("t", "cpu", "mb", "disk_read", "disk_written", "wire", "stalled_io", "stalled_memory", "delayed")  # all but t and mb only grow
@@ -200,21 +200,27 @@ class Sampler:
         self.pid, self.every, self.most, self.loopback, self.leave_out = pid, every, most, loopback, leave_out
         self.rows, self.lock, self.over = [], threading.Lock(), threading.Event()
 
-    def __enter__(self):
-        self.begun, self.joules, self.room = time.monotonic(), joules(), memory_mb()
-        self.look()
-        if self.rows: self.room += self.rows[0][2]  # what it had already is not available to others, but to it
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-        return self
+# %% ../nbs/04_meter.ipynb #337ab921
+def _enter(self: Sampler):
+    "Begin with a sample, and go on in a thread."
+    self.begun, self.joules, self.room = time.monotonic(), joules(), memory_mb()
+    self.look()
+    if self.rows: self.room += self.rows[0][2]  # what it had already is not available to others, but to it
+    self.thread = threading.Thread(target=self._run, daemon=True)
+    self.thread.start()
+    return self
 
-    def __exit__(self, *exc):
-        self.over.set(), self.thread.join()
-        self.look()
-        self.ended = time.monotonic()
+def _exit(self: Sampler, *exc):
+    "End with a sample."
+    self.over.set(), self.thread.join()
+    self.look()
+    self.ended = time.monotonic()
 
-    def _run(self):
-        while not self.over.wait(self.every): self.look()
+def _run(self: Sampler):
+    "A sample, again and again."
+    while not self.over.wait(self.every): self.look()
+
+Sampler.__enter__, Sampler.__exit__, Sampler._run = _enter, _exit, _run
 
 # %% ../nbs/04_meter.ipynb #bfed9d61
 def look(
@@ -268,7 +274,7 @@ def table(
 
 Sampler.look, Sampler.table = look, table
 
-# %% ../nbs/04_meter.ipynb #148c0961
+# %% ../nbs/04_meter.ipynb #441860cf
 class Pace:
     "Times a loop: `for batch in pace.batches(source): …; pace()`."
 
@@ -283,42 +289,51 @@ class Pace:
         self.done, self.times, self.waited, self.expected = 0, [], 0.0, None
         self.begun = self.last = None
 
-    def __call__(self, training=None):
-        "A step is over; the clock runs from the first batch, or where nobody asks for batches here, from the end of the first step."
-        now, self.done = self.clock(), self.done + 1
-        if self.begun is None: self.begun = self.last = now
-        if not self.steps and training is not None: self.steps = training.steps * training.s["epochs"]
-        if self.expected is None and self.done > self.skip: self.times.append(now - self.last)
-        seen = len(self.times) >= self.probe and (now - self.begun >= 0.5 or self.done >= self.steps / 10)  # quick steps: more of them
-        if self.expected is None and seen and self.steps: self.expect(self.done if training is None else training.epoch * training.steps + training.step, now)
-        self.last = now
+# %% ../nbs/04_meter.ipynb #ea99413c
+def _step(self: Pace, training=None):
+    "A step is over; the clock runs from the first batch, or where nobody asks for batches here, from the end of the first step."
+    now, self.done = self.clock(), self.done + 1
+    if self.begun is None: self.begun = self.last = now
+    if not self.steps and training is not None: self.steps = training.steps * training.s["epochs"]
+    if self.expected is None and self.done > self.skip: self.times.append(now - self.last)
+    seen = len(self.times) >= self.probe and (now - self.begun >= 0.5 or self.done >= self.steps / 10)  # quick steps: more of them
+    if self.expected is None and seen and self.steps: self.expect(self.done if training is None else training.epoch * training.steps + training.step, now)
+    self.last = now
 
-    def expect(self, behind: int, now: float):
-        "So long it will take: what is over, and the steps that are left, each as long as the mean of those measured."
-        self.expected = now - self.begun + max(0, self.steps - behind) * sum(self.times) / len(self.times)
+def _expect(self: Pace, behind: int, now: float):
+    "So long it will take: what is over, and the steps that are left, each as long as the mean of those measured."
+    self.expected = now - self.begun + max(0, self.steps - behind) * sum(self.times) / len(self.times)
 
-    def batches(self, source):
-        "The same batches; the wait for each is counted."
-        source = iter(source)
-        if self.begun is None: self.begun = self.last = self.clock()
-        while True:
-            begin = self.clock()
-            try: batch = next(source)
-            except StopIteration: return
-            finally: self.waited += self.clock() - begin
-            yield batch
+Pace.__call__, Pace.expect = _step, _expect
 
-    def metrics(self) -> dict:  # expected_seconds (None: too few steps), loop_seconds, loader_seconds, steps, steps_planned
-        "For `stage.metric`."
-        return {"expected_seconds": self.expected and round(self.expected, 3), "loop_seconds": round(self.last - self.begun, 3) if self.done else 0.0, "loader_seconds": round(self.waited, 3), "steps": self.done, "steps_planned": self.steps}
+# %% ../nbs/04_meter.ipynb #fbc0d7e9
+def _batches(self: Pace, source):
+    "The same batches; the wait for each is counted."
+    source = iter(source)
+    if self.begun is None: self.begun = self.last = self.clock()
+    while True:
+        begin = self.clock()
+        try: batch = next(source)
+        except StopIteration: return
+        finally: self.waited += self.clock() - begin
+        yield batch
 
-# %% ../nbs/04_meter.ipynb #edfd2ae4
+Pace.batches = _batches
+
+# %% ../nbs/04_meter.ipynb #114278e8
+def _metrics(self: Pace) -> dict:  # expected_seconds (None: too few steps), loop_seconds, loader_seconds, steps, steps_planned
+    "For `stage.metric`."
+    return {"expected_seconds": self.expected and round(self.expected, 3), "loop_seconds": round(self.last - self.begun, 3) if self.done else 0.0, "loader_seconds": round(self.waited, 3), "steps": self.done, "steps_planned": self.steps}
+
+Pace.metrics = _metrics
+
+# %% ../nbs/04_meter.ipynb #bd3afd84
 FLOAT_FEATURES = ("sse4_2", "avx", "avx2", "fma", "fma4", "f16c", "avx512f", "avx512dq", "avx512vl", "avx512_bf16", "avx512_fp16", "avx_vnni", "avx512_vnni",
                   "amx_bf16", "amx_int8", "asimd", "asimdhp", "asimddp", "neon", "sve", "sve2", "bf16", "i8mm")  # the second half: ARM
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS",
                    "OMP_DYNAMIC", "OPENBLAS_CORETYPE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG")
 
-
+# %% ../nbs/04_meter.ipynb #9bfa26ad
 def machine() -> dict:  # of plain values, for run.json; what cannot be asked is left out
     "What floating-point results may depend on, asked without importing anything heavy."
     cpu, flags = _cpu()
@@ -328,7 +343,7 @@ def machine() -> dict:  # of plain values, for run.json; what cannot be asked is
              "python": f"{platform.python_implementation()} {platform.python_version()}, {platform.python_compiler()}", "blas": _blas()}
     return {k: v for k, v in found.items() if v not in ("", None)}
 
-
+# %% ../nbs/04_meter.ipynb #c6825d21
 def _cpu() -> tuple[str, set]:
     "Model and instruction sets, as Linux tells them; elsewhere only the model."
     try: text = Path("/proc/cpuinfo").read_text(errors="replace")
@@ -336,7 +351,7 @@ def _cpu() -> tuple[str, set]:
     def field(names): return (m := re.search(rf"^(?:{names})\s*:\s*(.+)$", text, re.M)) and m[1] or ""
     return field("model name|Model|CPU part"), set(field("flags|Features").split())
 
-
+# %% ../nbs/04_meter.ipynb #48152c85
 def _blas() -> list[str]:
     "The linear algebra libraries NumPy and SciPy bring along; with the kernel they chose where they are loaded already."
     if "numpy" in sys.modules and (pools := importlib.util.find_spec("threadpoolctl")):
@@ -354,42 +369,52 @@ def megabytes(
     if not found: raise ValueError(f"{text!r} is no size: write 512MB or 2GB")
     return float(found[1]) * {"k": 1 / 1024, "": 1, "m": 1, "g": 1024, "t": 1024**2}[found[2].lower()]
 
-# %% ../nbs/04_meter.ipynb #d1c159b9
+# %% ../nbs/04_meter.ipynb #c835abd2
 class GpuSampler:
     "Samples of the GPUs, once a second; nothing at all on a machine without one."
 
     def __init__(self, command: str = "nvidia-smi"):
         self.samples, self.process, self.command = [], None, shutil.which(command)  # samples: (time.monotonic(), busy 0 to 1, MB, watts or None, which GPU)
 
-    def start(self):
-        "Begin to sample."
-        if not self.command or self.process: return self
-        ask = [self.command, "--query-gpu=utilization.gpu,memory.used,power.draw,index", "--format=csv,noheader,nounits", "--loop=1"]
-        self.process = subprocess.Popen(ask, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True, start_new_session=True)
-        threading.Thread(target=self._read, daemon=True).start()
-        return self
+# %% ../nbs/04_meter.ipynb #6f61e991
+def _start(self: GpuSampler):
+    "Begin to sample."
+    if not self.command or self.process: return self
+    ask = [self.command, "--query-gpu=utilization.gpu,memory.used,power.draw,index", "--format=csv,noheader,nounits", "--loop=1"]
+    self.process = subprocess.Popen(ask, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True, start_new_session=True)
+    threading.Thread(target=self._read, daemon=True).start()
+    return self
 
-    def _read(self):
-        for line in self.process.stdout:
-            with contextlib.suppress(ValueError):  # "[N/A]" on a GPU that does not tell
-                busy, mb, watts, index = line.split(",")
-                self.samples.append((time.monotonic(), float(busy) / 100, float(mb), float(watts) if watts.strip()[:1].isdigit() else None, int(index)))
+def _read(self: GpuSampler):
+    "Take in what the tool prints."
+    for line in self.process.stdout:
+        with contextlib.suppress(ValueError):  # "[N/A]" on a GPU that does not tell
+            busy, mb, watts, index = line.split(",")
+            self.samples.append((time.monotonic(), float(busy) / 100, float(mb), float(watts) if watts.strip()[:1].isdigit() else None, int(index)))
 
-    def between(self, begin: float, end: float) -> dict:  # on time.monotonic's clock
-        "Mean share of time busy and most memory in MB within a span; empty without samples."
-        seen = [s for s in self.samples if begin - 1 <= s[0] <= end + 1]
-        return {"gpu_busy": round(sum(s[1] for s in seen) / len(seen), 3), "gpu_mb": max(s[2] for s in seen)} if seen else {}
+def _stop(self: GpuSampler):
+    "End sampling."
+    if self.process: kill_tree(self.process.pid), self.process.wait()
+    self.process = None
 
-    def rows(self, begin: float, end: float) -> list[list]:  # [seconds since begin, busy (mean of the GPUs), MB (the most of one), watts (all together; None: not told)]
-        "The samples within a span; those of several GPUs that were asked together are one."
-        out, at = [], []
-        for s in [s for s in self.samples if begin - 1 <= s[0] <= end + 1]:
-            if at and s[4] <= at[-1][4]: out, at = [*out, at], []
-            at.append(s)
-        watts = lambda g: None if any(s[3] is None for s in g) else round(sum(s[3] for s in g), 1)
-        return [[round(g[0][0] - begin, 2), round(sum(s[1] for s in g) / len(g), 3), max(s[2] for s in g), watts(g)] for g in [*out, at] if g]
+GpuSampler.start, GpuSampler._read, GpuSampler.stop = _start, _read, _stop
 
-    def stop(self):
-        "End sampling."
-        if self.process: kill_tree(self.process.pid), self.process.wait()
-        self.process = None
+# %% ../nbs/04_meter.ipynb #37ea9d0a
+def _between(self: GpuSampler, begin: float, end: float) -> dict:  # on time.monotonic's clock
+    "Mean share of time busy and most memory in MB within a span; empty without samples."
+    seen = [s for s in self.samples if begin - 1 <= s[0] <= end + 1]
+    return {"gpu_busy": round(sum(s[1] for s in seen) / len(seen), 3), "gpu_mb": max(s[2] for s in seen)} if seen else {}
+
+GpuSampler.between = _between
+
+# %% ../nbs/04_meter.ipynb #dcf6605b
+def _rows(self: GpuSampler, begin: float, end: float) -> list[list]:  # [seconds since begin, busy (mean of the GPUs), MB (the most of one), watts (all together; None: not told)]
+    "The samples within a span; those of several GPUs that were asked together are one."
+    out, at = [], []
+    for s in [s for s in self.samples if begin - 1 <= s[0] <= end + 1]:
+        if at and s[4] <= at[-1][4]: out, at = [*out, at], []
+        at.append(s)
+    watts = lambda g: None if any(s[3] is None for s in g) else round(sum(s[3] for s in g), 1)
+    return [[round(g[0][0] - begin, 2), round(sum(s[1] for s in g) / len(g), 3), max(s[2] for s in g), watts(g)] for g in [*out, at] if g]
+
+GpuSampler.rows = _rows

@@ -102,7 +102,7 @@ def nearly_kept(
     below = con.execute(f"select {parts} from {ident(table)}").fetchall()[0]
     return [(n, k) for n, k in zip(numbers, below) if 0 < k <= MOST_ASIDE * rows]
 
-# %% ../nbs/60_new.ipynb #fd952a49
+# %% ../nbs/60_new.ipynb #a7106b9d
 def word(
     value,  # text, number, list or dictionary
 ) -> str:  # as YAML writes it on one line
@@ -112,7 +112,7 @@ def word(
     plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w /.-]*[\w/]|[A-Za-z_]", value) and value.lower() not in ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
     return value if plain else json.dumps(value, ensure_ascii=False)
 
-
+# %% ../nbs/60_new.ipynb #96556006
 def entry(
     key: str,
     value,
@@ -124,7 +124,7 @@ def entry(
     text = " " * indent + f"{key}: {word(value)}"
     return f"{text:<{at}} # {' '.join(why.split())}" if why else text
 
-
+# %% ../nbs/60_new.ipynb #df37c7c3
 def items(
     key: str,
     reasons: dict,  # {value: why}
@@ -136,11 +136,11 @@ def items(
     else: head = [f"  {key}:".ljust(34) + f" # {why}", *(f"    - {word(v)}".ljust(34) + f" # {' '.join(r.split())}" for v, r in reasons.items())]
     return head + [f"    # - {word(v)}".ljust(34) + f" # {' '.join(r.split())}: known in time?" for v, r in asked.items()]
 
-# %% ../nbs/60_new.ipynb #2a9a32ae
+# %% ../nbs/60_new.ipynb #f007dc1b
 WORTH_HAVING = 0.1  # share of the rule's error that a model must save
 GOOD_ENOUGH = 0.1  # share by which a simple model may err more than the best one
 
-
+# %% ../nbs/60_new.ipynb #07ee7095
 @dataclass
 class Guess:
     "What was found in the data, and what it suggests."
@@ -157,7 +157,7 @@ class Guess:
     rules: list = field(default_factory=list)  # from `nearly_kept`
     reading: dict = field(default_factory=dict)  # {setting of ingest: (value, why)}
 
-
+# %% ../nbs/60_new.ipynb #04e50720
 def guess_problem(
     con,  # DuckDB connection
     table: str,
@@ -179,7 +179,7 @@ def guess_problem(
     return Guess(target, task, why if task == guessed else "as you said", metric or {"regression": "mae", "classification": "log_loss"}[task], (units or {}).get(target, ""),
                  moment, rows, len(columns), [], leave_out(profile, later), nearly_kept(con, table, others))
 
-# %% ../nbs/60_new.ipynb #25d351fe
+# %% ../nbs/60_new.ipynb #4cbea009
 def _frame_lines(g: Guess) -> list[str]:
     "The section `frame`, each value with its reason."
     out, n = g.left_out, "number" if g.task == "regression" else "class"
@@ -193,25 +193,30 @@ def _frame_lines(g: Guess) -> list[str]:
             entry("at_most", {"worse_than_best": GOOD_ENOUGH, "p99_ms": 50, "package_mb": 50}, f"simple may err {GOOD_ENOUGH:.0%} more than the best; 99 of 100 answers within 50 ms; MB to deploy"),
             entry("at_least", {"improvement_over_rule": WORTH_HAVING}, f"worth having when it errs {WORTH_HAVING:.0%} less than the rule below")]
 
-
+# %% ../nbs/60_new.ipynb #aab60b25
 def draft_text(
     name: str,  # of the project
     sources: list[str],  # where the rows are
     g: Guess,
 ) -> str:  # a YAML file
     "The parameter set as text."
-    rule = f"the best constant ({'the median' if g.metric == 'mae' else 'the mean' if g.task == 'regression' else 'the most frequent class'})"
-    rules = [f"    # - {{name: {word(f'{c} is not negative')}, check: '{ident(c)} >= 0'}}".ljust(34) + f" # would set aside {k:,} of {g.rows:,} rows" for c, k in g.rules]
     return "\n".join([
         f"# Drafted by `slml new` after a look at {g.rows:,} rows and {g.columns} columns. Each guess has its reason beside it: correct what is wrong.",
         f"# Check: slml run params/{name}.yaml --dry-run    All parameters there are: slml run params/{name}.yaml --help", "",
         entry("project", name, indent=0), entry("about", f"{g.target} from {Path(sources[0]).name}", indent=0), "",
         *_frame_lines(g), "", "ingest:", entry("sources", sources), *[entry(k, v, why) for k, (v, why) in g.reading.items()], *[f"  # {' '.join(n.split())}" for n in g.notes], "",
-        "quality:", entry("rules", [], "what a good row satisfies, as SQL; rows without a target are set aside anyway"), *rules, "",
-        "sample:", entry("by", "time" if g.moment else "hash", "train on the past, test on what came after" if g.moment else "rows are divided by their content"), "",
-        "baseline:", entry("rule", "", f"SQL over the columns: how people decide today. Empty: {rule}"), ""])
+        *_other_lines(g)])
 
-# %% ../nbs/60_new.ipynb #b91ef771
+# %% ../nbs/60_new.ipynb #4cb475e8
+def _other_lines(g: Guess) -> list[str]:
+    "The sections `quality`, `sample` and `baseline`."
+    rule = f"the best constant ({'the median' if g.metric == 'mae' else 'the mean' if g.task == 'regression' else 'the most frequent class'})"
+    rules = [f"    # - {{name: {word(f'{c} is not negative')}, check: '{ident(c)} >= 0'}}".ljust(34) + f" # would set aside {k:,} of {g.rows:,} rows" for c, k in g.rules]
+    return ["quality:", entry("rules", [], "what a good row satisfies, as SQL; rows without a target are set aside anyway"), *rules, "",
+            "sample:", entry("by", "time" if g.moment else "hash", "train on the past, test on what came after" if g.moment else "rows are divided by their content"), "",
+            "baseline:", entry("rule", "", f"SQL over the columns: how people decide today. Empty: {rule}"), ""]
+
+# %% ../nbs/60_new.ipynb #ebf02b2e
 def place_of(
     source: str,  # as typed, relative to the working directory
 ) -> str:  # as a parameter set has it, relative to the project's folder
@@ -219,7 +224,7 @@ def place_of(
     if "://" in source or Path(source).expanduser().is_absolute() or source.startswith("~"): return source
     return Path(os.path.relpath(Path.cwd() / source, project_root())).as_posix()
 
-
+# %% ../nbs/60_new.ipynb #00994d76
 def read_somehow(
     con,  # DuckDB connection
     sources: list[str],
@@ -260,7 +265,7 @@ def draft_params(
     guess.notes = [text for _, text in table.notes if re.search("set types:|with columns:", text)]
     return draft_text(name, sources, guess)
 
-# %% ../nbs/60_new.ipynb #aa74acbf
+# %% ../nbs/60_new.ipynb #d897e465
 def check_name(
     name: str,  # of the project
     force: bool = False,  # it may be there already
@@ -271,7 +276,7 @@ def check_name(
     if path.exists() and not force: raise SlmlError("there is such a parameter set already", str(path), "take another name, or --force to replace it")
     return path
 
-
+# %% ../nbs/60_new.ipynb #47004d38
 def write_params(
     name: str,
     text: str,  # from `draft_params`

@@ -4,44 +4,47 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'LONGEST', 'MOST', 'EXECUTION', 'HEAVIEST', 'TOLD', 'FOLDERS', 'WORDS', 'RETRIES', 'INSIDE', 'METADATA',
-           'CALLS', 'UPLOADED', 'NOT_THERE', 'DIRECT', 'WORDS_OF', 'DAYS', 'SAID', 'as_text', 'sheltered',
-           'unsheltered', 'comes_back', 'parameter_name', 'parameter_of', 'pipeline_parameters', 'get', 'join',
-           'json_get', 'filled', 'wanted_by', 'place_in_bundle', 'own_files', 'data_files', 'no_secrets', 'set_of',
-           'bundle_of', 'record_key', 'record_of', 'put_record', 'opened', 'take_up', 'make_stage', 'help_to_train',
-           'plain_words', 'told', 'judged', 'pack_model', 'make_gate', 'step_main', 'main', 'words_of', 'pipeline_name',
-           'Site', 'hyperparameters', 'request_for', 'channel', 'stage_arguments', 'stage_step', 'gate_files',
-           'gate_arguments', 'gate_step', 'model_card', 'register_step', 'decision_steps', 'definition_of', 'site_of',
-           'render', 'limits', 'against_model', 'steps_in', 'defaults_of', 'problems_of', 'arguments_wrong', 'leaves',
-           'of_step', 'changes', 'differences', 'in_words', 'token', 'kept_pipeline', 'body_of', 'create',
-           'started_with', 'executions', 'start', 'job_of', 'link', 'status', 'found_execution', 'step_row',
-           'status_text', 'stop', 'aws_cron', 'trigger_policy', 'trigger_trust', 'trigger_role', 'schedule_of',
-           'pattern_of', 'new_objects', 'triggers', 'put_schedule', 'put_rule', 'not_carried', 'ranges_of', 'limits_of',
-           'script_mode', 'tuning_request', 'trial_job', 'make_trial', 'rendered_text', 'created_text', 'pipeline_do']
+           'CALLS', 'UPLOADED', 'NOT_THERE', 'DIRECT', 'WORDS_OF', 'APPROVALS', 'DAYS', 'SAID', 'TRIED', 'as_text',
+           'sheltered', 'unsheltered', 'comes_back', 'parameter_name', 'parameter_of', 'pipeline_parameters', 'get',
+           'join', 'json_get', 'filled', 'wanted_by', 'place_in_bundle', 'own_files', 'data_files', 'no_secrets',
+           'set_of', 'bundle_of', 'record_key', 'record_of', 'put_record', 'opened', 'take_up', 'make_stage',
+           'help_to_train', 'plain_words', 'told', 'judged', 'pack_model', 'make_gate', 'step_main', 'main', 'words_of',
+           'pipeline_name', 'wished_address', 'Site', 'hyperparameters', 'request_for', 'channel', 'stage_arguments',
+           'stage_step', 'gate_files', 'gate_arguments', 'gate_step', 'model_card', 'register_step', 'decision_steps',
+           'definition_of', 'site_of', 'render', 'limits', 'against_model', 'steps_in', 'defaults_of', 'problems_of',
+           'arguments_wrong', 'leaves', 'of_step', 'changes', 'differences', 'in_words', 'token', 'kept_pipeline',
+           'body_of', 'create', 'started_with', 'executions', 'start', 'job_of', 'link', 'status', 'approval_of',
+           'approval_text', 'found_execution', 'step_row', 'status_text', 'stop_by_arn', 'stop', 'aws_cron',
+           'trigger_policy', 'trigger_trust', 'trigger_role', 'schedule_of', 'pattern_of', 'new_objects', 'triggers',
+           'put_schedule', 'put_rule', 'not_carried', 'ranges_of', 'limits_of', 'script_mode', 'tuning_request',
+           'trial_job', 'make_trial', 'search_status', 'search_text', 'best_values', 'rendered_text', 'created_text',
+           'pipeline_do']
 
-# %% ../nbs/63_pipeline.ipynb #9fcb5305
+# %% ../nbs/63_pipeline.ipynb #afc1abcf
 import io, json, os, re, shutil, sys, tarfile, tempfile, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from .aws import Account, account_of, asked, aws_errors, fitting_type, name_part, role_of, tags_of
+from .aws import Account, account_of, asked, aws_errors, fitting_type, job_stem, name_part, role_of, tags_of
 from .core import (ParamSet, Param, Refused, Secret, SlmlError, atomic_write, canonical_json, coerce, every, load_params, project_root, read_json, seal, sealed, sha256_text, suggest)
 from .graph import Graph, climbing, key_of, key_parts, plan
-from .jobs import START, as_job, assist, by_many, image_of, instance_gpus, mirror_checkpoints, print_event, put_once, request_of, requirements_of, specification, tell_progress, wheel
-from .run import Run, Task, environment, not_needed, outside_data, run_task, runner_for
-from .stage import artifact_path
-from .store import error_code, open_store
+from .jobs import START, as_job, assist, image_of, instance_gpus, job_runner, mirror_checkpoints, print_event, put_once, request_of, requirements_of, specification, tell_progress, together, wheel
+from .keep import hold
+from .run import Run, Task, environment, not_needed, on_record, outside_data, run_task, stops_kernels
+from .stage import artifact_path, shipped_notebooks
+from .store import client_of, error_code, open_store, read_address
 
 # %% ../nbs/63_pipeline.ipynb #cbfa24f8
 KINDS = {"int": "Integer", "float": "Float", "bool": "Boolean"}  # of pipeline parameters; everything else is a String
 LONGEST = 1024  # characters of a value that an execution may be started with
 MOST = 200  # parameters of a pipeline, by SageMaker's quotas
 
-# %% ../nbs/63_pipeline.ipynb #71a1c159
+# %% ../nbs/63_pipeline.ipynb #ba87b2b6
 def as_text(
     value,  # of a parameter
 ) -> str:  # "3", "true", "[1,2]", "" for None
-    "A value as text."
+    "A value as text; names stay in their order, which is that of the columns of a table."
     if value is None: return ""
-    return value if isinstance(value, str) else canonical_json(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
 
 # %% ../nbs/63_pipeline.ipynb #c127f81e
 def sheltered(value) -> str:
@@ -181,7 +184,7 @@ def no_secrets(params: ParamSet, values: dict):
                 raise SlmlError(f"{stage}.{name} is the secret {hidden[0].name}, and a pipeline has nobody who could type it", params.lines.get((stage, name), params.file),
                                 "give the pipeline's role the permission instead, or run it from here: slml run --on sagemaker")
 
-# %% ../nbs/63_pipeline.ipynb #854efa9a
+# %% ../nbs/63_pipeline.ipynb #1706f456
 def set_of(
     params: ParamSet,
     graph: Graph,
@@ -190,11 +193,12 @@ def set_of(
 ) -> dict:  # what a step must know; JSON
     "A parameter set as it travels."
     own = {s: place_in_bundle(graph.nodes[s].notebook) for s in params.stages if s in graph.nodes}
+    out = {s: False for s in [*shipped_notebooks(), *(s for s, p in params.stages.items() if p is False)] if s not in graph.nodes}
     given = {s: {n: values[s][n] for n, p in graph.nodes[s].schema.items() if n in values[s] and (p.required or canonical_json(values[s][n]) != canonical_json(p.default))} for s in graph.order}
-    return {"project": params.project, "about": params.about, "values": {s: g for s, g in given.items() if g or s in params.values}, "stages": own | {s: False for s, p in params.stages.items() if p is False},
-            "versions": {s: list(graph.nodes[s].imports) for s in graph.order}, "gates": climbing(graph, params, overrides), "order": graph.order}
+    return {"project": params.project, "about": params.about, "values": {s: g for s, g in given.items() if g or s in params.values}, "stages": own | out,
+            "versions": {s: json.loads(canonical_json(graph.nodes[s].imports)) for s in graph.order}, "gates": climbing(graph, params, overrides), "order": graph.order}
 
-# %% ../nbs/63_pipeline.ipynb #38f5046a
+# %% ../nbs/63_pipeline.ipynb #1af4ca4f
 def bundle_of(
     params: ParamSet,
     graph: Graph,
@@ -203,7 +207,7 @@ def bundle_of(
 ) -> dict[str, bytes]:  # {place: content}
     "The project folder that a pipeline's steps get."
     no_secrets(params, values)
-    known = json.dumps(set_of(params, graph, values, overrides or {}), sort_keys=True, default=str, ensure_ascii=False)
+    known = json.dumps(set_of(params, graph, values, overrides or {}), default=str, ensure_ascii=False)  # in the order of the set: two orders of features are two tables
     files = {**own_files(params, graph), **data_files(graph, values)}
     return {"pipeline.json": known.encode(), "params/.keep": b"", **{n: f.read_bytes() for n, f in files.items()}}
 
@@ -256,7 +260,7 @@ def take_up(
     inputs = {a: hashes[a] for a in node.needs if a in hashes}
     return {a: h for a, (h, _) in inputs.items()}, {a: s for a, (_, s) in inputs.items()}
 
-# %% ../nbs/63_pipeline.ipynb #c21e0478
+# %% ../nbs/63_pipeline.ipynb #c3097251
 def make_stage(
     stage: str,
     execution: str,  # id of the execution
@@ -272,9 +276,9 @@ def make_stage(
     run = Run(params, graph, values, {}, folder / "runs" / params.project / execution)
     inputs, after = take_up(run, graph, stage, before)
     task = Task(stage, graph.nodes[stage], values[stage], run, run.folder, after, note=lambda **what: run.update(stage, **what), gate=gate)
-    if int(os.environ.get("RANK", 0)): return help_to_train(at, task, inputs, folder)
-    if gate and gate in before and (why := not_needed(task)): record = {"state": "skipped", "why": why, "made": None}
-    else: record = _made_here(params, graph, run, task, inputs, emit)
+    why = not_needed(task) if gate in before else ""
+    if int(os.environ.get("RANK", 0)): return {} if why else help_to_train(at, task, inputs, folder)  # who helps where nothing is to be done would wait for ever
+    record = {"state": "skipped", "why": why, "made": None} if why else _made_here(at, run, task, inputs, emit)
     put_record(at, params.project, execution, stage, **record, environment=run.record["environment"])
     return record
 
@@ -285,10 +289,13 @@ def help_to_train(store, task: Task, inputs: dict, folder: Path) -> dict:
     assist(specification(store, task, key_of(parts), parts), folder / "assist")
     return {}
 
-# %% ../nbs/63_pipeline.ipynb #faa7c647
-def _made_here(params: ParamSet, graph: Graph, run: Run, task: Task, inputs: dict, emit) -> dict:
+# %% ../nbs/63_pipeline.ipynb #08e41d12
+def _made_here(store, run: Run, task: Task, inputs: dict, emit) -> dict:
     "The record of a stage that was made or found; checkpoints and progress go where a job's do."
-    with runner_for(params, graph, emit, 1, run=run) as runner, mirror_checkpoints(task.place), tell_progress(task.place): run_task(runner, task, inputs)
+    runner = job_runner(store, emit)
+    with on_record(run), runner.kernels, mirror_checkpoints(task.place), tell_progress(task.place), stops_kernels(runner.kernels):
+        try: run_task(runner, task, inputs)
+        finally: runner.gpu.stop()
     said = run.record["stages"][task.id]
     made = json.loads((task.place / "made.json").read_text())
     if "://" not in made["root"]: made["root"] = str((task.place / made["root"]).resolve())  # a store on a disk that all steps share
@@ -356,7 +363,7 @@ def make_gate(
 TOLD = "/opt/ml/input/config/hyperparameters.json"
 FOLDERS = ("/opt/ml/input/data/project", "/opt/ml/processing/input/project")
 
-# %% ../nbs/63_pipeline.ipynb #a1d9ec4f
+# %% ../nbs/63_pipeline.ipynb #c0ea4321
 def step_main(
     stage: str,  # or gate
     folders=FOLDERS,  # where the project folder lies
@@ -370,7 +377,7 @@ def step_main(
         if stage == "gate": return make_gate(execution, store, folder, Path("/opt/ml/processing/output"))
         if stage == "trial": return make_trial(os.environ["TRAINING_JOB_NAME"], store, os.environ["SLML_METRIC"], {n.replace("__", ".", 1): unsheltered(v) for n, v in read_json(told, {}).items() if "__" in n}, folder, print_event)
         given = {n[2:]: unsheltered(v) for n, v in read_json(told, {}).items() if n.startswith("p_")}
-        print_event(type="machine", environment=environment(), attempt=os.environ.get("TRAINING_JOB_NAME", ""))
+        if not int(os.environ.get("RANK", 0)): print_event(type="machine", environment=environment(), attempt=os.environ.get("TRAINING_JOB_NAME", ""))
         return make_stage(stage, execution, store, given, folder, print_event)
 
 # %% ../nbs/63_pipeline.ipynb #5cce3175
@@ -405,7 +412,16 @@ def pipeline_name(project: str) -> str:
     "What a project's pipeline is called: letters, digits and - are what SageMaker takes; two projects never share a name."
     return f"slml-{name_part(project, 200)}"
 
-# %% ../nbs/63_pipeline.ipynb #83beb3eb
+# %% ../nbs/63_pipeline.ipynb #a966b7e0
+def wished_address(
+    account: Account,
+) -> str:  # s3://bucket/prefix?kms=…&owner=…
+    "The store's address with all that is wished of it: steps write as this machine does, with the same key and into nobody else's bucket."
+    plain, wishes = read_address(account.store)
+    wanted = "&".join(f"{n}={v}" for n, v in (("kms", wishes["kms"] or account.kms), ("owner", wishes["owner"])) if v)
+    return f"{plain}?{wanted}" if wanted else plain
+
+# %% ../nbs/63_pipeline.ipynb #25e8ca40
 @dataclass
 class Site:
     "What all steps of a pipeline share."
@@ -431,7 +447,11 @@ class Site:
 
     def environment(self) -> dict:
         "What every step is told."
-        return {"SLML_STORE": str(self.store), "SLML_EXECUTION": EXECUTION, "SLML_TRACKING": "off", "AWS_DEFAULT_REGION": self.account.region}
+        return {"SLML_STORE": wished_address(self.account), "SLML_EXECUTION": EXECUTION, "SLML_TRACKING": "off", "AWS_DEFAULT_REGION": self.account.region}
+
+    def job(self, step: str) -> str:
+        "How the names of a step's jobs begin."
+        return f"slml-{job_stem(self.account.project, step)}"
 
 # %% ../nbs/63_pipeline.ipynb #db83fd58
 RETRIES = [{"ExceptionType": ["Step.SERVICE_FAULT", "Step.THROTTLING"], "IntervalSeconds": 10, "BackoffRate": 2.0, "MaxAttempts": 5},
@@ -463,7 +483,7 @@ def channel(name: str, uri: str) -> dict:
     "Files that a training job finds below /opt/ml/input/data/NAME."
     return {"ChannelName": name, "InputMode": "File", "DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": uri, "S3DataDistributionType": "FullyReplicated"}}}
 
-# %% ../nbs/63_pipeline.ipynb #6f1f5b76
+# %% ../nbs/63_pipeline.ipynb #d65ec27e
 def stage_arguments(
     site: Site,
     node,  # of the graph
@@ -471,7 +491,7 @@ def stage_arguments(
 ) -> dict:  # what CreateTrainingJob takes, without a name
     "The job of a stage."
     machine, on = {**node.machine, "on": site.machines[node.stage]}, parameter_name(node.stage, "on")
-    found = request_for(site, machine, by_many(node) and (instance_gpus(machine["on"]) > 1 or machine.get("instances", 1) > 1))
+    found = {"TrainingJobName": site.job(node.stage), **request_for(site, machine, together(node, machine))}
     needs = site.put("needs", {"requirements.txt": "\n".join(requirements_of(node)).encode()})
     found |= {"HyperParameters": hyperparameters(node.stage, names, node.schema), "Environment": {**found.get("Environment", {}), **site.environment()}}
     found["InputDataConfig"] = [channel("job", needs), *(c for c in found["InputDataConfig"] if c["ChannelName"] != "job"), channel("project", site.folder)]
@@ -497,13 +517,13 @@ def gate_files(site: Site, graph: Graph) -> list[dict]:
     code = site.put("gate", {"start.py": START.encode(), name: data, "requirements.txt": "\n".join(n for n in needs if n.partition("==")[0] != "torch").encode()})
     return [{"InputName": n, "S3Input": {"S3Uri": uri, "LocalPath": f"{INSIDE}/input/{n}", "S3DataType": "S3Prefix", "S3InputMode": "File"}} for n, uri in (("code", code), ("project", site.folder))]
 
-# %% ../nbs/63_pipeline.ipynb #e82500c4
+# %% ../nbs/63_pipeline.ipynb #50c6b58f
 def gate_arguments(site: Site, graph: Graph) -> dict:  # what CreateProcessingJob takes, without a name
     "The job of the gate."
     a, kind, outputs = site.account, site.machines["gate"], ["gate", *(["model"] if "package" in graph.maker else [])]
     results = [{"OutputName": n, "S3Output": {"S3Uri": site.place(n), "LocalPath": f"{INSIDE}/output/{n}", "S3UploadMode": "EndOfJob"}} for n in outputs]
     cluster = {"InstanceCount": 1, "InstanceType": kind, "VolumeSizeInGB": 30, **({"VolumeKmsKeyId": a.kms} if a.kms else {})}
-    found = {"ProcessingResources": {"ClusterConfig": cluster}, "RoleArn": role_of(a), "Tags": tags_of(a), "ProcessingInputs": gate_files(site, graph), "StoppingCondition": {"MaxRuntimeInSeconds": 3600},
+    found = {"ProcessingJobName": site.job("gate"), "ProcessingResources": {"ClusterConfig": cluster}, "RoleArn": role_of(a), "Tags": tags_of(a), "ProcessingInputs": gate_files(site, graph), "StoppingCondition": {"MaxRuntimeInSeconds": 3600},
              "AppSpecification": {"ImageUri": image_of(a, {"on": kind}), "ContainerEntrypoint": ["python3", f"{INSIDE}/input/code/start.py"], "ContainerArguments": ["--module", "slml_nb.pipeline", "--stage", "gate"]},
              "ProcessingOutputConfig": {"Outputs": results, **({"KmsKeyId": a.kms} if a.kms else {})}, "Environment": site.environment()}
     return {**found, "NetworkConfig": {"VpcConfig": {"SecurityGroupIds": a.security_groups, "Subnets": a.subnets}}} if a.subnets else found
@@ -566,7 +586,7 @@ def definition_of(
     steps = [*(stage_step(site, graph, s, names, gates) for s in graph.order), *decision_steps(site, params, graph)]
     return {"Version": "2020-12-01", "Metadata": {"project": params.project, "folder": site.folder.rstrip("/").rpartition("/")[2], "code": site.code.rstrip("/").rpartition("/")[2]}, "Parameters": parameters, "Steps": steps}
 
-# %% ../nbs/63_pipeline.ipynb #3b69d690
+# %% ../nbs/63_pipeline.ipynb #14cef986
 def site_of(
     params: ParamSet,
     graph: Graph,
@@ -576,9 +596,9 @@ def site_of(
     account, runs = account_of(params), project_root() / params.runs / params.project
     if not account.bucket: raise SlmlError(f"the store is {params.store or 'a folder of this machine'}", params.file, "a pipeline needs one that its steps reach: store: s3://bucket/prefix, or --store")
     machines = {s: on if (on := n.machine.get("on", "here")).startswith("ml.") else fitting_type(n, runs) for s, n in graph.nodes.items()}
-    return Site(account, open_store(account.store), pipeline_name(params.project), {**machines, "gate": "ml.t3.medium"}, words_of(params), dry)
+    return Site(account, open_store(wished_address(account)), pipeline_name(params.project), {**machines, "gate": "ml.t3.medium"}, words_of(params), dry)
 
-# %% ../nbs/63_pipeline.ipynb #c8f690e6
+# %% ../nbs/63_pipeline.ipynb #30932224
 def render(
     params: ParamSet,
     overrides: dict | None = None,  # {"train.epochs": "3"}: the defaults of the pipeline's parameters
@@ -588,11 +608,15 @@ def render(
     from slml_nb.jobs import upload_code
     graph, values = plan(params, overrides)
     site = site_of(params, graph, dry)
-    site.code, site.folder = upload_code(site.store, params.project, dry), site.put("folder", bundle_of(params, graph, values, overrides))
+    site.code = upload_code(site.store, params.project, True)
+    if not dry:  # before it is looked for: `slml gc` clears away code that nobody needs
+        hold(site.store, params.project, site.name, [site.code.removeprefix(f"{site.store}/").rstrip("/"), f"{params.project}/jobs/drivers"], None)
+        upload_code(site.store, params.project)
+    site.folder = site.put("folder", bundle_of(params, graph, values, overrides))
     return definition_of(site, params, graph, values, overrides), site
 
-# %% ../nbs/63_pipeline.ipynb #de3e16b8
-CALLS = {"Training": ("CreateTrainingJob", {"TrainingJobName": "job"}), "Processing": ("CreateProcessingJob", {"ProcessingJobName": "job"}), "RegisterModel": ("CreateModelPackage", {})}
+# %% ../nbs/63_pipeline.ipynb #67815e95
+CALLS = {"Training": "CreateTrainingJob", "Processing": "CreateProcessingJob", "RegisterModel": "CreateModelPackage"}
 
 # %% ../nbs/63_pipeline.ipynb #536c4fdb
 def limits(shape, value, where: str) -> list[str]:
@@ -644,13 +668,12 @@ def problems_of(
     for s in steps: found += [f"{s['Name']} asks for {path}, which nobody knows" for path in wanted_by(s["Arguments"]) if path not in known and path not in files and not path.startswith("Execution.")]
     return found + ([] if found else [w for s in steps for w in arguments_wrong(s, known)])
 
-# %% ../nbs/63_pipeline.ipynb #73117413
+# %% ../nbs/63_pipeline.ipynb #17bfc345
 def arguments_wrong(step: dict, known: dict) -> list[str]:
     "What the call that a step stands for has against its arguments."
     if step["Type"] not in CALLS: return []
-    call, more = CALLS[step["Type"]]
     def _known(kind, path): return ("word" if kind != "Get" else known.get(path, "execution"))
-    return [f"{step['Name']}: {w}" for w in against_model(call, {**filled(step["Arguments"], _known), **more})]
+    return [f"{step['Name']}: {w}" for w in against_model(CALLS[step["Type"]], filled(step["Arguments"], _known))]
 
 # %% ../nbs/63_pipeline.ipynb #6ec141ba
 def leaves(value, path: str = "") -> dict:  # {"Arguments.ResourceConfig.InstanceType": value}
@@ -786,15 +809,17 @@ def executions(client, name: str) -> list[dict]:  # newest first
     found = [e for page in pages for e in page["PipelineExecutionSummaries"]]
     return sorted(found, key=lambda e: str(e.get("StartTime")), reverse=True)
 
-# %% ../nbs/63_pipeline.ipynb #1a2e93a9
+# %% ../nbs/63_pipeline.ipynb #b24e5338
 def start(
     params: ParamSet,
     overrides: dict | None = None,  # {"train.epochs": "3"}
     again: bool = False,  # one more, though the same is under way
+    tuned: bool = False,  # with the best values that the search of `tune:` has found; overrides count more
 ) -> dict:  # arn, name, state: started or under way
     "Start a pipeline."
     account, name = account_of(params), pipeline_name(params.project)
     client = account.client("sagemaker")
+    if tuned: overrides = {**best_values(params), **(overrides or {})}
     with aws_errors(f"pipeline {name}"):
         if not (there := kept_pipeline(client, name)): raise SlmlError("there is no such pipeline yet", name, f"slml pipeline create {params.file}")
         given = started_with(params, json.loads(there["PipelineDefinition"]), overrides or {})
@@ -817,7 +842,7 @@ def link(region: str, job: str, kind: str = "training") -> str:
     "The page of a job in AWS's console."
     return f"https://{region}.console.aws.amazon.com/sagemaker/home?region={region}#/{'jobs' if kind == 'training' else 'processing-jobs'}/{job}" if job else ""
 
-# %% ../nbs/63_pipeline.ipynb #e450b820
+# %% ../nbs/63_pipeline.ipynb #5efc354c
 def status(
     params: ParamSet,
     execution: str = "",  # its ARN or its id; "": the newest
@@ -830,10 +855,26 @@ def status(
         told = client.describe_pipeline_execution(PipelineExecutionArn=arn)
         steps = [s for page in client.get_paginator("list_pipeline_execution_steps").paginate(PipelineExecutionArn=arn) for s in page["PipelineExecutionSteps"]]
         order = [s["Name"] for s in steps_in(json.loads(client.describe_pipeline_definition_for_execution(PipelineExecutionArn=arn)["PipelineDefinition"])["Steps"])]
-    short, store = arn.rpartition("/")[2], open_store(account.store)
+    short, store = arn.rpartition("/")[2], open_store(wished_address(account))
     by = {s["StepName"]: s for s in steps}
     rows = [step_row(n, by.get(n, {}), record_of(store, params.project, short, n) or {}, account.region) for n in order]
+    for r in rows: r |= approval_of(client, r["package"]) if r["package"] else {}
     return {"arn": arn, "id": short, "name": name, "state": WORDS_OF.get(told["PipelineExecutionStatus"], told["PipelineExecutionStatus"].lower()), "why": told.get("FailureReason", ""), "started": str(told.get("CreationTime", "")), "steps": rows}
+
+# %% ../nbs/63_pipeline.ipynb #2091c95d
+APPROVALS = {"PendingManualApproval": "waits for a person", "Approved": "approved", "Rejected": "rejected"}
+
+
+def approval_of(client, package: str) -> dict:  # approval: one of `APPROVALS`; said: what the person has added
+    "How a package was decided about."
+    with aws_errors(f"package {package}"): told = client.describe_model_package(ModelPackageName=package)
+    return {"approval": APPROVALS.get(told.get("ModelApprovalStatus", ""), ""), "said": told.get("ApprovalDescription", "")}
+
+
+def approval_text(row: dict) -> str:
+    "The same for a terminal, with the command that decides."
+    how = f": aws sagemaker update-model-package --model-package-arn {row['package']} --model-approval-status Approved" if row["approval"] == APPROVALS["PendingManualApproval"] else ""
+    return f"{row['approval']}{how}" + (f" ({row['said']})" if row["said"] else "")
 
 # %% ../nbs/63_pipeline.ipynb #4f15cb24
 def found_execution(client, name: str, execution: str) -> str:
@@ -857,28 +898,42 @@ def step_row(name: str, said: dict, record: dict, region: str) -> dict:
     return {"step": name, "state": state, "why": why, "job": job, "link": link(region, job, "processing" if "ProcessingJob" in meta else "training"), "seconds": record.get("seconds"), "key": record.get("key", ""), "metrics": record.get("metrics") or {},
             "package": meta.get("RegisterModel", {}).get("Arn", "")}
 
-# %% ../nbs/63_pipeline.ipynb #f009850b
+# %% ../nbs/63_pipeline.ipynb #9fc040b8
 def status_text(told: dict) -> str:
     "How an execution is doing, for a terminal."
     wide = max(len(r["step"]) for r in told["steps"])
     lines = [f"{told['name']} {told['id']}: {told['state']}" + (f" ({told['why']})" if told["why"] else "")]
     for r in told["steps"]:
         lines.append(f"  {r['step']:<{wide}}  {r['state']:<8} {r['why'] or r['package']}".rstrip())
+        if r.get("approval"): lines.append(f"  {'':<{wide}}  {approval_text(r)}")
         if r["state"] == "failed" and r["job"]: lines += [f"  {'':<{wide}}  {r['link']}", f"  {'':<{wide}}  its log: aws logs tail /aws/sagemaker/{'ProcessingJobs' if 'processing' in r['link'] else 'TrainingJobs'} --log-stream-name-prefix {r['job']}"]
     return "\n".join(lines)
 
-# %% ../nbs/63_pipeline.ipynb #3a73644d
+# %% ../nbs/63_pipeline.ipynb #731026d6
+def stop_by_arn(
+    arn: str,  # of an execution, or of a tuning job
+) -> str:  # what is to be said
+    "Stop an execution of a pipeline, or a search."
+    client, over = client_of("sagemaker", arn.split(":")[3]), f"{arn} is over already"
+    with aws_errors(arn):
+        if ":hyper-parameter-tuning-job/" in arn:
+            name = {"HyperParameterTuningJobName": arn.rpartition("/")[2]}
+            if client.describe_hyper_parameter_tuning_job(**name)["HyperParameterTuningJobStatus"] != "InProgress": return over
+            client.stop_hyper_parameter_tuning_job(**name)
+        else:
+            if client.describe_pipeline_execution(PipelineExecutionArn=arn)["PipelineExecutionStatus"] not in ("Executing", "Starting"): return over
+            client.stop_pipeline_execution(PipelineExecutionArn=arn, ClientRequestToken=token("stop", arn))
+    return f"{arn} is being stopped"
+
+# %% ../nbs/63_pipeline.ipynb #57ed3eb7
 def stop(
     params: ParamSet,
     execution: str = "",  # its ARN or its id; "": the newest
-) -> str:  # its ARN
-    "Stop an execution: steps that run get two minutes to end, none begins."
-    account, name = account_of(params), pipeline_name(params.project)
-    client = account.client("sagemaker")
-    with aws_errors(f"pipeline {name}"):
-        arn = found_execution(client, name, execution)
-        client.stop_pipeline_execution(PipelineExecutionArn=arn, ClientRequestToken=token("stop", arn))
-    return arn
+) -> tuple[str, str]:  # its ARN, and what is to be said
+    "Stop an execution of a parameter set's pipeline."
+    client, name = account_of(params).client("sagemaker"), pipeline_name(params.project)
+    with aws_errors(f"pipeline {name}"): arn = found_execution(client, name, execution)
+    return arn, stop_by_arn(arn)
 
 # %% ../nbs/63_pipeline.ipynb #2a5f5002
 DAYS = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
@@ -1017,11 +1072,14 @@ def limits_of(settings: dict, usd_per_hour: float) -> dict:
     seconds = [s for s in (settings["seconds"], settings["usd"] / usd_per_hour * 3600 / workers) if s]
     return {"MaxNumberOfTrainingJobs": settings["trials"], "MaxParallelTrainingJobs": workers, **({"MaxRuntimeInSeconds": max(120, int(min(seconds)))} if seconds else {})}
 
-# %% ../nbs/63_pipeline.ipynb #f41c1e5d
-def script_mode(site: Site, node) -> dict:
+# %% ../nbs/63_pipeline.ipynb #88c40f6e
+def script_mode(
+    site: Site,
+    nodes,  # every stage that a trial makes
+) -> dict:  # hyperparameters
     "A search's jobs have no entry point of their own: AWS's images start a program out of an archive, by two hyperparameters."
     name, data = wheel()
-    needs = "\n".join(requirements_of(node)).encode()
+    needs = "\n".join(sorted({r for n in nodes for r in requirements_of(n)}, key=str.lower)).encode()
     import gzip
     out = io.BytesIO()
     with gzip.GzipFile(fileobj=out, mode="wb", mtime=0, filename="") as gz, tarfile.open(fileobj=gz, mode="w") as tar:
@@ -1031,7 +1089,7 @@ def script_mode(site: Site, node) -> dict:
     sent = site.put("search", {"sourcedir.tar.gz": out.getvalue()})
     return {"sagemaker_program": "start.py", "sagemaker_submit_directory": f"{sent}sourcedir.tar.gz", "module": "slml_nb.pipeline", "stage": "trial"}
 
-# %% ../nbs/63_pipeline.ipynb #427ebb6c
+# %% ../nbs/63_pipeline.ipynb #05805096
 def tuning_request(
     params: ParamSet,  # with tune:
     given: dict | None = None,  # on top of what stands below tune:
@@ -1046,21 +1104,21 @@ def tuning_request(
     (metric, way), site = next(iter(search.objectives.items())), site_of(replace(search.params, tune={}), search.graph, dry)
     stage = metric.split(".")[0]
     machine = {**search.graph.nodes[stage].machine, "on": site.machines[stage]}
-    bundle = bundle_of(search.params, search.graph, search.base, overrides)
+    bundle = bundle_of(replace(search.params, climb=True), search.graph, search.base, overrides)  # no stage is left out: each says something about the metric
     site.folder = site.put("folder", bundle)
-    job = trial_job(site, search.graph.nodes[stage], machine, metric)
+    job = trial_job(site, search.graph.nodes.values(), machine, metric)
     config = {"Strategy": "Bayesian", "HyperParameterTuningJobObjective": {"Type": "Minimize" if way == "minimise" else "Maximize", "MetricName": metric}, "ParameterRanges": ranges_of(search.axes),
               "ResourceLimits": limits_of(search.settings, usd_per_hour(machine["on"], site.account.region)), "TrainingJobEarlyStoppingType": "Off", "RandomSeed": int(search.settings.get("seed") or 0)}
-    return {"HyperParameterTuningJobName": f"{site.name[:20].rstrip('-')}-{token(config, site.folder)[:8]}", "HyperParameterTuningJobConfig": config, "TrainingJobDefinition": job, "Tags": tags_of(site.account)}
+    return {"HyperParameterTuningJobName": f"slml-{name_part(params.project)}--{token(config, job)[:8]}", "HyperParameterTuningJobConfig": config, "TrainingJobDefinition": job, "Tags": tags_of(site.account)}
 
-# %% ../nbs/63_pipeline.ipynb #90e64481
-def trial_job(site: Site, node, machine: dict, metric: str) -> dict:
+# %% ../nbs/63_pipeline.ipynb #c2d5b3a3
+def trial_job(site: Site, nodes, machine: dict, metric: str) -> dict:
     "The job of a trial."
     made = {k: v for k, v in request_of(site.account, machine, "trial", f"{site.store}/", "", {}, "", False, site.store, True).items() if k in
             ("RoleArn", "OutputDataConfig", "ResourceConfig", "StoppingCondition", "VpcConfig", "EnableManagedSpotTraining", "EnableInterContainerTrafficEncryption")}
     number = re.escape(metric) + r"=([-+0-9.eE]+)"
     kept = {**made, "OutputDataConfig": {k: v for k, v in made["OutputDataConfig"].items() if k != "CompressionType"}}
-    return {**kept, "StaticHyperParameters": script_mode(site, node), "InputDataConfig": [channel("project", site.folder)], "Environment": {"SLML_STORE": str(site.store), "SLML_METRIC": metric},
+    return {**kept, "StaticHyperParameters": script_mode(site, nodes), "InputDataConfig": [channel("project", site.folder)], "Environment": {**{k: v for k, v in site.environment().items() if isinstance(v, str)}, "SLML_METRIC": metric},
             "AlgorithmSpecification": {"TrainingImage": image_of(site.account, machine), "TrainingInputMode": "File", "MetricDefinitions": [{"Name": metric, "Regex": f"{SAID} {number}"}]}}
 
 # %% ../nbs/63_pipeline.ipynb #edd37a6c
@@ -1080,6 +1138,37 @@ def make_trial(
     print(f"{SAID} {metric}={said['metrics'][name]:.12g}", flush=True)
     return said["metrics"][name]
 
+# %% ../nbs/63_pipeline.ipynb #bfdbb093
+TRIED = {"InProgress": "running", "Completed": "done", "Failed": "failed", "Stopping": "stopping", "Stopped": "stopped"}
+
+
+def search_status(
+    params: ParamSet,  # with tune:
+    overrides: dict | None = None,
+) -> dict:  # name, state ("": there is none), trials (that are over), of (at most), failed, metric, best: {parameter: text}, value
+    "How the search that a set asks for is doing."
+    request, client = tuning_request(params, None, overrides), account_of(params).client("sagemaker")
+    name, config = request["HyperParameterTuningJobName"], request["HyperParameterTuningJobConfig"]
+    with aws_errors(f"tuning job {name}"): told = asked(client.describe_hyper_parameter_tuning_job, NOT_THERE, "not find|not exist|not found", HyperParameterTuningJobName=name) or {}
+    done, best = told.get("TrainingJobStatusCounters", {}), told.get("BestTrainingJob", {})
+    return {"name": name, "arn": told.get("HyperParameterTuningJobArn", ""), "state": TRIED.get(told.get("HyperParameterTuningJobStatus", ""), ""), "why": told.get("FailureReason", ""), "trials": sum(done.get(k, 0) for k in ("Completed", "Stopped", "NonRetryableError")),
+            "failed": done.get("NonRetryableError", 0), "of": config["ResourceLimits"]["MaxNumberOfTrainingJobs"], "metric": config["HyperParameterTuningJobObjective"]["MetricName"], "job": best.get("TrainingJobName", ""),
+            "value": best.get("FinalHyperParameterTuningJobObjectiveMetric", {}).get("Value"), "best": {n.replace("__", ".", 1): unsheltered(v) for n, v in best.get("TunedHyperParameters", {}).items() if "__" in n}}
+
+# %% ../nbs/63_pipeline.ipynb #c2b1ccca
+def search_text(told: dict, file: str) -> str:
+    "The same for a terminal."
+    lines = [f"{told['name']}: {told['state']}, {told['trials']} of {told['of']} trials" + f", {told['failed']} failed" * bool(told["failed"]) + (f" ({told['why']})" if told["why"] else "")]
+    if told["best"]: lines += [f"  {told['metric']} is {told['value']:.6g} with {' '.join(f'{n}={v}' for n, v in told['best'].items())}", f"  slml pipeline start {file} --tuned"]
+    return "\n".join(lines)
+
+# %% ../nbs/63_pipeline.ipynb #675fa45b
+def best_values(params: ParamSet) -> dict:  # {"melt.heat": "2.1"}
+    "The best values that the search of a set has found."
+    told = search_status(params)
+    if told["best"]: return told["best"]
+    raise SlmlError("the search has found nothing yet" if told["state"] else "there is no such search yet", told["name"], f"slml pipeline tune {params.file}")
+
 # %% ../nbs/63_pipeline.ipynb #82110d7c
 def rendered_text(definition: dict, site: Site, kept: list[str]) -> str:
     "A pipeline before there is one, for people: steps, machines, parameters."
@@ -1095,7 +1184,7 @@ def created_text(told: dict, dry: bool) -> str:
     verb = {"new": "would be created" if dry else "created", "changed": "would change" if dry else "brought up to date", "unchanged": "is as it should be"}[told["state"]]
     return "\n".join([f"{told['name']} {verb}", *(f"  {c}" for c in told["changes"]), *(f"  starts {t}" for t in told["triggers"])])
 
-# %% ../nbs/63_pipeline.ipynb #c4a8ef7e
+# %% ../nbs/63_pipeline.ipynb #7d6f100a
 def pipeline_do(
     what: str,  # render, create, start, status, stop or tune
     file: str,  # parameter set
@@ -1105,15 +1194,16 @@ def pipeline_do(
     dry: bool = False,  # say what would happen
     again: bool = False,
     out: str = "",  # file for the definition
+    tuned: bool = False,  # start with the best values of the search
 ) -> tuple[str, dict, bool]:  # what to say, the same as data, whether something failed
     "`slml pipeline WHAT`."
     params = load_params(file)
     params = replace(params, store=store) if store else params
     if what == "render": return _rendered(params, overrides, out)
     if what == "create": told = create(params, overrides, dry); return created_text(told, dry), told, False
-    if what == "start": told = start(params, overrides, again); return f"{told['arn']}: {told['state']}\nslml pipeline status {file}", told, False
+    if what == "start": told = start(params, overrides, again, tuned); return f"{told['arn']}: {told['state']}\nslml pipeline status {file}", told, False
     if what == "status": told = status(params, execution); return status_text(told), told, told["state"] == "failed"
-    if what == "stop": arn = stop(params, execution); return f"{arn} is being stopped", {"arn": arn}, False
+    if what == "stop": arn, said = stop(params, execution); return said, {"arn": arn}, False
     return _searched(params, overrides, dry)
 
 # %% ../nbs/63_pipeline.ipynb #5699a30a
@@ -1125,14 +1215,16 @@ def _rendered(params: ParamSet, overrides, out: str) -> tuple[str, dict, bool]:
     kept = pipeline_parameters(*graph, params, {s: "" for s in graph[0].order})[1]
     return "\n".join([rendered_text(definition, site, kept), *(f"wrong: {w}" for w in wrong)]), definition, bool(wrong)
 
-# %% ../nbs/63_pipeline.ipynb #a228209a
+# %% ../nbs/63_pipeline.ipynb #770f137a
 def _searched(params: ParamSet, overrides, dry: bool) -> tuple[str, dict, bool]:
-    "SageMaker's own search, started or only shown."
-    request, account = tuning_request(params, None, overrides, dry), account_of(params)
-    limits = request["HyperParameterTuningJobConfig"]["ResourceLimits"]
+    "SageMaker's own search: shown when it is there, else started, or only said."
+    there = search_status(params, overrides)
+    if there["state"]: return search_text(there, params.file), there, there["state"] == "failed"
+    request = tuning_request(params, None, overrides, dry)
+    most = request["HyperParameterTuningJobConfig"]["ResourceLimits"]
     if not dry:
-        with aws_errors("tuning job"): account.client("sagemaker").create_hyper_parameter_tuning_job(**request)
-    return f"{request['HyperParameterTuningJobName']}: at most {limits['MaxNumberOfTrainingJobs']} jobs, {limits['MaxParallelTrainingJobs']} at a time{', would be started' if dry else ', started'}", request, False
+        with aws_errors(f"tuning job {there['name']}"): asked(account_of(params).client("sagemaker").create_hyper_parameter_tuning_job, ["ResourceInUse"], **request)  # somebody has just asked for the same
+    return f"{there['name']}: at most {most['MaxNumberOfTrainingJobs']} jobs, {most['MaxParallelTrainingJobs']} at a time, {'would be started' if dry else f'started; slml pipeline tune {params.file}  shows how it is doing'}", request, False
 
 # %% ../nbs/63_pipeline.ipynb #b4ae193a
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -15,12 +15,12 @@ from .library import with_library
 from .sample import hash_cut, row_hash
 from .sql import check_expression, ident, literal
 
-# %% ../nbs/26_prepare.ipynb #0fc70375
+# %% ../nbs/26_prepare.ipynb #a68d9877
 def null_strings(nulls: list[str]) -> str:
     "The option of DuckDB's reader; without it an empty field is missing, and reading is a third faster than with a long list."
     return f", nullstr = [{', '.join(map(literal, dict.fromkeys(['', *nulls])))}]" if nulls else ""
 
-
+# %% ../nbs/26_prepare.ipynb #648c9ba0
 def column_types_of(
     con,  # DuckDB connection
     paths: list[Path],  # CSV files with the same columns
@@ -51,7 +51,7 @@ def csv_sql(
     return (f"read_csv({files}, columns = {columns}, delim = {literal(delimiter)}, header = true, auto_detect = false, quote = '\"', escape = '\"', "
             f"store_rejects = true{null_strings(nulls)}, rejects_table = 'slml_bad_lines', rejects_scan = 'slml_bad_scans')")
 
-# %% ../nbs/26_prepare.ipynb #30494ade
+# %% ../nbs/26_prepare.ipynb #d6c56c3d
 def rows_sql(
     source: str,  # what stands behind FROM
     rules: dict[str, str],  # {name: predicate that a good row satisfies}
@@ -65,6 +65,16 @@ def rows_sql(
     return f"select * from ({query}) where {row_hash(key, salt)} < {literal(hash_cut(fraction))}" if fraction < 1 else query
 
 
+def _checked(con, what: str, texts: dict[str, str]) -> dict[str, str]:
+    "Rules or features with the library's calls written out, each portable and computable over `slml_shape`."
+    plain = {n: with_library(str(t), where=f"{what} '{n}'") for n, t in texts.items()}
+    for n, t in plain.items():
+        check_portable(t, f"{what} '{n}'")
+        kind = check_expression(con, t, "slml_shape", f"{what} '{n}'")
+        if what == "rule" and kind != "BOOLEAN": raise SlmlError(f"{texts[n]!r} is {kind}, not true or false", f"rule '{n}'", "compare it with something")
+    return plain
+
+# %% ../nbs/26_prepare.ipynb #9bcea950
 def check_text(
     con,
     types: dict[str, str],  # {column: type}
@@ -78,23 +88,15 @@ def check_text(
         if c not in types: raise SlmlError(f"there is no column '{c}'", "prepare: key", suggest(c, types))
     for name in features:
         if name in types: raise SlmlError(f"'{name}' is a column already", "prepare: features", "give the feature another name")
-    out = []
-    for what, texts in (("rule", rules), ("feature", features)):
-        plain = {n: with_library(str(t), where=f"{what} '{n}'") for n, t in texts.items()}
-        for n, t in plain.items():
-            check_portable(t, f"{what} '{n}'")
-            kind = check_expression(con, t, "slml_shape", f"{what} '{n}'")
-            if what == "rule" and kind != "BOOLEAN": raise SlmlError(f"{texts[n]!r} is {kind}, not true or false", f"rule '{n}'", "compare it with something")
-        out.append(plain)
-    return tuple(out)
+    return _checked(con, "rule", rules), _checked(con, "feature", features)
 
-# %% ../nbs/26_prepare.ipynb #f63e9789
+# %% ../nbs/26_prepare.ipynb #bf0304f8
 def _steps(node: dict) -> list[tuple[str, int]]:
     "(kind, rows that left it) of each step of a plan, from the file upwards."
     below = [s for c in node.get("children", []) for s in _steps(c)]
     return below + [(node.get("type", ""), node.get("intermediate_rows", 0))]
 
-
+# %% ../nbs/26_prepare.ipynb #c444730a
 def counted(
     con,  # DuckDB connection
     copy: str,  # a COPY statement over `rows_sql`
@@ -110,7 +112,14 @@ def counted(
     if len(left) != steps: raise SlmlError(f"DuckDB's profile shows {len(left)} filters instead of {steps}", "prepare", "use the stages quality and sample with this version of DuckDB")
     return next(n for kind, n in plan if kind == "TABLE_SCAN"), left
 
-# %% ../nbs/26_prepare.ipynb #9f356ebf
+# %% ../nbs/26_prepare.ipynb #c79d4fcd
+def _written(con, select: str, part: Path, filters: int) -> tuple[int, list[int]]:
+    "Write the query to a file: rows read, and rows left after each filter."
+    con.execute(f"set threads = {max(2, con.execute('select current_setting($$threads$$)').fetchall()[0][0])}")
+    for t in ("slml_bad_lines", "slml_bad_scans"): con.execute(f"drop table if exists {t}")
+    return counted(con, f"copy ({select}) to {literal(str(part))} (format parquet, compression snappy, parquet_version v2)", filters)
+
+# %% ../nbs/26_prepare.ipynb #66ff35e4
 def prepare(
     con,  # DuckDB connection; its memory limit and threads hold
     paths: list[Path],  # CSV files with a header and the same columns
@@ -129,36 +138,39 @@ def prepare(
     import duckdb
     types, mark = column_types_of(con, paths, types, delimiter, nulls)
     rules, features = check_text(con, types, rules or {}, features or {}, list(key))
-    query, filters = rows_sql(csv_sql(paths, types, mark, nulls), rules, list(key) or list(types), fraction, salt), len(rules) + (fraction < 1)
-    select = f"select *{''.join(f', {e} as {ident(n)}' for n, e in features.items())} from ({query})"
-    con.execute(f"set threads = {max(2, con.execute('select current_setting($$threads$$)').fetchall()[0][0])}")
-    for t in ("slml_bad_lines", "slml_bad_scans"): con.execute(f"drop table if exists {t}")
-    part = Path(f"{out}.{os.getpid()}.part")
+    query = rows_sql(csv_sql(paths, types, mark, nulls), rules, list(key) or list(types), fraction, salt)
+    select, part = f"select *{''.join(f', {e} as {ident(n)}' for n, e in features.items())} from ({query})", Path(f"{out}.{os.getpid()}.part")
     try:
-        read, left = counted(con, f"copy ({select}) to {literal(str(part))} (format parquet, compression snappy, parquet_version v2)", filters)
-        account = _account(con, part, read, left, rules, fraction)
+        account = _account(con, part, *_written(con, select, part, len(rules) + (fraction < 1)), rules, fraction)
         if account["rejects"] > rejects_at_most * account["rows_in"]: raise _too_many(account)
         os.replace(part, out)
     except duckdb.Error as e: raise SlmlError(f"the pass failed ({str(e).splitlines()[0]})", ", ".join(p.name for p in paths[:3]), "check types: and the expressions; a cast that may fail is try_cast") from None
     finally: part.unlink(missing_ok=True)
     return account
 
-# %% ../nbs/26_prepare.ipynb #ac42c48a
+# %% ../nbs/26_prepare.ipynb #97a11d53
+def _bad_lines(con, most: int = 5) -> tuple[int, list[dict]]:
+    "How many lines could not be read, and the first of them."
+    bad = con.execute("select count(distinct (file_id, line)) from slml_bad_lines").fetchall()[0][0]
+    some = con.execute("select line, any_value(error_message order by column_idx), any_value(csv_line) from slml_bad_lines "
+                       f"group by file_id, line order by file_id, line limit {most}").fetchall()
+    return bad, [dict(line=n, reason=str(why).splitlines()[0], text=text[:200]) for n, why, text in some]
+
+# %% ../nbs/26_prepare.ipynb #ebde9d41
 def _account(con, part: Path, read: int, left: list[int], rules: dict, fraction: float) -> dict:
     "What became of every line, or an error when the books do not balance."
-    bad, rows = con.execute("select count(distinct (file_id, line)) from slml_bad_lines").fetchall()[0][0], con.execute(f"select count(*) from read_parquet({literal(str(part))})").fetchall()[0][0]
-    examples = con.execute("select line, any_value(error_message order by column_idx), any_value(csv_line) from slml_bad_lines group by file_id, line order by file_id, line limit 5").fetchall()
-    after = [read, *left]
+    (bad, examples), file = _bad_lines(con), f"read_parquet({literal(str(part))})"
+    rows, after = con.execute(f"select count(*) from {file}").fetchall()[0][0], [read, *left]
     gone = [a - b for a, b in zip(after, after[1:])]
     account = dict(rows_in=read + bad, rejects=bad, broken=dict(zip(rules, gone)), left_out=gone[-1] if fraction < 1 else 0, rows=rows,
-                   columns=[[r[0], r[1]] for r in con.execute(f"describe select * from read_parquet({literal(str(part))})").fetchall()],
-                   examples=[dict(line=n, reason=str(why).splitlines()[0], text=text[:200]) for n, why, text in examples])
+                   columns=[[r[0], r[1]] for r in con.execute(f"describe select * from {file}").fetchall()], examples=examples)
     if account["rows_in"] != bad + sum(account["broken"].values()) + account["left_out"] + rows:
         raise SlmlError(f"the books do not balance: {account}", "prepare", "please report this file")
     return account
 
-
+# %% ../nbs/26_prepare.ipynb #d2f4b5b6
 def _too_many(account: dict) -> SlmlError:
+    "The error of a file of which too many lines cannot be read."
     first = account["examples"][0]
     return SlmlError(f"{account['rejects']:,} of {account['rows_in']:,} lines cannot be read, the first is line {first['line']} ({first['reason']})", "prepare",
                      "correct types:, raise rejects_at_most:, or let the stage ingest find out what is in this file")

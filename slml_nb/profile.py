@@ -13,7 +13,7 @@ from pathlib import Path
 from .core import SlmlError
 from .meter import GpuSampler, Pace, Sampler
 
-# %% ../nbs/37_profile.ipynb #a4643215
+# %% ../nbs/37_profile.ipynb #362ca444
 WIRE_LEAST, WIRE_MOST = 0.25e6, 100e6  # bytes a second: less is the noise of a machine, more fills a usual network
 
 
@@ -25,7 +25,7 @@ def intervals(
     grown = lambda a, b: None if a is None or b is None else b - a
     return [{"begin": a[0], "seconds": b[0] - a[0], "mb": b[2], **{n: grown(a[i], b[i]) for i, n in enumerate(names) if n not in ("t", "mb")}} for a, b in zip(rows, rows[1:]) if b[0] > a[0]]
 
-
+# %% ../nbs/37_profile.ipynb #becfa8c1
 def _on_the_wire(samples: dict) -> float:
     "Seconds in which bytes came or went while no core was busy."
     out = 0.0
@@ -34,7 +34,7 @@ def _on_the_wire(samples: dict) -> float:
         if busy < 0.7 and i["wire"] / i["seconds"] > WIRE_LEAST: out += i["seconds"] * (1 - busy)
     return out
 
-# %% ../nbs/37_profile.ipynb #82f220c6
+# %% ../nbs/37_profile.ipynb #d9893b7f
 def record_of(
     samples: dict,  # from `Sampler.table`
     phases: dict | None = None,  # {name: {seconds, cpu, count}}
@@ -48,7 +48,7 @@ def record_of(
     return {"seconds": round(last["t"] if seconds is None else seconds, 4), **{k: samples.get(k) for k in ("cores", "memory_mb", "machine_mb", "joules")}, "peak_mb": max((r[2] for r in samples["rows"]), default=0.0),
             **{k: last[k] for k in samples["columns"] if k not in ("t", "mb")}, "on_the_wire": round(_on_the_wire(samples), 3), **seen, "phases": phases or {}, "samples": samples}
 
-
+# %% ../nbs/37_profile.ipynb #6371111e
 def of_meter(
     meter: dict,  # a stage's meter.json
     cores: int | None = None,  # of the machine, for meters without samples
@@ -87,7 +87,7 @@ class Watch:
         self.record = record_of(self.sampler.table(self.gpu), {n: {k: round(v, 4) for k, v in p.items()} for n, p in self.phases.items()}, self.sampler.ended - self.sampler.begun)
         if self.gpu: self.gpu.stop()
 
-# %% ../nbs/37_profile.ipynb #3e96118f
+# %% ../nbs/37_profile.ipynb #f408497f
 @contextlib.contextmanager
 def phase(
     self: Watch,
@@ -104,7 +104,7 @@ def phase(
 
 Watch.phase = phase
 
-
+# %% ../nbs/37_profile.ipynb #eb036e72
 def loading(
     watch,  # a `Watch`, or whatever has phases
     batches,  # what a training loop goes through
@@ -117,10 +117,10 @@ def loading(
             except StopIteration: return
         yield batch
 
-# %% ../nbs/37_profile.ipynb #4aec540b
+# %% ../nbs/37_profile.ipynb #bedbe3da
 BOUNDS = ("memory", "disk", "network", "gpu", "loader", "crowded", "cpu", "one core", "waiting")
 
-
+# %% ../nbs/37_profile.ipynb #9c4871d1
 def shares(
     record: dict,  # from `Watch` or `of_meter`
     wire_mb_per_second: float = WIRE_MOST / 1e6,  # what the network could carry
@@ -139,14 +139,14 @@ def shares(
     out["waiting"] = part(1 - busy - gpu - (record.get("starting") or 0.0) / s - max(out[b] for b in ("memory", "disk", "network", "loader", "crowded")))
     return {b: round(out[b], 4) for b in BOUNDS}
 
-
+# %% ../nbs/37_profile.ipynb #a91e8943
 def _loader_share(record: dict) -> float:
     "The part of a loop that waits for its data, by all the time."
     phases = record.get("phases") or {}
     loop = sum(p["seconds"] for p in phases.values())
     return min(1.0, phases["loader"]["seconds"] / loop) if "loader" in phases and loop > 0.5 * record["seconds"] else 0.0
 
-
+# %% ../nbs/37_profile.ipynb #9aad579c
 def bounds(
     record: dict,
     least: float = 1 / 3,  # of the time; what explains less is not named
@@ -156,7 +156,7 @@ def bounds(
     found = shares(record, **more)
     return sorted((b for b in BOUNDS if found[b] >= least), key=lambda b: (-found[b], BOUNDS.index(b)))
 
-# %% ../nbs/37_profile.ipynb #4aa4725f
+# %% ../nbs/37_profile.ipynb #98b15aad
 def growth(
     record: dict,
 ) -> float:  # MB a second; 0.0: it does not grow to the end
@@ -169,7 +169,7 @@ def growth(
     if not all(b - a > 0.1 * (middle[-1] - middle[0]) > 0 for a, b in zip(middle, middle[1:])) or middle[-1] - middle[0] < 20: return 0.0
     return (rows[-1][2] - rows[0][2]) / (rows[-1][0] - rows[0][0])
 
-
+# %% ../nbs/37_profile.ipynb #a7c28c13
 def growth_words(record: dict) -> list[str]:
     "A sentence, when the memory would soon be full."
     pace, room = growth(record), (record.get("memory_mb") or math.inf) - record["peak_mb"]
@@ -177,7 +177,7 @@ def growth_words(record: dict) -> list[str]:
     first, last = (record["samples"]["rows"][i][2] for i in (0, -1))
     return [f"memory grows to the end, {first:,.0f} → {last:,.0f} MB, {pace:,.1f} MB a second: at this pace the machine is full in {max(room, 0) / pace:,.0f} s; free what is no longer needed, or work in portions"]
 
-# %% ../nbs/37_profile.ipynb #8b887e0d
+# %% ../nbs/37_profile.ipynb #9029c21b
 def _loader_words(record: dict) -> str:
     "A loop that waits for its data."
     p = record["phases"]
@@ -190,7 +190,7 @@ def _loader_words(record: dict) -> str:
     gpu = f"GPU {record['gpu_busy']:.0%} busy, " if record.get("gpu_busy") is not None else ""
     return f"{gpu}the loop waits for its data {wait / (wait + rest):.0%} of the time, {each:.1f} ms a batch; {how}, or fetch with {workers} worker{'s' * (workers > 1)}"
 
-
+# %% ../nbs/37_profile.ipynb #5509c495
 def _memory_words(r: dict) -> str:
     return (f"memory: {r['peak_mb']:,.0f}{' of {:,.0f}'.format(r['memory_mb']) if r.get('memory_mb') else ''} MB, {r.get('stalled_memory') or 0:.1f} s stood still for it; "
             "smaller batches, fewer columns, or a machine with more memory")
@@ -220,7 +220,7 @@ def advice(
     begun = [f"{start:.1f} of {s:.1f} s went by before its first cell: a kernel was started, and libraries imported"] if start > s / 3 and start > 1 else []
     return [words[b]() for b in bounds(record, **more)] + growth_words(record) + begun
 
-# %% ../nbs/37_profile.ipynb #af5490e9
+# %% ../nbs/37_profile.ipynb #7cef3fb2
 STEP = ("loader", "forward", "backward", "optimizer")
 
 
@@ -249,13 +249,13 @@ def profile_step(
     try: return _profiled(step, watch, steps, warm, watched, top)
     except StopIteration: raise SlmlError(f"the batches are used up before {warm + steps + watched} steps", "profile_step", "give more batches, or ask for fewer steps") from None
 
-
+# %% ../nbs/37_profile.ipynb #98e1f3f1
 class _Parts:
     "Phases without the rest of a `Watch`."
     phase = phase
     def __init__(self): self.phases = {}
 
-# %% ../nbs/37_profile.ipynb #562d13a8
+# %% ../nbs/37_profile.ipynb #ab944594
 def _profiled(step, watch, steps: int, warm: int, watched: int, top: int) -> dict:
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -269,7 +269,7 @@ def _profiled(step, watch, steps: int, warm: int, watched: int, top: int) -> dic
     return {"steps": steps, "ms": 1000 * total / steps, "shares": {n: phases[n]["seconds"] / total for n in STEP}, "phases": phases,
             "operators": _operators(seen.key_averages(), cuda, watched, top), "device": str(loss.device)}
 
-
+# %% ../nbs/37_profile.ipynb #592d3ef7
 @contextlib.contextmanager
 def _quiet():
     "The profiler notes when it starts and stops, on stderr."
@@ -278,7 +278,7 @@ def _quiet():
     try: yield
     finally: os.environ.pop("KINETO_LOG_LEVEL") if own is None else None
 
-
+# %% ../nbs/37_profile.ipynb #c4c238a7
 def _operators(averages, cuda: bool, watched: int, top: int) -> list[dict]:
     "The operations that took most themselves, on the device that computes."
     own = lambda e: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1000
@@ -286,7 +286,7 @@ def _operators(averages, cuda: bool, watched: int, top: int) -> list[dict]:
     total = sum(map(own, found)) or 1.0
     return [{"name": e.key, "calls": e.count / watched, "ms": own(e) / watched, "share": own(e) / total} for e in sorted(found, key=own, reverse=True)[:top]]
 
-
+# %% ../nbs/37_profile.ipynb #6ee35a22
 def step_text(
     found: dict,  # from `profile_step`
 ) -> str:
@@ -294,7 +294,7 @@ def step_text(
     parts = ", ".join(f"{n} {found['shares'][n]:.0%}" for n in STEP)
     return "\n".join([f"{found['ms']:.2f} ms a step on {found['device']}: {parts}", *(f"{o['share']:>5.0%}  {o['ms']:8.3f} ms  {o['calls']:>5.1f} calls  {o['name']}" for o in found["operators"])])
 
-# %% ../nbs/37_profile.ipynb #eeff2188
+# %% ../nbs/37_profile.ipynb #3d7661ce
 def estimate(
     probes: list[tuple[float, float]],  # (rows, seconds), of at least two different sizes
     rows: float,  # of the whole work: rows times epochs
@@ -306,7 +306,7 @@ def estimate(
     slope = max(0.0, sum((r - mr) * (s - ms) for r, s in probes) / sum((r - mr) ** 2 for r, _ in probes))
     return max(0.0, ms - slope * mr) + slope * rows
 
-
+# %% ../nbs/37_profile.ipynb #861d632c
 def came(
     expected: float, seconds: float,
 ) -> str:
@@ -314,7 +314,7 @@ def came(
     off = seconds / expected - 1 if expected else float("inf")
     return f"estimated {expected:.1f} s, took {seconds:.1f} s" + (f" ({off:+.0%})" if abs(off) >= 0.05 else "")
 
-# %% ../nbs/37_profile.ipynb #9f381b3d
+# %% ../nbs/37_profile.ipynb #c2e358c4
 WATTS = {"idle": 0.74, "busy": 3.5, "gb": 0.392}  # a core, a core, a GB of memory; cloudcarbonfootprint.org, methodology, AWS
 
 
@@ -327,7 +327,7 @@ def energy(
     cpu = s * record["cores"] * WATTS["idle"] + record["cpu"] * (WATTS["busy"] - WATTS["idle"]) + s * record["peak_mb"] / 1024 * WATTS["gb"]
     return {"joules": cpu + gpu, "measured": gpu, "how": "partly measured" if gpu else "estimated"}
 
-
+# %% ../nbs/37_profile.ipynb #551005ad
 def joules_text(
     joules: float,
 ) -> str:  # "95 J", "12 kJ", "0.30 kWh"
@@ -335,10 +335,10 @@ def joules_text(
     if joules >= 360_000: return f"{joules / 3.6e6:,.2f} kWh"
     return f"{joules / 1000:,.1f} kJ" if joules >= 10_000 else f"{joules:,.0f} J"
 
-# %% ../nbs/37_profile.ipynb #968f7206
+# %% ../nbs/37_profile.ipynb #9b4c03ee
 BOUND_COLOURS = {"cpu": "#2f6f9f", "one core": "#8fb7d3", "gpu": "#4d9a6a", "loader": "#d9822b", "disk": "#7a6aa8", "network": "#b5659f", "memory": "#b5484f", "crowded": "#c9a227", "waiting": "#b9bfc6", "nothing": "#e3e6ea"}
 
-
+# %% ../nbs/37_profile.ipynb #23d6afcf
 def over_time(
     stages: list[dict],  # each with begins (seconds since the run's start) and record
     n: int = 400,  # points
@@ -360,7 +360,7 @@ def over_time(
         out["gpu"] += [(s["begins"] + g[0], g[1]) for g in s["record"]["samples"].get("gpu") or []]
     return out
 
-# %% ../nbs/37_profile.ipynb #05c2cab4
+# %% ../nbs/37_profile.ipynb #a7bcb1f6
 def draw_profile(
     stages: list[dict],  # each with stage, begins, record and bound
     title: str = "",
@@ -380,7 +380,7 @@ def draw_profile(
     axes[-1].set(xlabel="seconds since the run began", xlim=(0, seen["t"][-1] * 1.02))
     return fig
 
-
+# %% ../nbs/37_profile.ipynb #70eb915a
 def draw_stages(ax, shown: list[dict], title: str):
     "A bar for each stage, coloured by what held it up."
     from matplotlib.patches import Patch
@@ -395,7 +395,7 @@ def draw_stages(ax, shown: list[dict], title: str):
     ax.legend(handles=[Patch(color=BOUND_COLOURS[b], label={"nothing": "nothing in particular"}.get(b, b)) for b in found], loc="lower left", bbox_to_anchor=(0.0, 1.0) if not title else (0.42, 1.0),
               ncols=max(len(found), 1), borderaxespad=0.2, handlelength=1.2, columnspacing=1.0)
 
-
+# %% ../nbs/37_profile.ipynb #7aac1af0
 def _draw_use(ax, row: str, seen: dict):
     "One thing that is used, over time."
     t, colour = seen["t"], "#2f6f9f"

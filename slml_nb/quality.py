@@ -27,7 +27,7 @@ from .dialect import check_portable
 from .sql import check_expression, columns_of, ident, literal, parse_expression, register
 from .explore import draw_sample, kind_of, table_columns
 
-# %% ../nbs/13_quality.ipynb #02753b09
+# %% ../nbs/13_quality.ipynb #8a96feb6
 ACTIONS = ("quarantine", "repair", "warn", "stop")
 AROUND = ("name", "when", "action", "repair", "at_most", "severity", "weight")
 TARGET_RULE, TWIN_RULE = "target is known", "is not a duplicate"
@@ -44,13 +44,13 @@ def listed(
     if isinstance(names, list) and len(names) >= least and all(isinstance(n, str) for n in names): return names
     raise SlmlError(f"{key}: {value!r} does not name {'a column' if least == 1 else f'{least} columns'}", where, f"write {key}: [{', '.join('ab'[:max(least, 2)])}]")
 
-
+# %% ../nbs/13_quality.ipynb #372f407b
 def complete_rule(rule: dict, where: str, tag: str) -> dict:
     "These columns have a value."
     names = listed(rule["complete"], "complete", where)
     return dict(kind="complete", columns=names, check=" and ".join(f"{ident(c)} is not null" for c in names))
 
-# %% ../nbs/13_quality.ipynb #83dac2f7
+# %% ../nbs/13_quality.ipynb #5d1918ef
 def range_rule(rule: dict, where: str, tag: str) -> dict:
     "Between two ends, both included."
     ends, x = rule["range"], ident(rule["column"])
@@ -58,7 +58,7 @@ def range_rule(rule: dict, where: str, tag: str) -> dict:
         raise SlmlError(f"range: {ends!r} is not two ends", where, "write range: [0, 500]; null leaves an end open")
     return dict(kind="in range", check=" and ".join(f"{x} {sign} {literal(e)}" for sign, e in zip((">=", "<="), ends) if e is not None))
 
-
+# %% ../nbs/13_quality.ipynb #e56c415e
 def pattern_rule(rule: dict, where: str, tag: str) -> dict:
     "The whole text is matched by a regular expression."
     return dict(kind="valid", check=f"regexp_matches({ident(rule['column'])}, {literal('^(?:' + str(rule['matches']) + ')$')})")
@@ -70,13 +70,13 @@ def type_rule(rule: dict, where: str, tag: str) -> dict:
     if not re.fullmatch(r"[A-Z ]+(\(\d+(, *\d+)?\))?", t): raise SlmlError(f"type: {t!r} is not a type", where, "write type: DATE, BIGINT, DOUBLE, TIMESTAMP or DECIMAL(8, 2)")
     return dict(kind="valid", check=f"{x} is null or try_cast({x} as {t}) is not null")
 
-
+# %% ../nbs/13_quality.ipynb #13a66059
 def order_rule(rule: dict, where: str, tag: str) -> dict:
     "The first is not after the second, and so on."
     names = listed(rule["order"], "order", where, 2)
     return dict(kind="consistent", columns=names, check=" and ".join(f"{ident(a)} <= {ident(b)}" for a, b in zip(names, names[1:])))
 
-# %% ../nbs/13_quality.ipynb #a185ddea
+# %% ../nbs/13_quality.ipynb #4b5b9d38
 def allowed_rule(rule: dict, where: str, tag: str) -> dict:
     "One of these values, or of a column of another table."
     x, values = ident(rule["column"]), rule["in"]
@@ -87,7 +87,7 @@ def allowed_rule(rule: dict, where: str, tag: str) -> dict:
     return dict(kind="referential", check=f"{x} is null or {key} is not null", said=f"{rule['column']} is in {values['table']}.{values['column']}", refers=values,
                 join=f"left join (select distinct {other} as {key} from {ident(values['table'])} where {other} is not null) as {ident(tag)} on {x} = {key}")
 
-
+# %% ../nbs/13_quality.ipynb #bda9ad1f
 def equals_rule(rule: dict, where: str, tag: str) -> dict:
     "Agrees with an expression, or with a reference table, within a tolerance."
     x, other, within = ident(rule["column"]), rule["equals"], rule.get("within")
@@ -101,7 +101,7 @@ def equals_rule(rule: dict, where: str, tag: str) -> dict:
                 join=f"left join (select {ident(theirs)} as {key}, min({ident(other['column'])}) as {value} from {ident(other['table'])} group by {ident(theirs)}) "
                      f"as {ident(tag)} on {ident(mine)} = {key}")
 
-# %% ../nbs/13_quality.ipynb #fe5a830f
+# %% ../nbs/13_quality.ipynb #3bc9e5cf
 def unique_rule(rule: dict, where: str, tag: str) -> dict:
     "The first row with this key, among those that broke nothing before."
     names, n = listed(rule["unique"], "unique", where), ident(f"{tag} n")
@@ -110,7 +110,7 @@ def unique_rule(rule: dict, where: str, tag: str) -> dict:
     return dict(kind="unique", columns=names, windows=[{f"{tag} n": first}], said=f"unique ({', '.join(names)})",
                 check=" or ".join([*(f"{ident(c)} is null" for c in names), f"{n} = 1"]))
 
-
+# %% ../nbs/13_quality.ipynb #9b15a917
 def fresh_rule(rule: dict, where: str, tag: str) -> dict:
     "Not older than so long before a moment, a column, or the newest row."
     age, of, x = str(rule["fresh"]), str(rule.get("of", "")), f"cast({ident(rule['column'])} as TIMESTAMP)"
@@ -121,7 +121,7 @@ def fresh_rule(rule: dict, where: str, tag: str) -> dict:
     number, unit = (int(found[1]) * 7, "DAY") if found[2] == "week" else (int(found[1]), found[2].upper())
     return dict(kind="fresh", check=f"{x} >= {dated} - INTERVAL {number} {unit}", windows=newest, said=f"{rule['column']} is within {age} of {of or 'the newest'}")
 
-# %% ../nbs/13_quality.ipynb #45978a50
+# %% ../nbs/13_quality.ipynb #88c0f0da
 def stuck_rule(rule: dict, where: str, tag: str) -> dict:
     "Fewer equal values in a row than this."
     x, most, by = ident(rule["column"]), rule["stuck"], str(rule.get("by") or "row_id")
@@ -131,7 +131,7 @@ def stuck_rule(rule: dict, where: str, tag: str) -> dict:
                {f"{tag} run": f"count(*) over (partition by {x}, {place} - {mine})"}]
     return dict(kind="valid", columns=[rule["column"], by], windows=windows, check=f"{x} is null or {run} < {most}", said=f"fewer than {most} equal {rule['column']} in a row")
 
-
+# %% ../nbs/13_quality.ipynb #fedc8578
 def check_rule(rule: dict, where: str, tag: str) -> dict:
     "Any SQL predicate."
     check = str(rule["check"] or "").strip()
@@ -161,7 +161,27 @@ def read_limits(
             raise SlmlError(f"at_most {v!r} is neither a share nor a number of rows", where, "write 0.01 for one per cent, 20 for twenty rows")
     return limits
 
-# %% ../nbs/13_quality.ipynb #39462c21
+# %% ../nbs/13_quality.ipynb #61155e9e
+def _check_words(rule: dict, form: str, more: tuple, where: str):
+    "Every word of a rule belongs to its spelling."
+    keys = (*AROUND, form, *more)
+    for k in rule:
+        if k not in keys: raise SlmlError(f"'{k}' is not part of a rule" + ("" if form == "check" else f" with {form}:"), where, suggest(k, [*keys, *FORMS] if form not in rule else keys))
+    if "column" in more and not isinstance(rule.get("column"), str): raise SlmlError(f"{form}: needs a column", where, f"write {{column: fare, {form}: …}}")
+
+# %% ../nbs/13_quality.ipynb #c723bf95
+def _read_action(rule: dict, where: str) -> tuple[str, dict]:
+    "What happens to a row that breaks the rule, and the repairs."
+    repair = rule.get("repair") or {}
+    action = rule.get("action") or ("repair" if repair else "quarantine")
+    if action == "drop": action = "quarantine"
+    if action not in ACTIONS: raise SlmlError(f"'{action}' is not an action", where, suggest(action, ACTIONS))
+    how = "write repair: {column: SQL expression} with action: repair"
+    if (action == "repair") != bool(repair): raise SlmlError(f"action {action} {'needs' if action == 'repair' else 'has no use for'} a repair", where, how)
+    if not isinstance(repair, dict): raise SlmlError(f"repair is {repair!r}", where, how)
+    return action, {str(k): str(v) for k, v in repair.items()}
+
+# %% ../nbs/13_quality.ipynb #14f00170
 def read_rule(
     rule: dict,  # as written in the parameter set
     number: int,  # its place in the list, for messages
@@ -171,22 +191,16 @@ def read_rule(
     where = f"rule '{rule.get('name') or rule.get('check') or number}'"
     form = next((f for f in FORMS if f in rule), "check")
     reader, more = FORMS[form]
-    keys = (*AROUND, form, *more)
-    for k in rule:
-        if k not in keys: raise SlmlError(f"'{k}' is not part of a rule" + ("" if form == "check" else f" with {form}:"), where, suggest(k, [*keys, *FORMS] if form not in rule else keys))
-    if "column" in more and not isinstance(rule.get("column"), str): raise SlmlError(f"{form}: needs a column", where, f"write {{column: fare, {form}: …}}")
-    repair, when = rule.get("repair") or {}, str(rule.get("when") or "")
-    action = rule.get("action") or ("repair" if repair else "quarantine")
-    if action == "drop": action = "quarantine"
-    if action not in ACTIONS: raise SlmlError(f"'{action}' is not an action", where, suggest(action, ACTIONS))
-    how = "write repair: {column: SQL expression} with action: repair"
-    if (action == "repair") != bool(repair): raise SlmlError(f"action {action} {'needs' if action == 'repair' else 'has no use for'} a repair", where, how)
-    if not isinstance(repair, dict): raise SlmlError(f"repair is {repair!r}", where, how)
+    _check_words(rule, form, more, where)
+    (action, repair), when = _read_action(rule, where), str(rule.get("when") or "")
     out = reader({"check": "", **rule}, where, f"slml {number}")
     said = out.get("said", out["check"]) + (f" (when {when})" if when else "")
-    made = dict(name=str(rule.get("name") or said), said=said, action=action, repair={str(k): str(v) for k, v in repair.items()}, when=when,
+    made = dict(name=str(rule.get("name") or said), said=said, action=action, repair=repair, when=when,
                 limits=read_limits(rule, action, where), weight=float(rule.get("weight", 1)), form=form)
     return {"columns": [rule["column"]] if "column" in rule else [], "join": "", "windows": [], "written": [], "refers": {}, **out, **made}
+
+# %% ../nbs/13_quality.ipynb #ab2d1780
+#| export
 
 # %% ../nbs/13_quality.ipynb #2d5d8dd4
 def read_rules(
@@ -227,7 +241,16 @@ def bind(
     check_portable(expression, where)
     return kind
 
-# %% ../nbs/13_quality.ipynb #7970eafc
+# %% ../nbs/13_quality.ipynb #bd1a7f40
+def _bind_reference(con, other: dict, where: str):
+    "Does the other table exist, with these columns?"
+    there = sorted(r[0] for r in con.execute("select table_name from information_schema.tables").fetchall())
+    if other["table"] not in there: raise SlmlError(f"there is no table '{other['table']}'", where, suggest(other["table"], there) + "; the stage ingest reads tables")
+    theirs = [r[0] for r in con.execute(f"describe {ident(other['table'])}").fetchall()]
+    for c in [other["column"], *other.get("on", {}).values()]:
+        if c not in theirs: raise SlmlError(f"column '{c}' is not in table '{other['table']}'", where, suggest(c, theirs))
+
+# %% ../nbs/13_quality.ipynb #b6eec7f6
 def bind_columns(
     con,
     rule: dict,  # from read_rule
@@ -240,12 +263,7 @@ def bind_columns(
         if c not in types: raise SlmlError(f"there is no column '{c}'" + (" to repair" if c in rule["repair"] else ""), where, suggest(c, types))
     for c in rule["repair"]:
         if c in ("row_id", "source"): raise SlmlError(f"'{c}' says where a row came from and cannot be repaired", where, "repair a column of the data")
-    if not (other := rule["refers"]): return
-    there = sorted(r[0] for r in con.execute("select table_name from information_schema.tables").fetchall())
-    if other["table"] not in there: raise SlmlError(f"there is no table '{other['table']}'", where, suggest(other["table"], there) + "; the stage ingest reads tables")
-    theirs = [r[0] for r in con.execute(f"describe {ident(other['table'])}").fetchall()]
-    for c in [other["column"], *other.get("on", {}).values()]:
-        if c not in theirs: raise SlmlError(f"column '{c}' is not in table '{other['table']}'", where, suggest(c, theirs))
+    if rule["refers"]: _bind_reference(con, rule["refers"], where)
 
 # %% ../nbs/13_quality.ipynb #2b8d7237
 def bind_rules(
@@ -276,7 +294,7 @@ def over(
     parts = [f"{new[c]} as {ident(c)}" if c in new else ident(c) for c in keep] + [f"{e} as {ident(c)}" for c, e in new.items() if c not in keep]
     return f"select {', '.join(parts)} from ({query}) as below {join}".rstrip()
 
-# %% ../nbs/13_quality.ipynb #038bb1ec
+# %% ../nbs/13_quality.ipynb #3a776bab
 def lay_rule(
     query: str,  # what lies below
     keep: list[str],  # its columns
@@ -297,7 +315,7 @@ def lay_rule(
     query = over(query, [*keep, hit, *extra, *helpers], new)
     return over(query, [*keep, hit], {out: broken}), [*keep, hit, out]
 
-
+# %% ../nbs/13_quality.ipynb #1bf18ec7
 def leaves(
     rules: list[dict],
 ) -> dict[int, str]:  # {number of the rule: its flag}
@@ -351,13 +369,13 @@ def run_judge(
                             "use try_cast, or a rule before it that repairs such values") from None
     raise SlmlError(f"the rules cannot be computed ({problem})", "quality", "try them one by one")
 
-# %% ../nbs/13_quality.ipynb #7f872a28
+# %% ../nbs/13_quality.ipynb #f94f2459
 def every_rule_of(rules: list[dict], duplicates: str) -> list[dict]:
     "The rules, and the one about twins."
     action = "quarantine" if duplicates == "drop" else duplicates
     return [*rules, dict(name=TWIN_RULE, kind="unique", action=action, said="no other row has the same values", repair={}, limits={}, weight=float(duplicates != "ignore"), columns=[])]
 
-
+# %% ../nbs/13_quality.ipynb #5ac18ab1
 def tally(
     con,
     rules: list[dict],
@@ -376,7 +394,7 @@ def tally(
     return [dict(source=s, period=p, rows=n, clean=c, whole=w, filled=f, cells=n * len(columns), counts=list(zip(*[iter(values)] * 4)))
             for s, p, n, c, w, f, *values in run_judge(con, rules, table, query)]
 
-# %% ../nbs/13_quality.ipynb #ac4193a2
+# %% ../nbs/13_quality.ipynb #2db95d70
 def sum_up(
     parts: list[dict],  # from tally
 ) -> dict:  # the same, over all of them
@@ -385,7 +403,7 @@ def sum_up(
     firsts = lambda values: min((v for v in values if v is not None), default=None)
     return {**out, "counts": [(*(sum(v[i] for v in rule) for i in range(3)), firsts(v[3] for v in rule)) for rule in zip(*(p["counts"] for p in parts))]}
 
-
+# %% ../nbs/13_quality.ipynb #d938e342
 def describe_counts(
     con,
     rules: list[dict],
@@ -402,12 +420,12 @@ def describe_counts(
                         example=example_row(con, table, names, first)))
     return total["rows"], out
 
-# %% ../nbs/13_quality.ipynb #593601b4
+# %% ../nbs/13_quality.ipynb #ffb2fb0f
 def count_rules(con, rules: list[dict], table: str, duplicates: str = "keep") -> tuple[int, list[dict]]:  # as describe_counts
     "The books of a table, in one go."
     return describe_counts(con, rules, table, tally(con, rules, table, duplicates), duplicates)
 
-
+# %% ../nbs/13_quality.ipynb #6e14419f
 def example_row(
     con,
     table: str,
@@ -420,7 +438,7 @@ def example_row(
     said = ", ".join(f"{c} = {'NULL' if v is None else str(v)[:60]}" for c, v in zip(columns, values))
     return f"row {row_id}" + (f": {said}" if said else "")
 
-# %% ../nbs/13_quality.ipynb #6aadfa7b
+# %% ../nbs/13_quality.ipynb #67199b91
 def exceeded(
     rules: list[dict],
     counts: list[dict],  # from count_rules
@@ -431,7 +449,7 @@ def exceeded(
     limits = [(c, r["limits"].get(severity)) for r, c in zip(rules, counts)]
     return [(c, m) for c, m in limits if m is not None and c["broken"] > (m * rows if isinstance(m, float) else m)]
 
-
+# %% ../nbs/13_quality.ipynb #1a07213b
 def must_go_on(
     rows: int,
     counts: list[dict],  # from count_rules
@@ -557,7 +575,7 @@ class Look:
     found: list = field(default_factory=list)  # defects
     facts: dict = field(default_factory=dict)  # what the suggestions build on
 
-# %% ../nbs/13_quality.ipynb #332045da
+# %% ../nbs/13_quality.ipynb #d5dbeea8
 def take_look(
     con,
     table: str,
@@ -573,7 +591,7 @@ def take_look(
     time = time if kind_of(types.get(time, "")) == "time" else next((c for c, t in types.items() if kind_of(t) == "time"), "")
     return Look(frame, types, time, keys, {c: frame[c].isna().to_numpy(bool).copy() for c in types})
 
-
+# %% ../nbs/13_quality.ipynb #80f0c33e
 def unique_columns(con, table: str, most: int = 1_000_000) -> list[tuple[str, set]]:  # name, values
     "Columns by which a table may be referred to."
     types, out = table_columns(con, table), []
@@ -582,7 +600,7 @@ def unique_columns(con, table: str, most: int = 1_000_000) -> list[tuple[str, se
         if 2 < n == known == distinct <= most: out.append((c, {r[0] for r in con.execute(f"select {ident(c)} from {ident(table)}").fetchall()}))
     return out
 
-# %% ../nbs/13_quality.ipynb #3d33a7bc
+# %% ../nbs/13_quality.ipynb #710e2fad
 def of_kind(look: Look, kind: str) -> list[str]:
     "The columns of a kind: number, time, text."
     if kind == "text": return [c for c, t in look.types.items() if t == "VARCHAR"]
@@ -598,7 +616,7 @@ def ordinary(look: Look, c: str):
     x[look.excused[c] | ~np.isfinite(x)] = np.nan
     return x
 
-
+# %% ../nbs/13_quality.ipynb #0bb90b7b
 def seconds(column):
     "Times as seconds since 1970."
     import numpy as np
@@ -622,7 +640,7 @@ def note(
                            example=f"row {row['row_id']}: " + ", ".join(f"{c} = {str(row[c])[:40]}" for c in columns[:4])))
     for c in columns if explained is None else explained: look.excused[c] = look.excused[c] | mask
 
-# %% ../nbs/13_quality.ipynb #c7b67813
+# %% ../nbs/13_quality.ipynb #d0ab7373
 MOJIBAKE = r"[ÂÃ][\x{80}-\x{BF}]|[ÂÃ][€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]|â€|ï»¿|\x{FFFD}"  # UTF-8 that was read as Latin-1 or Windows-1252
 
 
@@ -635,7 +653,7 @@ def find_missing(look: Look):
         if 0 < hole.mean() <= 0.05: note(look, "missing", [c], hole, f"{hole.mean():.2%} of a column that is otherwise filled")
         look.excused[c] |= hole
 
-
+# %% ../nbs/13_quality.ipynb #fc9ad0e1
 def find_mojibake(look: Look):
     "Letters that only a wrong encoding produces."
     pattern = re.sub(r"\\x\{(\w+)\}", lambda m: chr(int(m[1], 16)), MOJIBAKE)
@@ -644,7 +662,7 @@ def find_mojibake(look: Look):
         look.facts[c]["mojibake"] = bool(mask.any()) and mask.mean() <= 0.5
         if look.facts[c]["mojibake"]: note(look, "encoding", [c], mask, "UTF-8 read as another encoding")
 
-# %% ../nbs/13_quality.ipynb #125e0bca
+# %% ../nbs/13_quality.ipynb #5f84a388
 def find_truncated(look: Look):
     "Many different texts end at the same greatest length: a field was too short."
     import numpy as np
@@ -660,7 +678,7 @@ def find_truncated(look: Look):
         look.facts[c]["cut"] = most
         note(look, "truncated text", [c], mask, f"{int(at.sum())} texts of exactly {most} letters, {before:.0f} of each length just below")
 
-
+# %% ../nbs/13_quality.ipynb #b49cd144
 def find_spellings(look: Look):
     "One label written in several ways."
     for c in of_kind(look, "text"):
@@ -723,7 +741,7 @@ def find_wrong_types(look: Look):
             look.facts[c]["pattern"] = shape
             note(look, "wrong format", [c], at(~s.str.fullmatch(shape)), f"not of the shape {shape}")
 
-# %% ../nbs/13_quality.ipynb #c2bfbe1e
+# %% ../nbs/13_quality.ipynb #6cdeafea
 def find_shape(
     texts,  # pandas Series
     cover: float = 0.97,
@@ -738,7 +756,7 @@ def find_shape(
         if sum(counts[v] for v in common) >= cover and all("9" in v for v in common): return "|".join(map(shape_pattern, common))
     return ""
 
-
+# %% ../nbs/13_quality.ipynb #9131cbb8
 def shape_pattern(shape: str) -> str:
     "A shape as a regular expression: AA-9+ becomes [A-Z]{2}-[0-9]+."
     letters = {"A": "[A-Z]", "a": "[a-z]", "9": "[0-9]"}
@@ -770,7 +788,7 @@ def find_sentinels(look: Look):
         look.facts[c]["codes"] = said
         note(look, "sentinel value", [c], mask, f"{', '.join(map(str, said))} far from every other value: a code for unknown")
 
-# %% ../nbs/13_quality.ipynb #a6149000
+# %% ../nbs/13_quality.ipynb #34e600ea
 def find_units(look: Look):
     "Values that would be ordinary, were they a thousand times smaller or larger."
     import numpy as np
@@ -788,7 +806,7 @@ def find_units(look: Look):
         look.facts[c]["factor"] = f
         note(look, "unit mix", [c], fits[f], f"ordinary when divided by a {UNITS[f]}")
 
-
+# %% ../nbs/13_quality.ipynb #f87dc582
 def spread(x) -> float:
     "The interquartile range of the logarithms."
     import numpy as np
@@ -953,7 +971,7 @@ def find_defects(
         for find in FINDERS: find(look)
     return look
 
-# %% ../nbs/13_quality.ipynb #c9e8b4c3
+# %% ../nbs/13_quality.ipynb #59f12eaf
 def outward(
     x: float,
     up: bool,
@@ -966,7 +984,7 @@ def outward(
     y = (math.ceil if up else math.floor)(round(x / step, 6)) * step
     return int(round(y)) if step >= 1 or y == int(y) else round(y, 10)
 
-
+# %% ../nbs/13_quality.ipynb #09e6988d
 def is_key(look: Look, c: str) -> bool:
     "Does a column name a row? By its name or as a short text, and by its values."
     text, values = look.types[c] == "VARCHAR", look.frame[c][~look.excused[c]]
@@ -974,7 +992,7 @@ def is_key(look: Look, c: str) -> bool:
     sure = re.search(r"id$|key$", c.lower())
     return bool(could) and len(values) >= 100 and (values.is_unique or (bool(sure) and values.nunique() >= 0.98 * len(values))) and not (text and values.str.len().mean() > 40)
 
-# %% ../nbs/13_quality.ipynb #e2edb1c8
+# %% ../nbs/13_quality.ipynb #3b93ffc6
 def ends_of(
     known,  # ordinary values
     low: float | None,  # bounds, from outlier_bounds
@@ -990,7 +1008,7 @@ def ends_of(
     cut = "; at most half of the span beyond what was seen" if least - slack > (-np.inf if bounds[0] is None else bounds[0]) or most + slack < (np.inf if bounds[1] is None else bounds[1]) else ""
     return outward(max(low, 0) if least >= 0 else low, False), outward(high, True), how + (cut if slack else "; the ends of what was seen")
 
-
+# %% ../nbs/13_quality.ipynb #83967b56
 def number_rules(look: Look, c: str):
     "Codes become missing; the rest stays within bounds."
     import numpy as np
@@ -1004,7 +1022,7 @@ def number_rules(look: Look, c: str):
     yield {"name": f"{c} is in range", "column": c, "range": [low, high], "action": "warn"}, how + more
     if "run" in fact: yield {"name": f"{c} does not hang", "column": c, "stuck": fact["run"], **({"by": look.time} if look.time else {}), "action": "warn"}, "so many equal values are no accident"
 
-# %% ../nbs/13_quality.ipynb #c0673001
+# %% ../nbs/13_quality.ipynb #979d63e2
 def text_rules(look: Look, c: str):
     "A type, a shape, or a list of values."
     fact, s = look.facts[c], ordinary(look, c)
@@ -1019,7 +1037,7 @@ def text_rules(look: Look, c: str):
     elif "pattern" in fact: yield {"name": f"{c} has its shape", "column": c, "matches": fact["pattern"], "action": "warn"}, "the shape of nearly all values"
     elif 2 <= s.nunique() <= min(30, len(s) / 20): yield {"name": f"{c} is one of the known values", "column": c, "in": sorted(s.unique().tolist()), "action": "warn"}, "all values seen"
 
-
+# %% ../nbs/13_quality.ipynb #c274e1d7
 def time_rules(look: Look, c: str):
     "No code for unknown, and not older than the data goes back."
     import numpy as np
@@ -1032,7 +1050,7 @@ def time_rules(look: Look, c: str):
     days, tomorrow = int(np.ceil((newest - oldest) / 86400)) + 1, str(np.datetime64(int(newest), "s").astype("datetime64[D]") + 1)
     yield {"name": f"{c} is fresh", "column": c, "fresh": f"{days} days", "of": tomorrow, "action": "warn"}, fact["how"]
 
-# %% ../nbs/13_quality.ipynb #85987a84
+# %% ../nbs/13_quality.ipynb #377f0487
 def table_rules(look: Look):
     "Keys, references, and what holds between columns."
     found = {(d["defect"], tuple(d["columns"])) for d in look.found}
@@ -1050,7 +1068,7 @@ def table_rules(look: Look):
         name = f"{' is not after '.join(pair['order'])}" if "order" in pair else f"{pair['column']} adds up"
         yield {"name": name, **pair, **({} if "order" in pair else {"action": "warn"})}, "in nearly all rows"
 
-
+# %% ../nbs/13_quality.ipynb #0afb1bd8
 def suggestions(look: Look) -> list[tuple[dict, str]]:  # rule, its reason
     "Rules that the clean part of a table obeys, repairs first."
     makers = {"number": number_rules, "time": time_rules}
@@ -1060,7 +1078,7 @@ def suggestions(look: Look) -> list[tuple[dict, str]]:  # rule, its reason
     out = [({**r, "name": r["name"] + (f" ({i})" if r["name"] in names[:i] else "")}, why) for i, (r, why) in enumerate(out)]
     return sorted(out, key=lambda r: "repair" not in r[0])
 
-# %% ../nbs/13_quality.ipynb #b174b808
+# %% ../nbs/13_quality.ipynb #b2100040
 def hold(con, rules: list[dict], table: str) -> list[int | None]:  # rows; None: the rule cannot be computed
     "For how many rows each rule holds."
     read = [read_rule(r, i) for i, r in enumerate(rules)]
@@ -1072,7 +1090,7 @@ def hold(con, rules: list[dict], table: str) -> list[int | None]:  # rows; None:
     held = {c["rule"]: rows - c["broken"] for c in counts}
     return [held[r["name"]] if r in fine else None for r in read]
 
-
+# %% ../nbs/13_quality.ipynb #90cebc93
 def held_suggestions(con, look: Look) -> list[tuple[dict, str, int | None]]:  # rule, reason, rows of the look for which it holds
     "Suggestions, tried on what they were made from."
     made = suggestions(look) if len(look.frame) else []
@@ -1193,7 +1211,21 @@ def pandera_failures(
         for check, row in zip(e.failure_cases["check"], e.failure_cases["index"]): out.setdefault(check, set()).add(row)
     return {k: sorted(int(i) for i in v) for k, v in out.items()}
 
-# %% ../nbs/13_quality.ipynb #c0ea19ee
+# %% ../nbs/13_quality.ipynb #ddcd5f61
+def _said_of_rule(c: dict, rows: int, over: dict) -> list[tuple[str, str]]:
+    "What became of the rows that break one rule; nothing where there is nothing to say."
+    share, out = c["broken"] / max(rows, 1), []
+    if c["repaired"]: out.append(("info", f"'{c['rule']}': {c['repaired']:,} rows repaired" + (f", {c['broken'] - c['repaired']:,} beyond repair." if c["broken"] > c["repaired"] else ".")))
+    if c["rule"] == TWIN_RULE and c["broken"]:
+        fate = "kept; the split keeps them together" if c["action"] == "keep" else "put aside"
+        out.append(("warn" if share > 0.01 else "info", f"Exact repetitions of another row: {c['broken']:,} ({fate})."))
+    elif c["rule"] in over:
+        allowed = f", more than the {over[c['rule']]:.2%} allowed" if isinstance(over[c["rule"]], float) else f", more than the {over[c['rule']]:,} allowed" if over[c["rule"]] else ""
+        out.append(("warn", f"'{c['rule']}' is broken by {c['broken']:,} rows ({share:.2%}){allowed}" + (f", such as {c['example']}." if c["example"] else ".")))
+    elif share > 0.05 and not c["repaired"] and c["rule"] != TARGET_RULE: out.append(("warn", f"'{c['rule']}' is broken by {share:.1%} of the rows: dirt, or a rule that is too strict?"))
+    return out
+
+# %% ../nbs/13_quality.ipynb #2d7a2628
 def findings(
     rows: int,
     counts: list[dict],  # from count_rules
@@ -1205,21 +1237,12 @@ def findings(
     out = [("info", f"{rows:,} rows in = {rows - gone:,} clean + {gone:,} in quarantine ({gone / max(rows, 1):.1%}).")]
     if scores: out.append(("info", score_sentence(scores)))
     over = {c["rule"]: most for c, most in exceeded(rules, counts, rows, "warn") if c["broken"]}
-    for c in counts:
-        share = c["broken"] / max(rows, 1)
-        beyond = f", {c['broken'] - c['repaired']:,} beyond repair" if c["broken"] > c["repaired"] else ""
-        fate = "kept; the split keeps them together" if c["action"] == "keep" else "put aside"
-        if c["repaired"]: out.append(("info", f"'{c['rule']}': {c['repaired']:,} rows repaired{beyond}."))
-        if c["rule"] == TWIN_RULE and c["broken"]: out.append(("warn" if share > 0.01 else "info", f"Exact repetitions of another row: {c['broken']:,} ({fate})."))
-        elif c["rule"] in over:
-            allowed = f", more than the {over[c['rule']]:.2%} allowed" if isinstance(over[c["rule"]], float) else f", more than the {over[c['rule']]:,} allowed" if over[c["rule"]] else ""
-            out.append(("warn", f"'{c['rule']}' is broken by {c['broken']:,} rows ({share:.2%}){allowed}" + (f", such as {c['example']}." if c["example"] else ".")))
-        elif share > 0.05 and not c["repaired"] and c["rule"] != TARGET_RULE: out.append(("warn", f"'{c['rule']}' is broken by {share:.1%} of the rows: dirt, or a rule that is too strict?"))
+    for c in counts: out += _said_of_rule(c, rows, over)
     idle = [c["rule"] for c in counts if not c["broken"] and c["rule"] not in (TARGET_RULE, TWIN_RULE)]
     if idle: out.append(("info", f"No row breaks {', '.join(repr(r) for r in idle[:8])}."))
     return out
 
-# %% ../nbs/13_quality.ipynb #7972f6d7
+# %% ../nbs/13_quality.ipynb #b311dd26
 def score_sentence(scores: list[dict]) -> str:
     "The score of the whole, and of its worst part."
     whole, parts = scores[0], [s for s in scores[1:] if s["rows"] >= 20]
@@ -1229,7 +1252,7 @@ def score_sentence(scores: list[dict]) -> str:
     if worst is None or worst["score"] > whole["score"] - 0.01: return said
     return f"{said} Lowest in {worst['by']} {worst['part']}: {worst['score']:.4f}" + (f", where '{worst['worst_rule']}' is broken by {worst['worst_share']:.1%}." if worst["worst_rule"] else ".")
 
-
+# %% ../nbs/13_quality.ipynb #29e576da
 def defect_sentences(found: list[dict], most: int = 12) -> list[tuple[str, str]]:  # level, sentence
     "What the look has found: a sentence a defect, and one for all when three or more are of a kind."
     kinds = {}
@@ -1238,8 +1261,9 @@ def defect_sentences(found: list[dict], most: int = 12) -> list[tuple[str, str]]
     more = [("info", f"{len(told) - most} more findings are listed in suggested_rules.")] if len(told) > most else []
     return [("warn", t) for t in told[:most]] + more
 
-
+# %% ../nbs/13_quality.ipynb #4568f9f4
 def _defect(d) -> str:
+    "One defect in a sentence."
     return f"{d['defect'].capitalize()} in {', '.join(d['columns'][:4])}{' …' if len(d['columns']) > 4 else ''}: {d['rows']:,} rows, {d['evidence']}; such as {d['example']}."
 
 
@@ -1272,14 +1296,14 @@ def draw_rules(
            xlim=(0, 1.2 * max([1, *left])), ylim=(-0.6, len(shown) - 0.4))
     if any(left): ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
-# %% ../nbs/13_quality.ipynb #e3eb10e3
+# %% ../nbs/13_quality.ipynb #572ff20f
 def score_parts(scores: list[dict]) -> list[tuple[str, list[dict]]]:  # what they are parts by, and the parts: time before files
     "The divisions of the table that have more than one part."
     enough = lambda s: s["part"] != "unknown" and s["rows"] >= 0.001 * scores[0]["rows"]                # a handful of stray dates is no month
     groups = {by: [s for s in scores if s["by"] == by and enough(s)] for by in dict.fromkeys(s["by"] for s in scores[1:])}
     return sorted(((by, parts) for by, parts in groups.items() if len(parts) > 1), key=lambda g: g[0] == "source")
 
-
+# %% ../nbs/13_quality.ipynb #782c1261
 def draw_score(
     ax,
     by: str,  # "source" or a unit of time

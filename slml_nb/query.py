@@ -19,7 +19,7 @@ from .sql import _parser, connect, ident, literal
 from .stage import artifact_path
 from .store import S3Store, _s3_errors, aws_errors, client_of, open_store
 
-# %% ../nbs/17_query.ipynb #b67935ec
+# %% ../nbs/17_query.ipynb #31331974
 @dataclass(frozen=True)
 class Reference:
     "A table as a query names it."
@@ -30,7 +30,7 @@ class Reference:
     @property
     def name(self) -> str: return ".".join(self.path)
 
-
+# %% ../nbs/17_query.ipynb #2dba245b
 def parsed(
     text: str,  # one query
 ) -> dict:  # DuckDB's syntax tree
@@ -40,14 +40,15 @@ def parsed(
     if len(tree["statements"]) != 1: raise SlmlError(f"{len(tree['statements'])} statements instead of one", "query", "ask one question at a time" if tree["statements"] else "write SELECT … FROM …")
     return tree["statements"][0]["node"]
 
-
+# %% ../nbs/17_query.ipynb #6571e2f2
 def _not_sql(text: str, tree: dict) -> SlmlError:
+    "What is wrong with a text that is no query."
     message = tree.get("error_message", "").splitlines()[0]
     if tree.get("error_type") == "not implemented": return SlmlError("only a query can be asked", "query", "write SELECT …, WITH …, DESCRIBE … or SUMMARIZE …")
     if m := re.search(r'[\w."]+@[\w.:-]+', text): return SlmlError(f"a name with @ stands in quotes ({message})", "query", f'write "{m[0].replace(chr(34), "")}"')
     return SlmlError(f"this is not SQL ({message})", "query", "mind quotes, commas and brackets")
 
-# %% ../nbs/17_query.ipynb #403da3ec
+# %% ../nbs/17_query.ipynb #5ba2ed85
 def references(
     text: str,
 ) -> tuple[list[Reference], list[str]]:  # tables, and addresses that read_parquet and the like are given
@@ -56,7 +57,7 @@ def references(
     _look(parsed(text), frozenset(), refs, paths)
     return refs, paths
 
-
+# %% ../nbs/17_query.ipynb #ffcc4ff6
 def _look(node, hidden: frozenset, refs: list, paths: list):
     "Walk a tree; a WITH hides a table of its name from what comes after it."
     if isinstance(node, list):
@@ -73,19 +74,20 @@ def _look(node, hidden: frozenset, refs: list, paths: list):
 
 
 def _note_table(node: dict, hidden: frozenset, refs: list):
+    "Note a table of the tree that is neither hidden nor DuckDB's own."
     path = tuple(node["qualified_name"]["path"])
     if node.get("at_clause"): raise SlmlError(f"AT is not known here, behind {'.'.join(path)}", "query", f'write "{".".join(path)}@VERSION"')
     if (len(path) == 1 and path[0].lower() in hidden) or path[0].lower() in ("information_schema", "pg_catalog"): return
     refs.append(Reference(path, node["query_location"] if node["query_location"] < 2**63 else -1, node["alias"]))
 
-
+# %% ../nbs/17_query.ipynb #87fb76d6
 def _addresses(function: dict) -> list[str]:
     "The constants that a reader of tables is given."
     if not re.fullmatch(r"read_(parquet|csv|csv_auto|json|json_auto|ndjson|ndjson_auto)|parquet_\w+|sniff_csv", function["function_name"]): return []
     def _texts(n): return [n["literal"]["text"]] if isinstance(n, dict) and (n.get("literal") or {}).get("kind") == "STRING" else [t for c in (n.values() if isinstance(n, dict) else n if isinstance(n, list) else []) for t in _texts(c)]
     return [t for a in function["arguments"] if not a["name"] for t in _texts(a["expression"])]
 
-# %% ../nbs/17_query.ipynb #2dee667a
+# %% ../nbs/17_query.ipynb #9226dee0
 def prices_file() -> Path:
     "The price list in use: the project's own, else the one that ships."
     package = Path(__file__).parent if "__file__" in globals() else project_root() / "slml_nb"
@@ -93,7 +95,7 @@ def prices_file() -> Path:
     if found := next((p for p in places if p.is_file()), None): return found
     raise SlmlError("there is no price list", str(places[0]), "install slml_nb again: one ships with it")
 
-
+# %% ../nbs/17_query.ipynb #67002243
 def athena_usd(
     size: int,  # bytes scanned
     prices: dict | None = None,  # a price list; the one in use when None
@@ -102,8 +104,15 @@ def athena_usd(
     p = (prices or load_yaml(prices_file())[0])["athena"]
     return max(p["min_mb"], -(-size // 2**20)) / 2**20 * p["usd_per_tb"]
 
-# %% ../nbs/17_query.ipynb #ab234bdd
+# %% ../nbs/17_query.ipynb #d8b0abd3
 _METER = "set profiling_coverage = 'ALL'; pragma enable_profiling = 'no_output'"
+
+
+def _close_door(con, files: list[str], paths):
+    "From here on this DuckDB opens these files and addresses and nothing else, and cannot be told otherwise."
+    folders = [re.split(r"[*?\[]", p)[0].rpartition("/")[0] or "." for p in paths if re.search(r"[*?\[]", p)]
+    for name, some in (("allowed_paths", [*files, *paths]), ("allowed_directories", folders)): con.execute(f"set {name} = [{', '.join(map(literal, some))}]")
+    con.execute("set enable_external_access = false; set lock_configuration = true")
 
 
 def opened(
@@ -120,12 +129,10 @@ def opened(
         if len(path) > 1: con.execute(f"create schema if not exists {ident(path[0])}")
         _duck(con, f"create view {'.'.join(map(ident, path))} as select * from {reading(table, mine)}", {})
     con.execute(_METER)
-    folders = [re.split(r"[*?\[]", p)[0].rpartition("/")[0] or "." for p in paths if re.search(r"[*?\[]", p)]
-    for name, some in (("allowed_paths", [*files, *paths]), ("allowed_directories", folders)): con.execute(f"set {name} = [{', '.join(map(literal, some))}]")
-    con.execute("set enable_external_access = false; set lock_configuration = true")
+    _close_door(con, files, paths)
     return con
 
-
+# %% ../nbs/17_query.ipynb #effa5f41
 def _duck(con, statement: str, tables: dict):
     "Execute; an error of DuckDB in one line."
     import duckdb
@@ -149,26 +156,32 @@ def _in_words(e, tables: dict) -> SlmlError:
     if "Permission Error" in text and "file" in text: return SlmlError(text.removeprefix("Permission Error: ").partition(" - ")[0], "query", "a query opens the files of the tables it names and no others: FROM 'path/file.parquet'")
     return SlmlError(text, "query", "")
 
-# %% ../nbs/17_query.ipynb #d5a59210
+# %% ../nbs/17_query.ipynb #136bf8e8
 class Answer:
     "Rows, what they took, and where they are."
 
     def __init__(self, con, columns: list, meter: dict, out: str = ""): self.con, self.columns, self.meter, self.out = con, columns, meter, out
     def __repr__(self): return f"Answer: {self.line()}"
 
-    def df(self):
-        "All rows as a pandas DataFrame."
-        return self.con.execute("select * from answer").df()
-
-    def rows(self, most: int | None = None) -> list[tuple]:
-        "The first rows as Python values."
-        return self.con.execute("select * from answer" + (f" limit {int(most)}" if most is not None else "")).fetchall()
-
-    def line(self) -> str:
-        "The meter in one line."
-        return meter_line(self.meter)
+# %% ../nbs/17_query.ipynb #1da6cb30
+def _df(self):
+    "All rows as a pandas DataFrame."
+    return self.con.execute("select * from answer").df()
 
 
+def _rows(self, most: int | None = None) -> list[tuple]:
+    "The first rows as Python values."
+    return self.con.execute("select * from answer" + (f" limit {int(most)}" if most is not None else "")).fetchall()
+
+
+def _line(self) -> str:
+    "The meter in one line."
+    return meter_line(self.meter)
+
+
+Answer.df, Answer.rows, Answer.line = _df, _rows, _line
+
+# %% ../nbs/17_query.ipynb #736ecb6f
 def _gather(con, statement: str, out: str, tables: dict) -> tuple[list, int]:
     "Let DuckDB answer, into a table that may be larger than memory, or into a file."
     if not out:
@@ -179,7 +192,7 @@ def _gather(con, statement: str, out: str, tables: dict) -> tuple[list, int]:
     rows = _duck(con, f"copy ({statement}\n) to {literal(out)} ({how})", tables).fetchall()[0][0]
     return json.loads(con.get_profiling_information(format="json")), rows
 
-# %% ../nbs/17_query.ipynb #e8082b93
+# %% ../nbs/17_query.ipynb #05a8e043
 def meter_line(
     meter: dict,
 ) -> str:  # "3 rows · 0.12 s · 4.1 MB read · Athena would charge $0.000048"
@@ -190,13 +203,17 @@ def meter_line(
     billed = "".join(f" · {v:,.4g} {k.replace('_', ' ')}" for k, v in meter.get("billed", {}).items())
     return f"{rows} · {meter['seconds']:.2f} s on {meter['engine']}{read}{bill}{billed}"
 
+# %% ../nbs/17_query.ipynb #9494bf1d
+def bytes_text(size: int) -> str:  # "4.07 MB"
+    "A size as people write it."
+    return next(f"{size / unit:.3g} {name}" for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if size >= unit or unit == 1)
 
-def bytes_text(size: int) -> str: return next(f"{size / unit:.3g} {name}" for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if size >= unit or unit == 1)
 
+def _digits(usd: float) -> str:
+    "Dollars with as many digits as say something."
+    return f"{usd:.2f}" if usd >= 0.1 else f"{usd:.2g}" if usd >= 1e-4 else f"{usd:.7f}".rstrip("0")
 
-def _digits(usd: float) -> str: return f"{usd:.2f}" if usd >= 0.1 else f"{usd:.2g}" if usd >= 1e-4 else f"{usd:.7f}".rstrip("0")
-
-# %% ../nbs/17_query.ipynb #a26b2e3c
+# %% ../nbs/17_query.ipynb #690e74fb
 def forecast(
     statement: str,
     tables: dict[tuple, Table],
@@ -204,26 +221,34 @@ def forecast(
     "How much of its tables a query reads at most."
     return sum(_scanned(statement, tables, path) for path, table in tables.items() if table.format == "parquet")
 
-
-def _scanned(statement: str, tables: dict[tuple, Table], path: tuple) -> int:
-    "Bytes of one table that a query reads at most."
-    con, files = reads_s3(connect("500MB", 1)), {}
-    con.execute("set disabled_optimizers = 'statistics_propagation'")
+# %% ../nbs/17_query.ipynb #0f074e50
+def _only(con, tables: dict[tuple, Table], path: tuple) -> list[str]:
+    "Make views and empty tables, so that a plan reads one table and no other; its files."
+    files = []
     for p, table in tables.items():
         name = ".".join(map(ident, p))
         mine = [f for place in table.files for f in files_of(place, table.format)]
         if len(p) > 1: con.execute(f"create schema if not exists {ident(p[0])}")
         if p == path: files = mine
         con.execute(f"create view {name} as select * from {reading(table, mine)}" if p == path else f"create table {name} as select * from {reading(table, mine[:1])} limit 0")
-    plan = json.loads(_duck(con, f"explain (format json) {statement}", tables).fetchall()[0][1])
-    sizes = _chunks(con, files)
-    return sum(_of_scan(n["extra_info"], sizes) for n in _nodes(plan) if "PARQUET" in str(n.get("extra_info", {}).get("Function", "")))
+    return files
 
 
 def _nodes(plan):
+    "All nodes of a plan."
     for n in plan if isinstance(plan, list) else [plan]:
         yield n
         yield from _nodes(n.get("children", []))
+
+# %% ../nbs/17_query.ipynb #c26ac997
+def _scanned(statement: str, tables: dict[tuple, Table], path: tuple) -> int:
+    "Bytes of one table that a query reads at most."
+    con = reads_s3(connect("500MB", 1))
+    con.execute("set disabled_optimizers = 'statistics_propagation'")
+    files = _only(con, tables, path)
+    plan = json.loads(_duck(con, f"explain (format json) {statement}", tables).fetchall()[0][1])
+    sizes = _chunks(con, files)
+    return sum(_of_scan(n["extra_info"], sizes) for n in _nodes(plan) if "PARQUET" in str(n.get("extra_info", {}).get("Function", "")))
 
 # %% ../nbs/17_query.ipynb #4403c6eb
 def _chunks(con, files: list[str]) -> dict[str, dict[str, int]]:
@@ -256,7 +281,7 @@ def renamed(
         raw = raw[:r.at] + (ident(names[r.path]) + (f" AS {ident(short)}" if not r.alias else "")).encode() + raw[found.end():]
     return raw.decode()
 
-# %% ../nbs/17_query.ipynb #eace8846
+# %% ../nbs/17_query.ipynb #80dd2899
 def translated(
     text: str,
     tables: dict[tuple, Table],
@@ -273,7 +298,7 @@ def translated(
     check_portable(text, "query")
     return {"spark": to_spark, "athena": to_trino}[engine](text, con), _unique(columns)
 
-
+# %% ../nbs/17_query.ipynb #ce9d1497
 def _unique(columns: list) -> list:
     "Columns with a name each: a second `a` is `a_1`."
     seen, out = set(), []
@@ -283,7 +308,7 @@ def _unique(columns: list) -> list:
         seen.add(new.lower()), out.append([new, kind])
     return out
 
-# %% ../nbs/17_query.ipynb #ff6e0dbb
+# %% ../nbs/17_query.ipynb #50cc820b
 def spark_answer(spark, order):
     "Answer one query on Spark: views over Parquet, the text, Parquet written. It is sent to clusters as it stands here."
     import time
@@ -302,7 +327,7 @@ def spark_answer(spark, order):
     except Exception: read = None
     return {"seconds": time.time() - begun, "bytes": read}
 
-
+# %% ../nbs/17_query.ipynb #85f7518b
 def spark_main(arguments):
     "What a cluster runs: the order is a JSON file whose address is among the arguments."
     import json
@@ -313,12 +338,12 @@ def spark_main(arguments):
     told = spark_answer(spark, order)
     spark.createDataFrame([(json.dumps(told),)], "told string").coalesce(1).write.text(address.replace("/order.json", "/told"))
 
-
+# %% ../nbs/17_query.ipynb #0d16ee3b
 def spark_script() -> str:  # Python
     "The script that is sent to a cluster."
     return "\n\n".join(["import sys", inspect.getsource(spark_answer), inspect.getsource(spark_main), "spark_main(sys.argv)\n"])
 
-# %% ../nbs/17_query.ipynb #ef4a862a
+# %% ../nbs/17_query.ipynb #c1fd1ea6
 def _need_spark():
     "Whether Spark can be started here."
     try:
@@ -330,7 +355,7 @@ def _need_spark():
     if not (home and (Path(home) / "bin/java").exists()) and not shutil.which("java"):
         raise SlmlError("Spark needs Java, and there is none", "engine spark", "install Java 17 (apt install openjdk-17-jre-headless) and set JAVA_HOME, or take engine duckdb")
 
-
+# %% ../nbs/17_query.ipynb #d24c2f34
 @contextlib.contextmanager
 def spark_session(
     master: str = "local[*]",  # or spark://host:7077
@@ -347,20 +372,14 @@ def spark_session(
         try: yield spark
         finally: spark.stop()
 
-# %% ../nbs/17_query.ipynb #dfa78313
-def _new_session(builder, master: str, memory: str, folder: Path):
-    "Start Spark, without a port for others."
+# %% ../nbs/17_query.ipynb #6ea0ed8a
+def _spark_settings(master: str, memory: str, folder: Path) -> dict:
+    "Settings of a session that is silent, opens no port for others and leaves nothing outside of its folder."
     local = {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1", "spark.sql.shuffle.partitions": "8"} if master.startswith("local") else {}
-    settings = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false", "spark.log.level": "OFF", "spark.driver.memory": re.sub(r"(?i)\s*([kmgt])i?b?$", r"\1", memory).lower(),
-                "spark.local.dir": str(folder), "spark.sql.warehouse.dir": str(folder / "warehouse"), **local}
-    for k, v in settings.items(): builder = builder.config(k, v)
-    try:
-        with _stderr_to(folder / "java.log"): return builder.master(master).appName("slml").getOrCreate()
-    except Exception as e:
-        said = [l for l in (folder / "java.log").read_text(errors="replace").splitlines() if "xception" in l or "rror" in l]
-        raise SlmlError(f"Spark does not start ({(said or str(e).splitlines())[0][:200]})", f"engine spark, master {master}", "check java -version (17 or 21) and the master's address, or take engine duckdb") from None
+    return {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false", "spark.log.level": "OFF", "spark.driver.memory": re.sub(r"(?i)\s*([kmgt])i?b?$", r"\1", memory).lower(),
+            "spark.local.dir": str(folder), "spark.sql.warehouse.dir": str(folder / "warehouse"), **local}
 
-
+# %% ../nbs/17_query.ipynb #5f992bf0
 @contextlib.contextmanager
 def _stderr_to(file: Path):
     "What is started meanwhile complains into a file: Java's greetings are of no use to who asks a question."
@@ -372,13 +391,26 @@ def _stderr_to(file: Path):
             yield
         finally: os.dup2(before, 2), os.close(before)
 
+# %% ../nbs/17_query.ipynb #26511d02
+def _new_session(builder, master: str, memory: str, folder: Path):
+    "Start Spark, without a port for others."
+    for k, v in _spark_settings(master, memory, folder).items(): builder = builder.config(k, v)
+    try:
+        with _stderr_to(folder / "java.log"): return builder.master(master).appName("slml").getOrCreate()
+    except Exception as e:
+        said = [l for l in (folder / "java.log").read_text(errors="replace").splitlines() if "xception" in l or "rror" in l]
+        raise SlmlError(f"Spark does not start ({(said or str(e).splitlines())[0][:200]})", f"engine spark, master {master}", "check java -version (17 or 21) and the master's address, or take engine duckdb") from None
+
 
 def _spark_words(e: Exception) -> SlmlError:
     "What Spark says, in one line."
     text = next((l for l in str(e).splitlines() if l.strip()), type(e).__name__)
     return SlmlError(text[:400], "engine spark", "does engine duckdb answer the same? then it is the translation: slml sql --dry-run shows it")
 
-# %% ../nbs/17_query.ipynb #660d6d68
+# %% ../nbs/17_query.ipynb #ab2d1780
+#| export
+
+# %% ../nbs/17_query.ipynb #f612d715
 def _spark_tables(tables: dict[tuple, Table], names: dict[tuple, str], local: bool) -> dict:
     "Where Spark finds the files: a local Spark reads what has been fetched."
     def _place(t: Table, f: str) -> str:
@@ -392,7 +424,7 @@ def _spark_tables(tables: dict[tuple, Table], names: dict[tuple, str], local: bo
         out[names[path]] = {"files": [_place(t, f) for f in files], "base": base and (base if "://" in base else "file://" + os.path.abspath(base))}
     return out
 
-
+# %% ../nbs/17_query.ipynb #7a5c72ee
 def on_spark(text: str, columns: list, tables: dict[tuple, Table], names: dict[tuple, str], master: str, memory: str, folder: Path) -> tuple[str, dict]:  # the Parquet files of the answer, and what it took
     "Answer on a Spark that this machine drives."
     from slml_nb.dialect import SPARK_CONF
@@ -404,7 +436,7 @@ def on_spark(text: str, columns: list, tables: dict[tuple, Table], names: dict[t
             raise _spark_words(e) from None
     return f"{folder}/answer", told
 
-# %% ../nbs/17_query.ipynb #2b5b2eff
+# %% ../nbs/17_query.ipynb #db4ff356
 def _waited(
     ask,  # -> (state, why, answer)
     stop,  # called when it is interrupted
@@ -424,13 +456,16 @@ def _waited(
         _stop_quietly(stop, e)
         raise
 
-
+# %% ../nbs/17_query.ipynb #56e6ab11
 def _stop_quietly(stop, e: BaseException):
     "End what is still running there; what has failed by itself is over."
     if isinstance(e, SlmlError) and e.what.startswith(("failed", "cancel", "stopp", "timeout", "error", "expired")): return
     with contextlib.suppress(Exception): stop()
 
-# %% ../nbs/17_query.ipynb #611ff17c
+# %% ../nbs/17_query.ipynb #fe4c6488
+#| export
+
+# %% ../nbs/17_query.ipynb #9b41d0c3
 def on_emr(application: str, script: str, order: str, role: str, client=None) -> dict:  # billed
     "Run the script on an application of EMR Serverless."
     if not role: raise SlmlError("no role is named", "EMR Serverless", "give --role arn:aws:iam::ACCOUNT:role/NAME: the job reads and writes the bucket with it")
@@ -444,7 +479,7 @@ def on_emr(application: str, script: str, order: str, role: str, client=None) ->
     used = run.get("billedResourceUtilization") or run.get("totalResourceUtilization") or {}
     return {k: used[n] for k, n in (("vCPU_hours", "vCPUHour"), ("GB_hours", "memoryGBHour")) if used.get(n)}
 
-
+# %% ../nbs/17_query.ipynb #7d9e84a0
 def on_glue(job: str, script: str, order: str, client=None) -> dict:  # billed
     "Run the script as a job of Glue; its own script is left as it is."
     glue, where = client or client_of("glue"), f"Glue, job {job}"
@@ -456,13 +491,24 @@ def on_glue(job: str, script: str, order: str, client=None) -> dict:  # billed
     seconds = run.get("DPUSeconds") or (run.get("ExecutionTime") or 0) * (run.get("MaxCapacity") or 0)
     return {"DPU_hours": seconds / 3600} if seconds else {}
 
-# %% ../nbs/17_query.ipynb #93571ac9
-def submitted(text: str, columns: list, tables: dict[tuple, Table], names: dict[tuple, str], master: str, place: str, role: str, folder: Path) -> tuple[str, dict]:
-    "Answer on a cluster by submission: script and order go to S3, the answer comes from there."
-    from slml_nb.dialect import SPARK_CONF
+# %% ../nbs/17_query.ipynb #dc481e83
+def _need_bucket(tables: dict[tuple, Table], master: str, place: str):
+    "A cluster sees nothing of this machine: order, tables and answer have to be in S3."
     if not place.startswith("s3://"): raise SlmlError("a cluster reads and writes a bucket", f"engine spark, master {master}", "name one: --output s3://bucket/prefix, or --store s3://bucket/prefix")
     bad = [f for t in tables.values() for p in t.files for f in files_of(p, t.format) if not f.startswith("s3://")]
     if bad: raise SlmlError(f"{bad[0]} lies on this machine", f"engine spark, master {master}", "a cluster reads S3 only: run with store: s3://bucket/prefix, or take --master local[*]")
+
+
+def _download(store: S3Store, key: str, file: Path):
+    "An object of a store as a file."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _s3_errors(f"{store}/{key}"): store.s3.download_file(store.bucket, store._at(key), str(file))
+
+# %% ../nbs/17_query.ipynb #4cc806bc
+def submitted(text: str, columns: list, tables: dict[tuple, Table], names: dict[tuple, str], master: str, place: str, role: str, folder: Path) -> tuple[str, dict]:
+    "Answer on a cluster by submission: script and order go to S3, the answer comes from there."
+    from slml_nb.dialect import SPARK_CONF
+    _need_bucket(tables, master, place)
     home = f"{place.rstrip('/')}/{os.urandom(8).hex()}"
     store = open_store(home)
     order = {"sql": text, "conf": SPARK_CONF, "tables": _spark_tables(tables, names, False), "columns": [c for c, _ in columns], "out": f"{home}/answer"}
@@ -476,11 +522,6 @@ def submitted(text: str, columns: list, tables: dict[tuple, Table], names: dict[
         with contextlib.suppress(SlmlError):
             for k in [n for p in store._pages("") for n in p]: store.delete(k)
     return str(folder / "answer"), {**told, "billed": billed}
-
-
-def _download(store: S3Store, key: str, file: Path):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with _s3_errors(f"{store}/{key}"): store.s3.download_file(store.bucket, store._at(key), str(file))
 
 # %% ../nbs/17_query.ipynb #396b20b1
 def on_athena(text: str, database: str, workgroup: str, output: str, client=None) -> tuple[str, dict]:  # address of the CSV, and what it took
@@ -549,14 +590,14 @@ def query(
     meter["tables"] = {".".join(p): t.called for p, t in tables.items()}
     return answer
 
-# %% ../nbs/17_query.ipynb #6793c136
+# %% ../nbs/17_query.ipynb #cdb18945
 def tables_of(text: str, catalog: Catalog, run: str = "") -> tuple[dict[tuple, Table], list[str]]:
     "The tables that a query names, found; and the addresses that its functions are given."
     refs, paths = references(text)
     found = catalog.find_all(list(dict.fromkeys(r.name for r in refs)), run)
     return {r.path: found[r.name] for r in refs}, paths
 
-
+# %% ../nbs/17_query.ipynb #9b3de583
 @contextlib.contextmanager
 def _beside(out: str):
     "A name beside `out` that becomes it when all went well."
@@ -571,7 +612,7 @@ def _beside(out: str):
         os.replace(beside, place)
     finally: beside.unlink(missing_ok=True)
 
-# %% ../nbs/17_query.ipynb #bd0828c5
+# %% ../nbs/17_query.ipynb #b0412870
 def _here(text: str, tables: dict, paths: list, memory: str, threads: int, out: str) -> Answer:
     "DuckDB answers."
     begun = time.perf_counter()
@@ -582,33 +623,38 @@ def _here(text: str, tables: dict, paths: list, memory: str, threads: int, out: 
     meter = {"engine": "duckdb", "rows": rows, "seconds": round(time.perf_counter() - begun, 4), "bytes": told["io"]["total_bytes_read"]}
     return Answer(con, _unique(columns), meter)
 
-
+# %% ../nbs/17_query.ipynb #8e09576b
 def _statement(text: str) -> str:
     "A query that can stand behind AS: no semicolon; DESCRIBE and the like as a table."
     text = _parser().extract_statements(text)[0].query.strip().rstrip(";").rstrip()
     shown = "SHOW_REF" in json.dumps(parsed(text)) and not re.match(r"(?is)\s*(select|with|from|\()", text)
     return f"select * from ({text}\n)" if shown else text
 
-# %% ../nbs/17_query.ipynb #942d7094
+# %% ../nbs/17_query.ipynb #1537ed34
+def _on_spark_somewhere(own: str, columns: list, tables: dict, catalog: Catalog, where: Elsewhere, memory: str, folder: Path) -> tuple[str, dict]:
+    "A Spark here or one by submission; a SELECT that reads its answer, and what it took."
+    names = _plain_names(tables)
+    if where.master.startswith(("emr-serverless:", "glue:")):
+        files, told = submitted(own, columns, tables, names, where.master, where.output or f"{catalog.store}/catalog/jobs", where.role, folder)
+    else: files, told = on_spark(own, columns, tables, names, where.master, memory, folder)
+    values = ", ".join(f"{ident(c)}::{kind} as {ident(c)}" for c, kind in columns)
+    return f"select {values} from read_parquet({literal(files + '/*.parquet')})", told
+
+# %% ../nbs/17_query.ipynb #30d84307
 def _there(text: str, tables: dict, engine: str, catalog: Catalog, where: Elsewhere, memory: str, out: str) -> Answer:
     "Another engine answers; its answer is read here."
-    begun, names = time.perf_counter(), _plain_names(tables)
-    own, columns = translated(_statement(text), tables, names, engine)
+    begun = time.perf_counter()
+    own, columns = translated(_statement(text), tables, _plain_names(tables), engine)
     with tempfile.TemporaryDirectory(prefix="slml_answer_") as folder:
         if engine == "athena": select, told = _ask_athena(own, columns, tables, catalog, where, Path(folder))
-        else:
-            remote = where.master.startswith(("emr-serverless:", "glue:"))
-            place = where.output or f"{catalog.store}/catalog/jobs"
-            files, told = (submitted(own, columns, tables, names, where.master, place, where.role, Path(folder)) if remote else on_spark(own, columns, tables, names, where.master, memory, Path(folder)))
-            values = ", ".join(f"{ident(c)}::{kind} as {ident(c)}" for c, kind in columns)
-            select = f"select {values} from read_parquet({literal(files + '/*.parquet')})"
+        else: select, told = _on_spark_somewhere(own, columns, tables, catalog, where, memory, Path(folder))
         con = connect(memory)
         con.execute(_METER)
         _, rows = _gather(con, select, out, tables)
     more = {k: v for k, v in told.items() if k not in ("seconds", "bytes") and v}
     return Answer(con, columns, {"engine": engine, "rows": rows, "seconds": round(time.perf_counter() - begun, 4), "bytes": told.get("bytes"), **more})
 
-
+# %% ../nbs/17_query.ipynb #f4dc8e42
 def _plain_names(tables: dict[tuple, Table]) -> dict[tuple, str]:
     "A name for each table that any engine takes: letters, digits and _."
     names = {}
@@ -643,7 +689,7 @@ def sql(
     df.attrs["meter"] = answer.meter
     return df
 
-# %% ../nbs/17_query.ipynb #161332ba
+# %% ../nbs/17_query.ipynb #73a67397
 def explain(
     text: str,
     engine: str = "duckdb",
@@ -662,7 +708,7 @@ def explain(
     size = forecast(statement, tables)
     return {"engine": engine, "text": own, "columns": columns, "tables": {".".join(p): t.called for p, t in tables.items()}, "bytes": size, "athena_usd": athena_usd(size, prices), "plan": plan}
 
-
+# %% ../nbs/17_query.ipynb #a0661eb0
 def explain_text(
     found: dict,  # from `explain`
 ) -> str:
@@ -671,19 +717,22 @@ def explain_text(
     bound = f"reads {bytes_text(found['bytes'])} at most; Athena would charge ${_digits(found['athena_usd'])} at most"
     return f"engine {found['engine']}:\n\n{found['text']}\n\ntables:\n{tables or '  none'}\n\n{bound}" + (f"\n\n{found['plan'].rstrip()}" if found["engine"] == "duckdb" else "")
 
-# %% ../nbs/17_query.ipynb #41e6c370
+# %% ../nbs/17_query.ipynb #80329026
+def _cell(value, widest: int) -> str:
+    "A value as the text of a cell; none can move the cursor."
+    text = "NULL" if value is None else f"{value:.10g}" if isinstance(value, float) else str(value)
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= widest else text[:widest - 1] + "…"
+
+# %% ../nbs/17_query.ipynb #d0fa2ee0
 def table_text(
     columns: list,  # [[name, type]]
     rows: list[tuple],
     widest: int = 60,  # characters of a cell; longer ones end with …
 ) -> str:
     "Rows as text, numbers to the right."
-    def _cell(v):
-        text = "NULL" if v is None else f"{v:.10g}" if isinstance(v, float) else str(v)
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # a value cannot move the cursor
-        return text if len(text) <= widest else text[:widest - 1] + "…"
     right = [bool(re.match(r"(U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?|FLOAT|DOUBLE|DECIMAL.*)$", kind)) for _, kind in columns]
-    cells = [[_cell(c) for c, _ in columns], *[[_cell(v) for v in r] for r in rows]]
+    cells = [[_cell(c, widest) for c, _ in columns], *[[_cell(v, widest) for v in r] for r in rows]]
     wide = [max(len(r[i]) for r in cells) for i in range(len(columns))]
     lines = ["  ".join(v.rjust(w) if r else v.ljust(w) for v, w, r in zip(row, wide, right)).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("─" * w for w in wide), *lines[1:]])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INTEGERS', 'READ', 'request_type', 'read_as', 'column_types', 'Feature', 'Join', 'column_statistics', 'features_sql',
-           'inputs_needed', 'describe_inputs', 'plain', 'request_rows', 'write_lookup', 'read_lookup', 'write_lookups',
+           'inputs_needed', 'plain', 'describe_inputs', 'request_rows', 'write_lookup', 'read_lookup', 'write_lookups',
            'compile_features', 'write_features', 'write_recipe', 'InputError', 'FeatureFunction', 'read_request',
            'rows', 'compute', 'recheck']
 
@@ -16,7 +16,7 @@ from .core import SlmlError, atomic_write, nearest
 from .rowwise import RowError, RowFunction, lay_down
 from .sql import connect, ident, literal
 
-# %% ../nbs/22_recipe.ipynb #66b916ad
+# %% ../nbs/22_recipe.ipynb #06384b7b
 INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")
 
 
@@ -32,7 +32,7 @@ def request_type(
     if base in ("VARCHAR", "UUID", "ENUM"): return "VARCHAR"
     return "TIMESTAMP" if base.startswith("TIMESTAMP") else ""
 
-
+# %% ../nbs/22_recipe.ipynb #fca9a03b
 def read_as(
     expression: str,  # SQL
     kind: str,  # its DuckDB type
@@ -42,13 +42,13 @@ def read_as(
     value = expression if to == kind else f"CAST({expression} AS {to})"
     return f"CASE WHEN isfinite({value}) THEN {value} END" if to == "DOUBLE" else value
 
-
+# %% ../nbs/22_recipe.ipynb #5c27d879
 def column_types(con, table: str) -> dict[str, str]:  # {column: DuckDB type}
     "The columns of a table or of a query in brackets."
     table = table if table.startswith("(") else ident(table)
     return {r[0]: str(r[1]) for r in con.execute(f"describe select * from {table}").fetchall()}
 
-# %% ../nbs/22_recipe.ipynb #3ef5175d
+# %% ../nbs/22_recipe.ipynb #ff4278a4
 @dataclass
 class Feature:
     "One column that a model reads."
@@ -58,7 +58,7 @@ class Feature:
     reads: list  # columns of `rows`
     asks: list = field(default_factory=list)  # columns of `rows` by which the online store is asked for some of them
 
-
+# %% ../nbs/22_recipe.ipynb #15313c13
 @dataclass
 class Join:
     "One join, read and checked."
@@ -92,7 +92,7 @@ def features_sql(
     "The features as one row-wise query."
     return "SELECT\n" + ",\n".join(f"  {sql} AS {ident(name)}" for name, sql in features.items()) + "\nFROM rows\n"
 
-# %% ../nbs/22_recipe.ipynb #793fe614
+# %% ../nbs/22_recipe.ipynb #ab859b0d
 def inputs_needed(
     features: list[Feature],
     joins: list[Join],
@@ -105,7 +105,21 @@ def inputs_needed(
             need += [k for k in join.on if k not in need]
     return need, used
 
+# %% ../nbs/22_recipe.ipynb #2a5c8a2a
+def plain(value):
+    "A value as JSON writes it: times in ISO form, numbers that are not finite as null."
+    if isinstance(value, (dt.date, dt.time)): return value.isoformat()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
+
+def _seen(con, name: str, kind: str, train: str, s: dict) -> dict:
+    "Range, frequent values and an example of a column, by its training rows and their statistics."
+    texts = con.execute(f"select {ident(name)}, count(*) from ({train}) where {ident(name)} is not null group by all order by 2 desc, 1 limit 200").fetchall() if kind == "VARCHAR" else []
+    few = s["distinct"] is not None and s["distinct"] <= max(0.5 * s["filled"], 20)
+    middle = texts[0][0] if texts else con.execute(f"select quantile_disc({ident(name)}, 0.5) from ({train})").fetchall()[0][0]
+    return {"min": None if texts else plain(s["min"]), "max": None if texts else plain(s["max"]), "values": [t[0] for t in texts] if few else [], "example": plain(middle)}
+
+# %% ../nbs/22_recipe.ipynb #de7647eb
 def describe_inputs(
     con,  # DuckDB connection with `rows` and `splits`
     names: list[str],  # columns of a request
@@ -122,19 +136,9 @@ def describe_inputs(
     out = []
     for c in names:
         s, how = stats[c], source.get(c, ("", ""))
-        texts = con.execute(f"select {ident(c)}, count(*) from ({train}) where {ident(c)} is not null group by all order by 2 desc, 1 limit 200").fetchall() if types[c] == "VARCHAR" else []
-        few = s["distinct"] is not None and s["distinct"] <= max(0.5 * s["filled"], 20)
-        middle = texts[0][0] if texts else con.execute(f"select quantile_disc({ident(c)}, 0.5) from ({train})").fetchall()[0][0]
         out.append({"name": c, "type": types[c], "required": not how[1] and c not in optional and whole[c]["filled"] == whole[c]["rows"], "missing": round(1 - s["filled"] / max(s["rows"], 1), 6),
-                    "min": None if texts else plain(s["min"]), "max": None if texts else plain(s["max"]), "values": [t[0] for t in texts] if few else [],
-                    "example": plain(middle), "from": how[1] if how[0] == "from" else "", **({"asof": how[1]} if how[0] == "asof" else {}), **({"online": online[c]} if c in online else {})})
+                    **_seen(con, c, types[c], train, s), "from": how[1] if how[0] == "from" else "", **({"asof": how[1]} if how[0] == "asof" else {}), **({"online": online[c]} if c in online else {})})
     return out
-
-
-def plain(value):
-    "A value as JSON writes it: times in ISO form, numbers that are not finite as null."
-    if isinstance(value, (dt.date, dt.time)): return value.isoformat()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../nbs/22_recipe.ipynb #38cab157
 def request_rows(
@@ -148,7 +152,7 @@ def request_rows(
     got = con.execute(f"select {', '.join('r.' + ident(n) for n in names)} from rows r join splits s using (row_id) order by {order} limit {limit}").fetchall() if names else [()] * limit
     return [{n: plain(v) for n, v in zip(names, row) if v is not None} for row in got]
 
-# %% ../nbs/22_recipe.ipynb #6d0b22b2
+# %% ../nbs/22_recipe.ipynb #d520e9ed
 def write_lookup(
     path: Path,  # to write
     keys: int,  # columns that are keys, the first ones
@@ -159,7 +163,7 @@ def write_lookup(
     made = {"keys": keys, "types": types, "columns": [[plain(v) for v in c] for c in columns]}
     atomic_write(path, json.dumps(made, ensure_ascii=False, separators=(",", ":")))
 
-
+# %% ../nbs/22_recipe.ipynb #54a698fa
 def read_lookup(path) -> tuple[int, dict, list]:  # keys, {column: type}, one list of values a column
     "Read such a table, its times as times."
     got = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -168,7 +172,9 @@ def read_lookup(path) -> tuple[int, dict, list]:  # keys, {column: type}, one li
     return got["keys"], got["types"], columns
 
 
-def _named(name): return f"{ident('v ' + name)} AS {ident(name)}"
+def _named(name) -> str:
+    "A column of a prepared join under its own name."
+    return f"{ident('v ' + name)} AS {ident(name)}"
 
 # %% ../nbs/22_recipe.ipynb #3b513bd4
 def write_lookups(
@@ -190,7 +196,7 @@ def write_lookups(
         found.append({"table": join.table, "file": file, "on": join.on, "columns": columns})
     return found
 
-# %% ../nbs/22_recipe.ipynb #a4cb34c8
+# %% ../nbs/22_recipe.ipynb #274e3af3
 def compile_features(
     inputs: list[dict],  # fields: name and type
     features: dict[str, str],  # {name: SQL over the fields}
@@ -203,7 +209,7 @@ def compile_features(
     RowFunction(program)
     return program
 
-
+# %% ../nbs/22_recipe.ipynb #db9f1ab5
 def write_features(
     folder: Path,  # to fill
     recipe: dict,  # recipe.json
@@ -214,7 +220,19 @@ def write_features(
     atomic_write(folder / "features.json", json.dumps(compile_features(recipe["inputs"], features), ensure_ascii=False, separators=(",", ":")))
     atomic_write(folder / "recipe.json", json.dumps(recipe, indent=1, ensure_ascii=False))
 
+# %% ../nbs/22_recipe.ipynb #4d82d204
+def _write_requests(con, folder: Path, inputs: list[dict], most: int = 1000):
+    "Write requests.parquet: rows of the test, then of the validation, as requests."
+    fields = ", ".join("r." + ident(i["name"]) for i in inputs if not i["from"]) or "1 as nothing"
+    con.execute(f"copy (select row_id, {fields} from rows r join splits s using (row_id) where s.split <> 'train' order by s.split, md5(row_id::VARCHAR) limit {most}) "
+                f"to {literal(str(folder / 'requests.parquet'))} (format parquet, compression zstd)")
 
+
+def _shown(f: Feature) -> dict:
+    "A feature as recipe.json has it."
+    return {"name": f.name, "kind": f.kind, "sql": f.sql, "reads": f.reads, **({"asks": f.asks} if f.asks else {})}
+
+# %% ../nbs/22_recipe.ipynb #e8d57b67
 def write_recipe(
     con,  # DuckDB connection with `rows`, `splits` and `features`
     folder: Path,  # to fill
@@ -228,11 +246,9 @@ def write_recipe(
     inputs, lookups = describe_inputs(con, names, joins, {k for f in features for k in f.asks} - read), write_lookups(con, folder, used, names)
     classes = [r[0] for r in con.execute("select distinct target from features where target is not null order by 1").fetchall()] if problem["task"] == "classification" else []
     recipe = {"target": problem["target"], "task": problem["task"], "unit": problem.get("unit", ""), "classes": classes, "time": problem.get("time", ""), "inputs": inputs,
-              "features": [{"name": f.name, "kind": f.kind, "sql": f.sql, "reads": f.reads, **({"asks": f.asks} if f.asks else {})} for f in features], "lookups": lookups, "examples": request_rows(con, inputs)}
+              "features": [_shown(f) for f in features], "lookups": lookups, "examples": request_rows(con, inputs)}
     write_features(folder, recipe)
-    fields = ", ".join("r." + ident(i["name"]) for i in inputs if not i["from"]) or "1 as nothing"
-    con.execute(f"copy (select row_id, {fields} from rows r join splits s using (row_id) where s.split <> 'train' order by s.split, md5(row_id::VARCHAR) limit 1000) "
-                f"to {literal(str(folder / 'requests.parquet'))} (format parquet, compression zstd)")
+    _write_requests(con, folder, inputs)
     return recipe
 
 # %% ../nbs/22_recipe.ipynb #25d3d824
@@ -244,38 +260,53 @@ class InputError(SlmlError):
         shown = "is missing" if value is None else f"is {value!r:.80}"
         super().__init__(f"field '{field}' {shown}", f"request {row + 1}" if row else "request", f"send {allowed}")
 
-# %% ../nbs/22_recipe.ipynb #4699dafb
+# %% ../nbs/22_recipe.ipynb #96228df5
 def _int(v):
+    "A whole number; 7.0 and '7' are one, True is none."
     if isinstance(v, str): v = int(v) if v.strip().lstrip("+-").isdigit() else float(v)
     if isinstance(v, bool) or v != int(v) or abs(v) >= 2**63: raise ValueError
     return int(v)
 
+
 def _float(v):
+    "A number; one that is not finite is missing."
     if isinstance(v, bool): raise ValueError
     v = float(v)
     return v if math.isfinite(v) else None
 
+
 def _bool(v):
+    "True or false, also as words."
     words = {"true": True, "false": False, "1": True, "0": False}
     return v if isinstance(v, bool) else words[str(v).lower()]
 
+
 def _str(v):
+    "A text that can be written as UTF-8; a whole number is taken for its digits."
     if isinstance(v, int) and not isinstance(v, bool): v = str(v)
     if not isinstance(v, str): raise ValueError
     if not v.isascii(): v.encode()
     return v
 
+# %% ../nbs/22_recipe.ipynb #5ca9b9df
 def _timestamp(v):
+    "A moment in UTC."
     if isinstance(v, dt.date) and not isinstance(v, dt.datetime): v = v.isoformat()
     if not isinstance(v, dt.datetime): v = dt.datetime.fromisoformat(v)
     return v.astimezone(dt.timezone.utc).replace(tzinfo=None) if v.tzinfo else v
 
+
 def _date(v):
+    "A day; of a moment, its day."
     if isinstance(v, dt.date): return v.date() if isinstance(v, dt.datetime) else v
     return _timestamp(v).date() if len(v) > 10 else dt.date.fromisoformat(v)
 
-def _time(v): return v if isinstance(v, dt.time) else dt.time.fromisoformat(v)
 
+def _time(v):
+    "A time of day."
+    return v if isinstance(v, dt.time) else dt.time.fromisoformat(v)
+
+# %% ../nbs/22_recipe.ipynb #41b9903f
 READ = {"BIGINT": (_int, "a whole number"), "DOUBLE": (_float, "a number"), "BOOLEAN": (_bool, "true or false"), "VARCHAR": (_str, "text"),
         "TIMESTAMP": (_timestamp, "a time like 2024-05-01T08:30:00"), "DATE": (_date, "a date like 2024-05-01"), "TIME": (_time, "a time of day like 08:30:00")}
 
@@ -314,7 +345,15 @@ def _lookup(folder, look) -> tuple:
     new = [n for n in types if n in look["columns"]]
     return list(look["on"]), new, [None] * len(new), dict(zip(zip(*columns[:keys]), zip(*columns[keys:])))
 
-# %% ../nbs/22_recipe.ipynb #7963882b
+# %% ../nbs/22_recipe.ipynb #2903aa0c
+def _complete(self: FeatureFunction, values: dict, request: dict):
+    "Fill in what the packaged tables know and the request does not say."
+    for on, new, nothing, table in self._lookups:
+        found = table.get(tuple(values[k] for k in on), nothing)
+        for name, value in zip(new, found):
+            if name in values and name not in request: values[name] = value
+
+# %% ../nbs/22_recipe.ipynb #dc3b64e7
 def read_request(
     self: FeatureFunction,
     request: dict,  # a request as JSON gives it
@@ -332,27 +371,26 @@ def read_request(
         values[name] = value
     if len(request) > len(values) or not request.keys() <= self._known: self._unknown(request, row)
     if absent := [n for n in self._stored if n not in request]: self._fill(values, absent)
-    for on, new, nothing, table in self._lookups:
-        found = table.get(tuple(values[k] for k in on), nothing)
-        for name, value in zip(new, found):
-            if name in values and name not in request: values[name] = value
+    if self._lookups: self._complete(values, request)
     return values
 
-
+# %% ../nbs/22_recipe.ipynb #b8f70159
 def _unknown(self: FeatureFunction, request, row):
     "Extra fields are welcome, unless one looks like a field that is absent: then it is a slip of the pen."
     absent = [n for n in self._optional if n not in request]
     for name in request.keys() - self._known:
         if close := nearest(name, absent): raise InputError(name, request[name], f"'{close}' instead, if that is what you mean: '{name}' is no field", row)
 
+# %% ../nbs/22_recipe.ipynb #a99b58d6
 def _fill(self: FeatureFunction, values, absent):
     "Fill in what the feature store knows, in the types of the fields."
     found = self._ask({n: v for n, v in values.items() if v is not None})
     for name in absent: values[name] = None if found.get(name) is None else self._stored[name](found[name])
 
-FeatureFunction.read, FeatureFunction._unknown, FeatureFunction._fill = read_request, _unknown, _fill
 
-# %% ../nbs/22_recipe.ipynb #c998b929
+FeatureFunction.read, FeatureFunction._unknown, FeatureFunction._fill, FeatureFunction._complete = read_request, _unknown, _fill, _complete
+
+# %% ../nbs/22_recipe.ipynb #c254a03b
 def rows(
     self: FeatureFunction,
     requests: list[dict],
@@ -362,7 +400,7 @@ def rows(
     columns = zip(*got) if got else ([] for _ in self.names)
     return {n: [math.nan if v is None else v for v in c] if number else list(c) for n, number, c in zip(self.names, self.numeric, columns)}
 
-
+# %% ../nbs/22_recipe.ipynb #f8214bc5
 def compute(
     self: FeatureFunction,
     values: dict,  # {field: value in its type}, from `read`
@@ -373,6 +411,7 @@ def compute(
     except RowError as e:
         field = e.columns[0] if len(e.columns) == 1 else "request"
         raise InputError(field, values.get(field, "as it is"), f"what the feature '{e.feature}' can be computed from ({e})", row) from None
+
 
 FeatureFunction.rows, FeatureFunction.compute = rows, compute
 

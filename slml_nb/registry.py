@@ -14,10 +14,9 @@ from .evaluate import METRICS, package_folder, plain, registry_record, registry_
 from .stage import artifact_path, made_in
 from .store import FolderStore, open_store
 
-# %% ../nbs/39_registry.ipynb #929c315b
+# %% ../nbs/39_registry.ipynb #081d4844
 STAGES = ("candidate", "staging", "production", "archived")
 APPROVALS = ("automatic", "person")
-
 
 
 def registry_store(
@@ -26,18 +25,18 @@ def registry_store(
     "Where the registry lies."
     return open_store(root or os.environ.get("SLML_REGISTRY") or project_root() / "runs" / "registry")
 
-# %% ../nbs/39_registry.ipynb #1bc72da7
+# %% ../nbs/39_registry.ipynb #ca7a344d
 def _named(name: str) -> str:
     "The name of a model, which is a folder's."
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name): raise SlmlError(f"{name!r} is no name for a model", "registry", "use letters, digits, - _ and .")
     return name
 
-
+# %% ../nbs/39_registry.ipynb #a2c536c8
 def registered_names(root=None) -> list[str]:
     "All names in the registry."
     return sorted({k.split("/")[0] for k in registry_store(root).list() if re.fullmatch(r"[^/]+/log/\d+\.json", k)})
 
-
+# %% ../nbs/39_registry.ipynb #f199496f
 def _records(store, name: str) -> list[str]: return registry_records(store, _named(name))
 
 # %% ../nbs/39_registry.ipynb #4aadc710
@@ -91,7 +90,7 @@ def _intact(folder: Path) -> str:
         raise SlmlError(f"the package is damaged{f' ({odd[0][0]})' if odd else ''}", str(folder), "make it again, or roll back: slml registry NAME --rollback")
     return manifest["hash"]
 
-# %% ../nbs/39_registry.ipynb #6af249f6
+# %% ../nbs/39_registry.ipynb #bb57228c
 def _keep(folder: Path, store, name: str) -> str:
     "Copy a package into the registry; its folder there, relative to the name's."
     file = f"packages/{_intact(folder)[:16]}"
@@ -104,7 +103,7 @@ def _keep(folder: Path, store, name: str) -> str:
         for p in sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.name == "manifest.json"): store.put(f"{name}/{file}/{p.relative_to(folder).as_posix()}", p)
     return file
 
-
+# %% ../nbs/39_registry.ipynb #1668f91b
 def _copy(folder: Path, to: Path):
     "Copy a package, whole or not at all."
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +114,7 @@ def _copy(folder: Path, to: Path):
         try: os.rename(Path(beside) / "new", to)
         except OSError: _intact(to)  # somebody was faster
 
-
+# %% ../nbs/39_registry.ipynb #33925e2b
 def _package(store, name: str, version: dict) -> Path:
     "The package of a version on this machine, checked; out of a bucket it comes by way of the cache."
     folder = store.local(f"{name}/{version['package']}", version.get("sha256", ""))
@@ -141,14 +140,13 @@ def _judged(where, folder: Path) -> dict:
             "value": mine.get(v.get("metric")), "interval": mine.get("interval"), "unit": v.get("unit", ""), "rows_test": v.get("rows_test"),
             "why": "the champion is measurably better" if met and beaten else "" if met else lacks}
 
-# %% ../nbs/39_registry.ipynb #e5d352bf
+# %% ../nbs/39_registry.ipynb #b413d910
 def _version(record: dict, version: int) -> dict:
     "One version of a record."
     if found := next((v for v in record["versions"] if v["version"] == int(version)), None): return found
     raise SlmlError(f"there is no version {version}", f"registry {record['name']}", f"there is {', '.join(str(v['version']) for v in record['versions']) or 'none yet'}")
 
-
-
+# %% ../nbs/39_registry.ipynb #ddcecd07
 def _promote(record: dict, v: dict, who: str, note: str = ""):
     "Let a version answer; the one that answered is archived."
     for old in record["versions"]:
@@ -157,7 +155,20 @@ def _promote(record: dict, v: dict, who: str, note: str = ""):
     record["line"] = [n for n in record["line"] if n != v["version"]] + [v["version"]]
     _note(record, "production", v["version"], who, was=was, note=note)
 
-# %% ../nbs/39_registry.ipynb #dbb1f117
+# %% ../nbs/39_registry.ipynb #0a5d8526
+def _same_question(record: dict, judged: dict):
+    "Refuse a model that predicts something else than the versions that are there."
+    if other := next((v for v in record["versions"] if (v["target"], v["task"]) != (judged["target"], judged["task"])), None):
+        raise SlmlError(f"it predicts {judged['target']} ({judged['task']}), the versions of '{record['name']}' predict {other['target']} ({other['task']})", "registry", "register it under another name")
+
+# %% ../nbs/39_registry.ipynb #a05a708e
+def _new_version(record: dict, known: dict, who: str) -> dict:
+    "The next version of a name, a candidate."
+    v = {"version": 1 + max((v["version"] for v in record["versions"]), default=0), "stage": "candidate", **known, "registered": _now(), "by": who or _who(), "approved": None}
+    record["versions"].append(v)
+    return v
+
+# %% ../nbs/39_registry.ipynb #a7ffbf37
 def register(
     where,  # a run (project/run, or its folder), or the folder of a package
     name: str,  # what the model is registered as
@@ -176,11 +187,8 @@ def register(
         if approval and approval != record["approval"]:
             record["approval"] = approval
             _note(record, f"approval: {approval}", None, who)
-        if other := next((v for v in record["versions"] if (v["target"], v["task"]) != (judged["target"], judged["task"])), None):
-            raise SlmlError(f"it predicts {judged['target']} ({judged['task']}), the versions of '{name}' predict {other['target']} ({other['task']})", "registry", "register it under another name")
-        v = {"version": 1 + max((v["version"] for v in record["versions"]), default=0), "stage": "candidate", "package": file, "hash": _intact(folder), "sha256": content, "from": str(called),
-             **judged, "registered": _now(), "by": who or _who(), "approved": None}
-        record["versions"].append(v)
+        _same_question(record, judged)
+        v = _new_version(record, {"package": file, "hash": _intact(folder), "sha256": content, "from": str(called), **judged}, who)
         _note(record, "registered", v["version"], who, note=note)
         if record["approval"] == "person": v["stage"] = "staging"
         elif v["met"]:
@@ -295,7 +303,7 @@ def repair(
     if lost: _commit(name, root, lambda record: _note(record, f"repaired: revision {', '.join(map(str, lost))} was damaged and is lost", None, who))
     return lost
 
-# %% ../nbs/39_registry.ipynb #3ef8de3b
+# %% ../nbs/39_registry.ipynb #782b781a
 def _tracked_model(client, run: str) -> tuple[str, str, str]:
     "Where MLflow has the model of a run: source, id of the run, id of the model; nothing when it was not tracked."
     experiment = client.get_experiment_by_name(run.rpartition("/")[0]) if run else None
@@ -305,14 +313,27 @@ def _tracked_model(client, run: str) -> tuple[str, str, str]:
     model = outputs.model_outputs[0].model_id if outputs and outputs.model_outputs else ""
     return (client.get_logged_model(model).artifact_location if model else f"runs:/{found[0].info.run_id}/model"), found[0].info.run_id, model
 
-
-
+# %% ../nbs/39_registry.ipynb #0ff42172
 def _alias(client, name: str, alias: str, version: str | None, there: dict):
     "Let an alias point to a version, or to none."
     if version and there.get(alias) != version: client.set_registered_model_alias(name, alias, version)
     elif not version and alias in there: client.delete_registered_model_alias(name, alias)
 
-# %% ../nbs/39_registry.ipynb #b7ffedcf
+# %% ../nbs/39_registry.ipynb #416f835c
+def _mirrored(client, store, name: str, v: dict, copy):
+    "MLflow's copy of a version: made when it is not there, its tags brought up to date."
+    signed = v["approved"] or {}
+    tags = {"slml.version": str(v["version"]), "slml.stage": v["stage"], "slml.hash": v["hash"], "slml.run": v["run"],
+            "slml.approved_by": signed.get("by", ""), "slml.note": signed.get("note", "")}
+    if copy is None:
+        source, run_id, model = _tracked_model(client, v["run"])
+        source = source or ((store.root / name / v["package"]).resolve().as_uri() if isinstance(store, FolderStore) else f"{store}/{name}/{v['package']}")
+        copy = client.create_model_version(name, source, run_id=run_id or None, tags=tags, description=version_text(v), **({"model_id": model} if model else {}))
+    for k, text in tags.items():
+        if copy.tags.get(k, "") != text: client.set_model_version_tag(name, copy.version, k, text)
+    return copy
+
+# %% ../nbs/39_registry.ipynb #3d13834c
 def mirror(
     name: str,
     client,  # MlflowClient
@@ -325,24 +346,15 @@ def mirror(
         if not client.search_registered_models(f"name = '{name}'"): client.create_registered_model(name, tags={"slml.registry": "yes"})
         there = {v.tags.get("slml.version"): v for v in client.search_model_versions(f"name = '{name}'")}
         for v in record["versions"]:
-            signed = v["approved"] or {}
-            tags = {"slml.version": str(v["version"]), "slml.stage": v["stage"], "slml.hash": v["hash"], "slml.run": v["run"],
-                    "slml.approved_by": signed.get("by", ""), "slml.note": signed.get("note", "")}
-            if (copy := there.get(str(v["version"]))) is None:
-                source, run_id, model = _tracked_model(client, v["run"])
-                source = source or ((store.root / name / v["package"]).resolve().as_uri() if isinstance(store, FolderStore) else f"{store}/{name}/{v['package']}")
-                copy = client.create_model_version(name, source, run_id=run_id or None, tags=tags, description=version_text(v), **({"model_id": model} if model else {}))
-                there[str(v["version"])] = copy
-                new.append(v["version"])
-            for k, text in tags.items():
-                if copy.tags.get(k, "") != text: client.set_model_version_tag(name, copy.version, k, text)
+            if str(v["version"]) not in there: new.append(v["version"])
+            there[str(v["version"])] = _mirrored(client, store, name, v, there.get(str(v["version"])))
         aliases = {a: str(n) for a, n in client.get_registered_model(name).aliases.items()}
         for stage in ("production", "staging"):
             at = next((v["version"] for v in reversed(record["versions"]) if v["stage"] == stage), None)
             _alias(client, name, stage, str(there[str(at)].version) if at else None, aliases)
     return {"new": new, "busy": False}
 
-# %% ../nbs/39_registry.ipynb #b365998d
+# %% ../nbs/39_registry.ipynb #c96bc2b5
 def version_text(v: dict) -> str:
     "One version in a line."
     known, signed = v.get("value") is not None, v["approved"]
@@ -351,7 +363,7 @@ def version_text(v: dict) -> str:
     else: why = "" if v["met"] else f", gate not met: {v['why']}"
     return f"{v['model']}, {value}{why}"
 
-
+# %% ../nbs/39_registry.ipynb #9521e067
 def registry_text(
     record: dict,  # from `read_registered`
     history: int = 10,  # lines of it, the newest
@@ -362,7 +374,7 @@ def registry_text(
     lines += [f"{mark.get(v['stage'], ' ')} {v['version']:>3}  {v['stage']:<10}  {version_text(v)}" for v in reversed(record["versions"])]
     return "\n".join(lines + ["", *map(_line_of_history, record["history"][-history:])])
 
-
+# %% ../nbs/39_registry.ipynb #2b739f11
 def _line_of_history(h: dict) -> str:
     "When, who, what, and why."
     more = [f" {h['version']}" if "version" in h else "", f" (was {h['was']})" if "was" in h else "", f", {h['note']}" if "note" in h else ""]

@@ -13,8 +13,8 @@ __all__ = ['FLOW', 'CSS_COLOURS', 'CSS_PAGE', 'CSS_TABLES', 'CSS_DRAWINGS', 'CSS
            'figure', 'stage_table', 'numbers', 'stage_detail', 'usage', 'lineage', 'size', 'origins', 'is_numeric',
            'levels', 'varying', 'view', 'draw_line', 'draw_map', 'sweep_figures', 'figure_of', 'sweep_picture',
            'points_table', 'stages_of_sweep', 'sweep_hero', 'sweep_tiles', 'sweep_mind', 'best_usage', 'search_section',
-           'sweep_sections', 'where_from', 'what_it_cost', 'sections', 'render_report', 'render_sweep', 'write_report',
-           'summarise', 'draw_headroom']
+           'sweep_sections', 'where_from', 'what_it_cost', 'what_was_billed', 'sections', 'render_report',
+           'render_sweep', 'write_report', 'summarise', 'draw_headroom']
 
 # %% ../nbs/58_report.ipynb #ca13a797
 import base64, contextlib, functools, html, json, math, re
@@ -27,18 +27,19 @@ from .measure import METRICS, is_share, percent, places, plain, requirement_word
 from .stage import COLOURS, STYLE, artifact_path, made_in, shipped_notebooks
 from .sweep import short_names, short_value, shown_points, sweep_record, sweep_sentences, sweep_table
 
-# %% ../nbs/58_report.ipynb #88bc0dcb
+# %% ../nbs/58_report.ipynb #226d37c0
 def _json_of(record):
     "The value of a JSON artifact, wherever it lies; None if it cannot be read."
     path = _path_of(record)
     return read_json(path) if path else None
 
+# %% ../nbs/58_report.ipynb #125be9b5
 def _path_of(record):
     "The file of an artifact on this machine; None if there is none: a report never fails because its run is not whole."
     if record:
         with contextlib.suppress(OSError, SlmlError): return artifact_path(record)
 
-# %% ../nbs/58_report.ipynb #01bd6855
+# %% ../nbs/58_report.ipynb #c6c44e3f
 def gather(
     run_folder,  # runs/<project>/<run id>
 ) -> dict:       # folder, run, order, made, artifacts, verdict, problem, service, counts
@@ -54,12 +55,14 @@ def gather(
     found = {n: _json_of(artifacts.get(n)) for n in ("verdict", "problem", "service", "ingest_report")}
     return dict(folder=folder, run=run, order=order, made=made, artifacts=artifacts, counts=row_counts(artifacts), **found)
 
+# %% ../nbs/58_report.ipynb #979bf035
 @functools.cache
 def one_duckdb():
     "A connection for all the small questions of a page: to open one takes longer than to ask."
     import duckdb
     return duckdb.connect()
 
+# %% ../nbs/58_report.ipynb #3876fe65
 def row_counts(artifacts) -> dict:
     "Rows of every table, and rows by split: {'raw': 100, ..., 'split': {'train': 60, ...}}."
     counts = {n: r["rows"] for n, r in artifacts.items() if r["kind"] == "table" and "rows" in r}
@@ -70,11 +73,12 @@ def row_counts(artifacts) -> dict:
             counts["split"] = dict(one_duckdb().execute(query, [str(path)]).fetchall())
     return counts
 
-# %% ../nbs/58_report.ipynb #0011fe9a
+# %% ../nbs/58_report.ipynb #19429129
 def esc(x) -> str:
     "Text from anywhere, safe inside HTML and its attributes."
     return html.escape(str(x), quote=True)
 
+# %% ../nbs/58_report.ipynb #a968f157
 def decimals(values, digits=3) -> int | None:
     "Decimals that all numbers of a column share, so that they line up; None if they are too far apart for that."
     known = [abs(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v]
@@ -83,6 +87,7 @@ def decimals(values, digits=3) -> int | None:
     while n and all(round(v, n) == round(v, n - 1) for v in known): n -= 1
     return n
 
+# %% ../nbs/58_report.ipynb #b9de6072
 def number(x, n=None) -> str:
     "A number with n decimals, or with as many as it needs."
     if x is None or x != x: return "–"
@@ -91,10 +96,11 @@ def number(x, n=None) -> str:
     said = plain(x, 4)
     return said.rstrip("0").rstrip(".") if "." in said and "e" not in said else said
 
-# %% ../nbs/58_report.ipynb #4442423a
+# %% ../nbs/58_report.ipynb #038651f5
 class Cell(str):
     "A cell that is HTML already."
 
+# %% ../nbs/58_report.ipynb #e40b16c3
 def _cell(v, n=None):
     "A table cell: numbers to the right, nothing as a dash."
     if isinstance(v, Cell): return v
@@ -102,6 +108,7 @@ def _cell(v, n=None):
     if v is None or isinstance(v, (int, float)): return f'<td class="num">{number(v, n)}</td>'
     return f"<td>{esc(v)}</td>"
 
+# %% ../nbs/58_report.ipynb #3570944a
 def table(
     columns,      # titles; a Cell is HTML already
     rows,         # lists of cells: values, or Cells
@@ -117,13 +124,14 @@ def table(
     said = f'<p class="caption">{esc(caption)}</p>' if caption else ""
     return f'{said}<div class="scroll" tabindex="0" role="region" aria-label="{esc(caption or "table")}"><table class="{cls}"><thead>{groups}<tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
+# %% ../nbs/58_report.ipynb #f780bdf6
 def section(title, *parts, key="", lead="") -> str:
     "A titled section; nothing at all if it has no content."
     body = "".join(p for p in parts if p)
     key = key or re.sub(r"\W+", "-", title.lower()).strip("-")
     return f'<section aria-labelledby="{key}"><h2 id="{key}">{esc(title)}</h2>{f"<p class=lead>{esc(lead)}</p>" if lead else ""}{body}</section>' if body else ""
 
-# %% ../nbs/58_report.ipynb #bb34aef1
+# %% ../nbs/58_report.ipynb #c0e52876
 def error_of(s) -> str:
     "What went wrong in a stage and what to do, as sentences; empty if nothing did."
     e = s.get("error") or {}
@@ -131,12 +139,14 @@ def error_of(s) -> str:
     said = [e[k] for k in ("what", "fix") if e.get(k)] or [e.get("message") or ("no message" if s.get("state") == "failed" else "")]
     return " ".join(t[0].upper() + t[1:] + ("" if t[-1] in ".!?" else ".") for t in said if t)
 
+# %% ../nbs/58_report.ipynb #4cc38392
 def failure(page):
     "(stage, sentences) of the first failed stage; ('', ...) if the run was interrupted; None if all is well."
     for name, s in page["run"].get("stages", {}).items():
         if s.get("state") == "failed": return name, error_of(s)
     return ("", "It was stopped before the end.") if page["run"].get("state") in ("failed", "interrupted") else None
 
+# %% ../nbs/58_report.ipynb #89f10d73
 def headline(page):
     "(mood, big words, sentence) of the page."
     v, broken = page["verdict"], failure(page)
@@ -145,13 +155,14 @@ def headline(page):
     if broken: return "failed", f"Failed in stage {broken[0]}" if broken[0] else "Interrupted", broken[1]
     return "open", "No verdict yet", "The run has not come to the stage that compares the candidates."
 
+# %% ../nbs/58_report.ipynb #7faa99e9
 def alarm_box(page) -> str:
     "A red box if the run failed though there is a verdict."
     broken = failure(page)
     if not broken or not page["verdict"]: return ""
     return f'<div class="notice bad" role="alert"><strong>{f"The run failed in stage {esc(broken[0])}." if broken[0] else "The run was interrupted."}</strong> {esc(broken[1])} What was finished is kept; run again to go on from there.</div>'
 
-# %% ../nbs/58_report.ipynb #20c2b980
+# %% ../nbs/58_report.ipynb #98975653
 def tiles(page) -> str:
     "Four numbers of the chosen candidate (or of the best one)."
     v = page["verdict"]
@@ -168,6 +179,7 @@ def tiles(page) -> str:
              ("1,000 predictions cost", f"${plain(c.get('usd_per_1000'), 2)}" if c.get("usd_per_1000") else "–", "AWS Lambda, list price")]
     return '<dl class="tiles">' + "".join(f"<div><dt>{esc(a)}</dt><dd>{esc(b)}<small>{esc(d)}</small></dd></div>" for a, b, d in shown) + "</dl>"
 
+# %% ../nbs/58_report.ipynb #b53c07b7
 def hero(page) -> str:
     "Masthead and verdict."
     run, problem = page["run"], page["problem"] or {}
@@ -179,22 +191,25 @@ def hero(page) -> str:
     return (f'<header><p class="over">{esc(run.get("project") or page["folder"].parent.name)}<span> · run {esc(run.get("run") or page["folder"].name)}{esc(dated)}</span></p>{asked}</header>'
             f'<div class="verdict {mood}"><h1><span class="mark" aria-hidden="true">{mark}</span>{esc(big)}</h1><p>{esc(words)}</p></div>{alarm_box(page)}{tiles(page)}')
 
+# %% ../nbs/58_report.ipynb #d9db3847
 def _moment(t):
     "A time stamp of run.json (ISO text or seconds) as datetime, or None."
     with contextlib.suppress(TypeError, ValueError, OSError):
         return datetime.fromtimestamp(t, timezone.utc) if isinstance(t, (int, float)) else datetime.fromisoformat(str(t))
 
+# %% ../nbs/58_report.ipynb #77ffca34
 def when(t) -> str:
     "A time stamp for reading: 20 November 2026, 10:00."
     at = _moment(t)
     return f"{at.day} {at:%B %Y, %H:%M}" + (f" {at.tzname()}" if at.tzinfo else "") if at else "no date"
 
-# %% ../nbs/58_report.ipynb #09330dbb
+# %% ../nbs/58_report.ipynb #21f65364
 def _kept(r, value):
     "Value of a requirement as text, with the decimals of its row."
     if is_share(r): return percent(value, 1)
     return number(value, decimals([x["value"] for x in r["values"].values()], 4))
 
+# %% ../nbs/58_report.ipynb #6e58f95b
 def requirement_matrix(v) -> str:
     "Requirements × candidates with values and marks."
     if not v: return ""
@@ -209,7 +224,7 @@ def requirement_matrix(v) -> str:
                for n in names for k in [sum(r["values"][n]["met"] for r in v["requirements"])] for ok in [k == len(rows)]]
     return table(["Requirement", *names], rows + [[Cell('<th scope="row"><strong>meets</strong></th>'), *all_met]], cls="matrix")
 
-# %% ../nbs/58_report.ipynb #cd930919
+# %% ../nbs/58_report.ipynb #9eb75cf6
 def scale(v):
     "(low, high) of the drawing: all intervals and the requirement, with a little air."
     m = v["metric"]
@@ -218,6 +233,7 @@ def scale(v):
     air = (max(points) - min(points)) * .08 or abs(points[0]) * .1 or 1
     return min(points) - air, max(points) + air
 
+# %% ../nbs/58_report.ipynb #9cce553a
 def interval_svg(c, v) -> str:
     "One candidate's interval and its value as a small drawing."
     lo, hi = scale(v)
@@ -229,7 +245,7 @@ def interval_svg(c, v) -> str:
     said = f"{c['name']}: {plain(value)}" + (f", interval {plain(ends[0])} to {plain(ends[1])}" if ends else "")
     return f'<svg class="range{" pick" if c["name"] == v["candidate"] else ""}" width="100%" height="22" role="img" aria-label="{esc(said)}">{limit}{bar}<circle cx="{at(value)}" cy="11" r="3"/></svg>'
 
-# %% ../nbs/58_report.ipynb #f01e432b
+# %% ../nbs/58_report.ipynb #8b597ac0
 def leaderboard(v) -> str:
     "Candidates, simplest first, with the interval drawn and the numbers beside it."
     if not v or not v["candidates"]: return ""
@@ -248,6 +264,7 @@ def leaderboard(v) -> str:
                f"{'; dashed: what is required' if any(r['name'] == v['metric'] for r in v['requirements']) else ''}")
     return table(heads, [_row(c) for c in v["candidates"]], caption, "board")
 
+# %% ../nbs/58_report.ipynb #c3f8cbf6
 def short(metric) -> str:
     "A column title: MAE, R², p99 ms."
     titles = dict(r2="R²", log_loss="log loss", f1_macro="macro F1", roc_auc="ROC AUC", p99_ms="p99 ms", package_mb="MB",
@@ -268,7 +285,7 @@ def improvement_table(v) -> str:
     groups = f'<tr class="groups"><td></td><th colspan="{len(losses)}" scope="colgroup">better than the rule</th><th colspan="{len(losses)}" scope="colgroup">better than the linear model</th></tr>'
     return table(["Candidate", *[short(m) for m in losses * 2]], rows, "What each rung buys: the share of the loss that is gone", "gains", groups)
 
-# %% ../nbs/58_report.ipynb #febbc715
+# %% ../nbs/58_report.ipynb #18080bab
 def rows_of(page, name, most=15):
     "(columns, rows) of a table that the run has made; ([], []) if there is none."
     path = _path_of(page["artifacts"].get(name))
@@ -279,12 +296,13 @@ def rows_of(page, name, most=15):
         return [c[0] for c in got.description], got.fetchall()
     return [], []
 
+# %% ../nbs/58_report.ipynb #67b3605e
 def records_of(page, name, most=15) -> list:
     "The rows of such a table as dictionaries."
     columns, rows = rows_of(page, name, most)
     return [dict(zip(columns, r)) for r in rows]
 
-# %% ../nbs/58_report.ipynb #8832f1e3
+# %% ../nbs/58_report.ipynb #ad88abbe
 def slice_section(page) -> str:
     "The worst slices as bars of the chosen candidate's metric, with the other candidates beside it."
     (columns, rows), v = rows_of(page, "slices"), page["verdict"]
@@ -300,6 +318,7 @@ def slice_section(page) -> str:
     caption = f"Where {lead} is weakest: {METRICS.get(v['metric'], v['metric'])} of the {len(rows)} worst slices, against {number(overall, k)} over all test rows"
     return table(["Slice", "rows", lead, "against all", *[columns[i] for i in others]], shown, caption, "slices")
 
+# %% ../nbs/58_report.ipynb #40508419
 def against_bar(
     x,         # relative difference of one slice from all rows
     everyone,  # those of all slices shown, for the scale
@@ -313,12 +332,13 @@ def against_bar(
     return Cell(f'<td class="num gain"><svg height="10" aria-hidden="true"><line x1="50%" x2="50%" y1="0" y2="10" class="zero"/>{bar}</svg>'
                 f'<span>{"+" if x > 0 else ""}{percent(x)}</span></td>')
 
-# %% ../nbs/58_report.ipynb #9259b2f7
+# %% ../nbs/58_report.ipynb #1c5a699b
 def lead_of(page) -> str:
     "The candidate that the page is about."
     v = page["verdict"]
     return v and (v["candidate"] or v["best"] or "")
 
+# %% ../nbs/58_report.ipynb #9a4d2db3
 def found_slices(page) -> str:
     "Where the chosen candidate errs for sure more than elsewhere."
     rows = records_of(page, "found_slices", 10)
@@ -326,10 +346,12 @@ def found_slices(page) -> str:
     what = "mean absolute error" if page["verdict"] and page["verdict"].get("task") == "regression" else "probability denied to the truth"
     return table(["Found", "rows", what, "elsewhere", "more", "p, corrected"], shown, f"Values and pairs of values, all of them tried, where {lead_of(page)} errs more and luck does not explain it") if rows else ""
 
+# %% ../nbs/58_report.ipynb #0b04a98e
 def p_said(p) -> str:
     "A p value as it is read."
     return "–" if p is None or p != p else "< 0.001" if p < .001 else f"{p:.3f}"
 
+# %% ../nbs/58_report.ipynb #dfcbcca7
 def against_others(page) -> str:
     "The chosen candidate against each other one, on the same rows."
     lead, rows = lead_of(page), [r for r in records_of(page, "pairs", 500) if lead_of(page) in (r["a"], r["b"])]
@@ -341,13 +363,14 @@ def against_others(page) -> str:
     metric = METRICS.get(page["verdict"]["metric"], page["verdict"]["metric"]) if rows else ""
     return table(["Against", "difference", "interval", "p, corrected", f"{lead} is"], [_row(r) for r in rows], f"{lead} less the other in {metric}, on the same rows; p of a paired test, corrected for the number of pairs") if rows else ""
 
-# %% ../nbs/58_report.ipynb #fd46b4b5
+# %% ../nbs/58_report.ipynb #8f54f837
 def share_bar(x, top, low=None, high=None):
     "A bar from the left, with a thin line for its interval."
     at = lambda v: f"{max(0, min(100, 100 * v / top)):.1f}%"
     line = f'<line x1="{at(low)}" x2="{at(high)}" y1="8" y2="8" class="limit"/>' if low is not None and high is not None else ""
     return Cell(f'<td class="drawn"><svg width="100%" height="16" aria-hidden="true"><rect x="0" width="{at(x)}" y="4" height="8" rx="2" class="span made"/>{line}</svg></td>')
 
+# %% ../nbs/58_report.ipynb #1fbf9cb9
 def importance_table(page) -> str:
     "How much worse the chosen candidate is without each feature."
     rows = [r for r in records_of(page, "importance", 10) if r["importance"] == r["importance"] and r["importance"] is not None]
@@ -357,6 +380,7 @@ def importance_table(page) -> str:
     metric = METRICS.get(page["verdict"]["metric"], page["verdict"]["metric"])
     return table(["Without", "worse by", "and how sure"], shown, f"What {lead_of(page)} goes by: how much its {metric} suffers when a feature's values are dealt out anew", "board")
 
+# %% ../nbs/58_report.ipynb #552bfed1
 def reasons(page, most=3) -> dict:
     "{row: the features that moved its prediction most, and by how much}."
     found = {}
@@ -364,6 +388,7 @@ def reasons(page, most=3) -> dict:
         if r["feature"] and len(mine := found.setdefault(r["row_id"], [])) < most and r["contribution"]: mine.append(f"{r['feature'].replace('_', ' ')} {'+' if r['contribution'] > 0 else ''}{plain(r['contribution'])}")
     return {k: ", ".join(v) for k, v in found.items()}
 
+# %% ../nbs/58_report.ipynb #ad4b1fa2
 def worst_table(page, most=8) -> str:
     "The rows that the chosen candidate got most wrong, with what it mostly goes by."
     rows, by = records_of(page, "errors", most), [r["feature"] for r in records_of(page, "importance", 4)]
@@ -374,7 +399,7 @@ def worst_table(page, most=8) -> str:
                  [[*[v if isinstance(v := r[c], (int, float)) else "–" if v is None else str(v) for c in columns], *([because.get(r["row_id"], "–")] if because else [])] for r in rows],
                  f"The {len(rows)} rows that {lead_of(page)} got most wrong{', and what moved its prediction most, against that of an ordinary row' if because else ''}; artifact errors has more of them, with all columns")
 
-# %% ../nbs/58_report.ipynb #c2b994bf
+# %% ../nbs/58_report.ipynb #2d23a87d
 def fairness_tables(page) -> str:
     "Groups of people side by side, and whether luck explains the gaps."
     rows, told = records_of(page, "fairness", 60), (page["verdict"] or {}).get("fairness") or {}
@@ -388,6 +413,7 @@ def fairness_tables(page) -> str:
         made.append(table([c.replace("_", " ") for c in columns], [[r[c] for c in columns] for r in rows if r["facet"] == facet], f"{facet}: largest gaps between groups: {gap}" if gap else facet))
     return "".join(made)
 
+# %% ../nbs/58_report.ipynb #bcc106c1
 def calibration_words(page) -> str:
     "Whether the chosen candidate means what it says."
     v, lead = page["verdict"], lead_of(page)
@@ -396,17 +422,19 @@ def calibration_words(page) -> str:
     if few and not said and few.get("honest"): said = [f"The probabilities of {lead} can be believed: they are {percent(few['ece'], 1)} from what comes true on average, and luck alone would make up to {percent(few['by_chance'], 1)}."]
     return "".join(f'<p>{esc(t)}</p>' for t in said)
 
+# %% ../nbs/58_report.ipynb #e2075ef9
 def not_climbed(page) -> str:
     "Rungs that were left out, and why."
     left = [(s, r["why"]) for s, r in page["run"].get("stages", {}).items() if r.get("state") == "skipped" and str(r.get("why", "")).startswith("not needed")]
     return "".join(f'<p class="fine">{esc(s)} was {esc(why)}.</p>' for s, why in left)
 
+# %% ../nbs/58_report.ipynb #fb34d1cc
 def trust_section(page) -> str:
     "How sure the choice is, and whether the model means what it says."
     champion = ((page["verdict"] or {}).get("champion") or {}).get("words", "")
     return against_others(page) + calibration_words(page) + (f"<p>{esc(champion)}</p>" if champion else "") + fairness_tables(page)
 
-# %% ../nbs/58_report.ipynb #cde5cb3e
+# %% ../nbs/58_report.ipynb #5f53f5bd
 def data_steps(counts) -> list:   # [(step, rows, what left before it, rows that left)]
     "The way of the rows from lines to splits, as far as the run came."
     if "raw" not in counts: return []
@@ -416,6 +444,7 @@ def data_steps(counts) -> list:   # [(step, rows, what left before it, rows that
         steps.append(("in a split", counts["splits"], "not sampled", steps[-1][1] - counts["splits"]))
     return steps
 
+# %% ../nbs/58_report.ipynb #52f36cb3
 def unaccounted(counts) -> list[str]:
     "Sentences about rows that appear or vanish; empty if everything adds up."
     steps, out = data_steps(counts), []
@@ -425,17 +454,20 @@ def unaccounted(counts) -> list[str]:
     if counts.get("split") and sum(counts["split"].values()) != counts.get("splits"): out.append("The splits do not add up to the rows in a split.")
     return out
 
-# %% ../nbs/58_report.ipynb #4731af6e
+# %% ../nbs/58_report.ipynb #1d06171f
 FLOW = dict(width=760, top=44, band=96, left=12)   # of the drawing, in its own units
 
+# %% ../nbs/58_report.ipynb #0d7101bd
 def _ribbon(x0, x1, a0, a1, b0, b1, cls):
     "A band from the segment a0..a1 at x0 to b0..b1 at x1."
     m = (x0 + x1) / 2
     return f'<path class="{cls}" d="M{x0:.1f},{a0:.1f} C{m:.1f},{a0:.1f} {m:.1f},{b0:.1f} {x1:.1f},{b0:.1f} L{x1:.1f},{b1:.1f} C{m:.1f},{b1:.1f} {m:.1f},{a1:.1f} {x0:.1f},{a1:.1f} Z"/>'
 
+# %% ../nbs/58_report.ipynb #67cffffe
 def _text(x, y, words, cls="", anchor="middle"):
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{cls}">{esc(words)}</text>'
 
+# %% ../nbs/58_report.ipynb #d088eacc
 def _leaving(x0, x1, h0, h1, name, gone):
     "The rows that leave between two steps: a band that sinks and ends, its number and its name below."
     if not gone: return ""
@@ -443,7 +475,7 @@ def _leaving(x0, x1, h0, h1, name, gone):
     base = top + max(h0, h1 + 1.5)
     return _ribbon(x0, end, top + h1, base, top + h1 + sink, base + sink, "lost") + _text(end, base + sink + 16, f"{gone:,}", "n lost-text", "end") + _text(end, base + sink + 29, name, "lost-text", "end")
 
-# %% ../nbs/58_report.ipynb #a334c950
+# %% ../nbs/58_report.ipynb #e9550c46
 def _splits(x0, x1, high, total, split):
     "The last fan: train, valid and test, each as high as its rows."
     out, a, b = "", FLOW["top"], FLOW["top"] - 12
@@ -456,6 +488,7 @@ def _splits(x0, x1, high, total, split):
         a, b = a + h, b + slot
     return out
 
+# %% ../nbs/58_report.ipynb #9baf2c9b
 def flow_svg(counts) -> str:
     "Rows from lines to splits as a flow, with all its numbers as text."
     steps = data_steps(counts)
@@ -471,6 +504,7 @@ def flow_svg(counts) -> str:
     said = "; ".join(f"{n:,} {s}" + (f" ({g:,} {l})" if g else "") for s, n, l, g in steps) + "".join(f"; {n:,} {s}" for s, n in split.items())
     return f'<div class="scroll"><svg class="flow" viewBox="0 0 {W} {top + FLOW["band"] + (62 if any(s[3] for s in steps) else 22)}" role="img" aria-label="{esc(said)}">{body}{nodes}{fan}</svg></div>'
 
+# %% ../nbs/58_report.ipynb #403346f4
 def data_section(page) -> str:
     "The flow, and a word on whether it adds up."
     drawn = flow_svg(page["counts"])
@@ -479,13 +513,14 @@ def data_section(page) -> str:
     said = "".join(f'<p class="notice bad">{esc(w)}</p>' for w in wrong) or '<p class="fine">Every row is accounted for: at each step, what goes on and what leaves add up to what came in.</p>'
     return drawn + said
 
-# %% ../nbs/58_report.ipynb #b3e376ae
+# %% ../nbs/58_report.ipynb #0a175665
 def findings(page) -> list:   # [(level, stage, text)], alarms first
     "All findings of all stages, the gravest first."
     grave = ["alarm", "warn", "info"]
     found = [(f["level"], s, f["text"]) for s in page["order"] for f in page["made"].get(s, {}).get("findings", [])]
     return sorted(found, key=lambda f: grave.index(f[0]) if f[0] in grave else 3)
 
+# %% ../nbs/58_report.ipynb #9e3d4b02
 def finding_list(page) -> str:
     "Findings by level; the plain ones fold away if there are many."
     words = dict(alarm="Alarm", warn="Warning", info="Note")
@@ -496,12 +531,13 @@ def finding_list(page) -> str:
     rest = f'<details><summary>{len(quiet)} notes</summary><ul class="findings">{"".join(map(item, quiet))}</ul></details>' if len(quiet) > 6 else ""
     return (f'<ul class="findings">{first}</ul>' if first else "") + rest
 
-# %% ../nbs/58_report.ipynb #634f7725
+# %% ../nbs/58_report.ipynb #1ce60058
 def _start(s, begin):
     "Seconds from the start of the run to the start of a stage."
     at = _moment(s.get("started"))
     return s.get("offset") or (max(0, at.timestamp() - begin.timestamp()) if at and begin else 0)
 
+# %% ../nbs/58_report.ipynb #5032a38d
 def spans(page) -> list:   # [(stage, state, start s, seconds, seconds outside its cells or None)]
     "When each stage ran, in seconds after the run began; a stage that did not run has no length."
     stages, begin, out = page["run"].get("stages", {}), _moment(page["run"].get("started")), []
@@ -511,7 +547,7 @@ def spans(page) -> list:   # [(stage, state, start s, seconds, seconds outside i
         out.append((name, s.get("state", "made"), _start(s, begin) if fresh else 0, (s.get("seconds") or 0) if fresh else 0, s.get("outside") if fresh else None))
     return out
 
-# %% ../nbs/58_report.ipynb #f907a8d1
+# %% ../nbs/58_report.ipynb #402611ef
 def timeline(page) -> str:
     "Stages as bars on one time axis, with links to the executed notebooks."
     found = spans(page)
@@ -531,13 +567,14 @@ def timeline(page) -> str:
     caption = "Stages of this run: dark is the stage's own cells, light is starting a kernel and saving; a reused stage was there already"
     return table(["Stage", axis, "took", "outside cells", "executed"], [_row(*f) for f in found], caption, "times")
 
+# %% ../nbs/58_report.ipynb #3012fa50
 def relative(path, folder) -> str:
     "A path as seen from the run folder, for links that survive moving the folder."
     path = Path(path)
     with contextlib.suppress(ValueError): return path.resolve().relative_to(Path(folder).resolve()).as_posix() if path.is_absolute() else path.as_posix()
     return path.name
 
-# %% ../nbs/58_report.ipynb #7603174f
+# %% ../nbs/58_report.ipynb #a4357716
 def _bytes_of(page, stage, file):
     "A file beside made.json, wherever its root is; None if it cannot be read."
     root = page["made"][stage].get("root", "out")
@@ -547,6 +584,7 @@ def _bytes_of(page, stage, file):
             return open_store(root).get(file)
         return (page["folder"] / stage / root / file).read_bytes()
 
+# %% ../nbs/58_report.ipynb #ce9bd4bd
 def figure(page, stage, f) -> str:
     "A figure on a white card with its caption."
     data = _bytes_of(page, stage, f["file"])
@@ -554,6 +592,7 @@ def figure(page, stage, f) -> str:
     if data is None: return f'<p class="fine">Figure “{esc(f["caption"])}” is no longer there.</p>'
     return f'<figure><img alt="{esc(f["caption"])}" src="data:{kind};base64,{base64.b64encode(data).decode()}"><figcaption>{esc(f["caption"])}</figcaption></figure>'
 
+# %% ../nbs/58_report.ipynb #8125d1e3
 def stage_table(page, stage, t) -> str:
     "A small table of a stage."
     data = _bytes_of(page, stage, t["file"])
@@ -563,13 +602,14 @@ def stage_table(page, stage, t) -> str:
         return table(got["columns"], got["data"], t["caption"])
     return ""
 
+# %% ../nbs/58_report.ipynb #e134f6e7
 def numbers(metrics) -> str:
     "Metrics of a stage in one line."
     flat = [(k, v) for k, v in metrics.items() if isinstance(v, (int, float, str, bool))]
     said = lambda v: ("yes" if v else "no") if isinstance(v, bool) else number(v) if isinstance(v, (int, float)) else v
     return '<dl class="numbers">' + "".join(f"<div><dt>{esc(k.replace('_', ' '))}</dt><dd>{esc(said(v))}</dd></div>" for k, v in flat) + "</dl>" if flat else ""
 
-# %% ../nbs/58_report.ipynb #bc2071bb
+# %% ../nbs/58_report.ipynb #cb733c6b
 def stage_detail(page, name) -> str:
     "One stage: its sentence, numbers, figures and tables."
     made, s = page["made"].get(name), page["run"].get("stages", {}).get(name, {})
@@ -580,6 +620,7 @@ def stage_detail(page, name) -> str:
     return (f'<article id="stage-{esc(name)}" class="stage"><h3>{esc(made.get("title") or name)} <span class="chip {esc(state)}">{esc(state)}</span></h3>'
             f'<p class="fine">{esc(made.get("sentence", ""))}</p>{_why(page, name)}{body}</article>')
 
+# %% ../nbs/58_report.ipynb #f3ad6047
 def _why(page, name) -> str:
     "Why a stage ran, did not run, or failed."
     s = page["run"].get("stages", {}).get(name, {})
@@ -587,7 +628,7 @@ def _why(page, name) -> str:
     why = {"made": "Why it ran:", "skipped": "Skipped:"}.get(s.get("state"), "")
     return broken + (f'<p class="fine">{why} {esc(s["why"])}.</p>' if why and s.get("why") else "")
 
-# %% ../nbs/58_report.ipynb #e20ad273
+# %% ../nbs/58_report.ipynb #b96b9165
 def usage(page) -> str:
     "The commands that serve and use the chosen model."
     if "package" not in page["artifacts"]: return ""
@@ -599,25 +640,30 @@ def usage(page) -> str:
     return (f"{said}{f'<ul class=inline>{parts}</ul>' if parts else ''}<pre><code>slml predict {esc(here)} rows.csv     <i># a file of rows in, predictions out</i>\n"
             f"slml serve {esc(here)}                <i># the model over HTTP, with its own documentation at /docs</i></code></pre>")
 
+# %% ../nbs/58_report.ipynb #cb75d3c5
 def _flat(value, key=""):
     "Nested parameters as (dotted name, value) pairs."
     if isinstance(value, dict) and value: return [p for k, v in value.items() for p in _flat(v, f"{key}.{k}" if key else str(k))]
     return [(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))]
 
+# %% ../nbs/58_report.ipynb #307acce1
 def _pairs(value, caption) -> str:
     return table(["name", "value"], [[Cell(f'<th scope="row">{esc(k)}</th>'), Cell(f"<td><code>{esc(v)}</code></td>")] for k, v in _flat(value)], caption) if value else ""
 
+# %% ../nbs/58_report.ipynb #cc354b33
 def lineage(page) -> str:
     "Every artifact with its content hash: the same hash is the same content."
     rows = [[Cell(f'<th scope="row">{esc(n)}</th>'), r["stage"], r["kind"], r.get("rows"), size(r.get("bytes")),
              Cell(f'<td><code title="{esc(r.get("sha256", ""))}">{esc(r.get("sha256", "")[:12])}</code></td>')] for n, r in page["artifacts"].items()]
     return table(["artifact", "made by", "kind", "rows", "size", "sha256"], rows, "Artifacts by content") if rows else ""
 
+# %% ../nbs/58_report.ipynb #fd9f9b6d
 def size(n) -> str:
     "Bytes for reading."
     if n is None: return "–"
     return f"{n} B" if n < 1000 else f"{plain(n / 1e3)} kB" if n < 1e6 else f"{plain(n / 1e6)} MB"
 
+# %% ../nbs/58_report.ipynb #6a888850
 def origins(page) -> str:
     "Parameters, environment and artifacts, folded away."
     run = page["run"]
@@ -740,7 +786,7 @@ details::details-content { content-visibility:visible; block-size:auto } .scroll
 """
 CSS = CSS_COLOURS + CSS_PAGE + CSS_TABLES + CSS_DRAWINGS + CSS_STAGES + CSS_MEDIA
 
-# %% ../nbs/58_report.ipynb #b0c22a11
+# %% ../nbs/58_report.ipynb #cb4a4cf5
 @contextlib.contextmanager
 def _house_style():
     "Matplotlib as the stages have it, for the time of one figure."
@@ -748,20 +794,24 @@ def _house_style():
     from cycler import cycler
     with matplotlib.rc_context({**STYLE, "axes.prop_cycle": cycler(color=COLOURS)}): yield
 
+# %% ../nbs/58_report.ipynb #044d7fe4
 def is_numeric(values) -> bool:
     "Whether all values are numbers, so that they have a place on an axis."
     return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
 
+# %% ../nbs/58_report.ipynb #52c49e51
 def levels(rows, name) -> list:   # each value once: numbers by size, words as they came
     "The values that a parameter took in the points of a sweep."
     seen = list({json.dumps(r["values"].get(name), default=str): r["values"].get(name) for r in rows}.values())
     return sorted(seen) if is_numeric(seen) else seen
 
+# %% ../nbs/58_report.ipynb #a33d7887
 def varying(rows) -> list:
     "The parameters that have more than one value."
     names = dict.fromkeys(n for r in rows for n in r["values"])
     return [n for n in names if len(levels(rows, n)) > 1]
 
+# %% ../nbs/58_report.ipynb #becd2a07
 def view(values, direction):   # (low, high) for an axis
     "The range to show: without the far end of the bad side, where points that went astray would flatten all others."
     known = sorted(values)
@@ -773,7 +823,14 @@ def view(values, direction):   # (low, high) for an axis
     air = (high - low) * .07 or abs(high) * .05 or 1
     return low - air, high + air
 
-# %% ../nbs/58_report.ipynb #cfdf8774
+# %% ../nbs/58_report.ipynb #9f16ef1c
+def _draw_point(ax, x, r, low, high, several):
+    "One point; outside of the range it is a triangle at the edge that it left by."
+    y, inside = min(max(r["metric"], low), high), low <= r["metric"] <= high
+    ax.plot(x, y, marker="o" if inside else "^" if r["metric"] > high else "v", ms=4.5 if several else 6, clip_on=False,
+            color=COLOURS[1] if r["best"] else COLOURS[0], alpha=1 if r["best"] or not several else .45, zorder=4 if r["best"] else 3, mec="none")
+
+# %% ../nbs/58_report.ipynb #f62dd911
 def draw_line(ax, rows, name, choice):
     "One parameter: a line with points for numbers, dots for words; the mean where a value has several points."
     known, marks = [r for r in rows if r["metric"] is not None], levels(rows, name)
@@ -781,10 +838,7 @@ def draw_line(ax, rows, name, choice):
     at = (lambda v: v) if numeric else (lambda v: [json.dumps(m, default=str) for m in marks].index(json.dumps(v, default=str)))
     low, high = view([r["metric"] for r in known], choice["direction"])
     several = len(known) > len({at(r["values"][name]) for r in known})
-    for r in known:
-        y, inside = min(max(r["metric"], low), high), low <= r["metric"] <= high
-        ax.plot(at(r["values"][name]), y, marker="o" if inside else "^" if r["metric"] > high else "v", ms=4.5 if several else 6, clip_on=False,
-                color=COLOURS[1] if r["best"] else COLOURS[0], alpha=1 if r["best"] or not several else .45, zorder=4 if r["best"] else 3, mec="none")
+    for r in known: _draw_point(ax, at(r["values"][name]), r, low, high, several)
     means = {m: [r["metric"] for r in known if r["values"][name] == m and low <= r["metric"] <= high] for m in marks} if numeric else {}
     line = [(m, sum(v) / len(v)) for m, v in means.items() if v]
     if numeric and line: ax.plot(*zip(*line), color=COLOURS[0], lw=1.4, alpha=.75, zorder=2)
@@ -795,15 +849,15 @@ def draw_line(ax, rows, name, choice):
     if numeric and marks[0] > 0 and marks[-1] / marks[0] >= 30: ax.set_xscale("log")
     ax.set_ylim(low, high); ax.set_xmargin(.06)
 
+# %% ../nbs/58_report.ipynb #b22daf20
 def _name_levels(axis, marks, most=18):
     "Values as names along an axis."
     axis.set_ticks(range(len(marks)), [s if len(s) <= most else s[:most - 1] + "…" for s in map(short_value, marks)])
 
-# %% ../nbs/58_report.ipynb #cdda0e21
+# %% ../nbs/58_report.ipynb #25175cba
 def draw_map(fig, ax, rows, names, choice):
     "Two parameters: a map, dark where the metric is good; the best is framed, what failed is crossed out."
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.patches import Rectangle
     down, across = sorted(names[::-1], key=lambda n: len(levels(rows, n)))
     ys, xs = levels(rows, down), levels(rows, across)
     place = {(json.dumps(r["values"][down], default=str), json.dumps(r["values"][across], default=str)): r for r in rows}
@@ -813,26 +867,31 @@ def draw_map(fig, ax, rows, names, choice):
     values = [[r["metric"] if r and r["metric"] is not None else float("nan") for r in row] for row in grid]
     image = ax.imshow(values, cmap=shade, vmin=low, vmax=high, aspect="auto", origin="lower")
     ax.grid(False)
-    k = decimals([v for row in values for v in row], 4)
-    written = len(xs) <= 12 and len(ys) <= 16
+    _write_in_cells(ax, grid, low, high, choice["direction"] == "minimise")
+    _name_levels(ax.xaxis, xs, 12); _name_levels(ax.yaxis, ys)
+    ax.set(xlabel=across, ylabel=down)
+    bar = fig.colorbar(image, ax=ax, pad=.02, fraction=.05); bar.set_label(choice["metric"]); bar.outline.set_visible(False)
+
+# %% ../nbs/58_report.ipynb #1285961f
+def _write_in_cells(ax, grid, low, high, less):
+    "The number of each point, a cross where one failed, a frame round the best."
+    from matplotlib.patches import Rectangle
+    k = decimals([r["metric"] for row in grid for r in row if r], 4)
+    written = len(grid[0]) <= 12 and len(grid) <= 16
     for i, row in enumerate(grid):
         for j, r in enumerate(row):
             if r and r["state"] in ("failed", "interrupted"): ax.text(j, i, "×", ha="center", va="center", color=COLOURS[3], fontsize=11)
             elif r and r["metric"] is not None and written:
                 dark = (r["metric"] - low) / (high - low)
-                ax.text(j, i, number(r["metric"], k), ha="center", va="center", fontsize=8, color="white" if (1 - dark if choice["direction"] == "minimise" else dark) > .55 else "#20262d")
+                ax.text(j, i, number(r["metric"], k), ha="center", va="center", fontsize=8, color="white" if (1 - dark if less else dark) > .55 else "#20262d")
             if r and r["best"]: ax.add_patch(Rectangle((j - .5, i - .5), 1, 1, fill=False, ec=COLOURS[1], lw=2.4, clip_on=False, zorder=5))
-    _name_levels(ax.xaxis, xs, 12); _name_levels(ax.yaxis, ys)
-    ax.set(xlabel=across, ylabel=down)
-    bar = fig.colorbar(image, ax=ax, pad=.02, fraction=.05); bar.set_label(choice["metric"]); bar.outline.set_visible(False)
 
-# %% ../nbs/58_report.ipynb #340ad9a3
+# %% ../nbs/58_report.ipynb #88efc163
 def sweep_figures(
     rows,     # from `sweep_table`
     choice,   # of `sweep_record`
 ) -> list:    # [(matplotlib figure, caption)], empty when there is nothing to draw
     "The picture of a sweep."
-    from matplotlib.figure import Figure
     names, known = varying(rows), [r for r in rows if r["metric"] is not None]
     if not names or not known: return []
     names.sort(key=lambda n: "" if len(levels(rows, n)) <= 40 or is_numeric(levels(rows, n)) else "last")
@@ -840,13 +899,23 @@ def sweep_figures(
     gone = len([r for r in rows if r["state"] in ("failed", "interrupted")])
     failed = f"; {gone} that did not finish {'is' if gone == 1 else 'are'} " if gone else ""
     cells = len(levels(rows, names[0])) * len(levels(rows, names[1])) if len(names) == 2 else 0
-    if len(names) == 2 and cells <= 1600 and len(rows) >= cells / 2:
-        short, long = sorted(len(levels(rows, n)) for n in names)
-        fig = Figure(figsize=(8, min(7, 1.2 + .42 * max(short, 2))), layout="constrained")
-        draw_map(fig, fig.subplots(), rows, names, choice)
-        return [(fig, f"{choice['metric']} of every combination ({better}; dark is good, the best is framed{failed and failed + 'crossed out'})")]
-    shown = names[:9]
-    across = min(3, len(shown))
+    if len(names) == 2 and cells <= 1600 and len(rows) >= cells / 2: return [_map_figure(rows, names, choice, better, failed)]
+    return [_line_figure(rows, names[:9], choice, better, failed)]
+
+# %% ../nbs/58_report.ipynb #13d6acbd
+def _map_figure(rows, names, choice, better, failed):
+    "Two parameters as a map, with its caption."
+    from matplotlib.figure import Figure
+    short, long = sorted(len(levels(rows, n)) for n in names)
+    fig = Figure(figsize=(8, min(7, 1.2 + .42 * max(short, 2))), layout="constrained")
+    draw_map(fig, fig.subplots(), rows, names, choice)
+    return fig, f"{choice['metric']} of every combination ({better}; dark is good, the best is framed{failed and failed + 'crossed out'})"
+
+# %% ../nbs/58_report.ipynb #c2d7007d
+def _line_figure(rows, shown, choice, better, failed):
+    "A panel for each parameter, all of one height, with the caption."
+    from matplotlib.figure import Figure
+    known, across = [r for r in rows if r["metric"] is not None], min(3, len(shown))
     fig = Figure(figsize=(8, 2.9 if len(shown) == 1 else 2.35 * -(-len(shown) // across)), layout="constrained")
     panels = fig.subplots(-(-len(shown) // across), across, squeeze=False, sharey=True)
     for ax, name in zip(panels.flat, shown):
@@ -857,9 +926,9 @@ def sweep_figures(
     outside = sum(not low <= r["metric"] <= high for r in known)
     beyond = f"; {outside} far outside {'is' if outside == 1 else 'are'} drawn as a triangle at the edge and not in the mean" if outside else ""
     what = f"{choice['metric']} against {shown[0]}" if len(shown) == 1 else f"{choice['metric']} against each parameter, whatever the others are; the line is the mean"
-    return [(fig, f"{what} ({better}; the best is orange{beyond}{failed and failed + 'missing'})")]
+    return fig, f"{what} ({better}; the best is orange{beyond}{failed and failed + 'missing'})"
 
-# %% ../nbs/58_report.ipynb #7563ffb5
+# %% ../nbs/58_report.ipynb #6c1e02f0
 def figure_of(fig, caption) -> str:
     "A matplotlib figure inside the page."
     import io
@@ -867,12 +936,13 @@ def figure_of(fig, caption) -> str:
     fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return f'<figure><img alt="{esc(caption)}" src="data:image/svg+xml;base64,{base64.b64encode(out.getvalue()).decode()}"><figcaption>{esc(caption)}</figcaption></figure>'
 
+# %% ../nbs/58_report.ipynb #e2ec02ce
 def sweep_picture(rows, choice) -> str:
     "The picture of a sweep as HTML; empty when there is nothing to draw."
     if not any(r["metric"] is not None for r in rows): return ""
     with _house_style(): return "".join(figure_of(*f) for f in sweep_figures(rows, choice))
 
-# %% ../nbs/58_report.ipynb #f56731cb
+# %% ../nbs/58_report.ipynb #7cfa3a4e
 def points_table(record, rows) -> str:
     "The points: what was varied, what came out, what it took, why it failed."
     choice = record["choice"]
@@ -890,6 +960,7 @@ def points_table(record, rows) -> str:
     link = '<p class="fine">Every point with every metric: <a href="points.csv">points.csv</a></p>'
     return table(heads, [_row(r) for r in shown], f"{some}; seconds are those of all stages of the point, shared ones too", "points") + link
 
+# %% ../nbs/58_report.ipynb #d745cda9
 def stages_of_sweep(record) -> str:
     "Per stage: how often it was executed instead of once a point, and what that took."
     found = {}
@@ -901,7 +972,7 @@ def stages_of_sweep(record) -> str:
     rows = [[Cell(f'<th scope="row">{esc(s)}</th>'), f["executed"], f["reused"], f["failed"], f["skipped"], Cell(f'<td class="num">{f["seconds"]:,.1f}</td>')] for s in record["order"] if (f := found.get(s))]
     return table(["Stage", "executed", "reused", "failed", "skipped", "seconds"], rows, f"Stages of {len(record['points']):,} points: what points have in common was made once") if rows else ""
 
-# %% ../nbs/58_report.ipynb #f01b8793
+# %% ../nbs/58_report.ipynb #f817d2ba
 def sweep_hero(record, rows, folder) -> str:
     "Masthead of a sweep: the best point, or that there is none."
     choice, n = record["choice"], len(rows)
@@ -918,6 +989,7 @@ def sweep_hero(record, rows, folder) -> str:
     return (f'<header><p class="over">{esc(record.get("project") or folder.parent.name)}<span> · sweep {esc(record.get("run") or folder.name)}{esc(dated)}</span></p>{asked}</header>'
             f'<div class="verdict {mood}"><h1>{esc(big)}</h1><p>{esc(why)}</p></div>{sweep_tiles(record, rows)}')
 
+# %% ../nbs/58_report.ipynb #9c94e5ef
 def sweep_tiles(record, rows) -> str:
     "Four numbers of a sweep."
     choice, count = record["choice"], {s: sum(r["state"] == s for r in rows) for s in ("done", "failed")}
@@ -931,7 +1003,7 @@ def sweep_tiles(record, rows) -> str:
              ("the whole sweep took", f"{took:,.0f} s" if took else "–", f"{sum(r['seconds'] or 0 for r in rows):,.0f} s of stages, were each point made alone")]
     return '<dl class="tiles">' + "".join(f"<div><dt>{esc(a)}</dt><dd>{esc(b)}<small>{esc(c)}</small></dd></div>" for a, b, c in shown) + "</dl>"
 
-# %% ../nbs/58_report.ipynb #1453b6c1
+# %% ../nbs/58_report.ipynb #d87c15fb
 def sweep_mind(record) -> str:
     "How the best point was found, and what to mind."
     choice = record["choice"]
@@ -939,6 +1011,7 @@ def sweep_mind(record) -> str:
     words += [("warn", w) for w in (choice["caution"], *record.get("notes", [])) if w]
     return '<ul class="findings">' + "".join(f'<li class="{l}"><span class="level">{"Mind" if l == "warn" else "Chosen"}</span><span>{esc(w)}</span></li>' for l, w in words) + "</ul>" if words else ""
 
+# %% ../nbs/58_report.ipynb #a6a1cfd6
 def best_usage(record, rows, folder) -> str:
     "Where the best point is, and the commands that use it."
     best = next((r for r in rows if r["best"]), None)
@@ -949,6 +1022,7 @@ def best_usage(record, rows, folder) -> str:
     return page + (f"<pre><code>slml predict {esc(here)} rows.csv     <i># a file of rows in, predictions out</i>\nslml serve {esc(here)}                <i># the model over HTTP</i></code></pre>" if package
                    else f"<pre><code>{esc(here)}     <i># a run like any other, made of what the points share</i></code></pre>")
 
+# %% ../nbs/58_report.ipynb #5c5c20b0
 def search_section(record) -> str:
     "What a search found: its pictures, its sentences, the values to paste."
     from slml_nb.tune import tune_figures, tune_sentences
@@ -957,6 +1031,7 @@ def search_section(record) -> str:
     paste = f"<pre><code>{esc(record['tune']['paste'])}</code></pre>" if record["tune"]["paste"] else ""
     return section("Search", "".join(figure_of(*f) for f in tune_figures(record)), f'<ul class="findings">{said}</ul>', paste)
 
+# %% ../nbs/58_report.ipynb #50f9b90c
 def sweep_sections(record, rows, folder) -> list:   # [(title, html)], empty ones left out
     "The sections of a sweep's page."
     fold = lambda title, body: f"<details><summary>{title}</summary>{body}</details>" if body else ""
@@ -969,7 +1044,7 @@ def sweep_sections(record, rows, folder) -> list:   # [(title, html)], empty one
                                 fold("Run and environment", _pairs(about, "Where and when"))))]
     return [(t, h) for t, h in made if h]
 
-# %% ../nbs/58_report.ipynb #1fddf77d
+# %% ../nbs/58_report.ipynb #5cd94807
 def where_from(page) -> str:
     "The picture of the run, from raw files to the model."
     from slml_nb.lineage import lineage_svg
@@ -977,9 +1052,9 @@ def where_from(page) -> str:
     except SlmlError as e: return f"<p>{esc(e)}</p>"
     return f'<div class="scroll">{drawn}</div>' if drawn else ""
 
-
+# %% ../nbs/58_report.ipynb #7f971089
 def what_it_cost(page) -> str:
-    "What the run cost by the second, what a machine that is always on would, and what would have been enough."
+    "What the run cost by the second, what a machine that is always on would, what would have been enough; and what AWS has billed."
     from slml_nb.cost import cost, cost_rows, cost_sentences, dollars
     if not page["run"]: return ""
     try: found = cost(page["folder"])
@@ -988,9 +1063,19 @@ def what_it_cost(page) -> str:
             for r in cost_rows(found) if r["seconds"]]
     said = "".join(f"<li>{esc(t)}</li>" for t in [*cost_sentences(found), *found["warnings"]])
     listed = f"Prices of {found['prices']['date']}, {found['prices']['region']}" if isinstance(found["prices"], dict) and "date" in found["prices"] else "By the price list"
-    return f"<ul>{said}</ul>" + (table(["stage", "seconds", "cores busy", "peak MB", "as", "USD", "enough"], rows, listed) if rows else "")
+    return f"<ul>{said}</ul>" + (table(["stage", "seconds", "cores busy", "peak MB", "as", "USD", "enough"], rows, listed) if rows else "") + what_was_billed(page["run"])
 
-# %% ../nbs/58_report.ipynb #07f8a491
+# %% ../nbs/58_report.ipynb #ca18a1c3
+def what_was_billed(
+    run: dict,  # its record
+) -> str:  # HTML; "" when every stage ran here
+    "What stages cost as jobs of SageMaker, beside what was expected."
+    from slml_nb.cost import billed, dollars
+    def _usd(x): return dollars(x) if x is not None else "not known yet"
+    rows = [[Cell(f'<th scope="row">{esc(r["stage"])}</th>'), r["machine"], r["seconds"], _usd(r["estimated USD"]), _usd(r["at most USD"]), _usd(r["billed USD"])] for r in billed(run)]
+    return table(["stage", "machine", "seconds billed", "expected", "at most", "billed"], rows, "Stages that ran on SageMaker") if rows else ""
+
+# %% ../nbs/58_report.ipynb #0edd98f9
 def sections(page) -> list:   # [(title, html)], empty ones left out
     "The sections of the page, in the order of reading."
     v = page["verdict"]
@@ -1009,6 +1094,7 @@ def sections(page) -> list:   # [(title, html)], empty ones left out
             ("Origins", section("Origins", origins(page)))]
     return [(t, h) for t, h in made if h]
 
+# %% ../nbs/58_report.ipynb #93effc79
 def render_report(
     run_folder,  # of a finished, failed or partial run, or of a sweep
 ) -> str:        # one self-contained HTML page
@@ -1019,7 +1105,7 @@ def render_report(
     took = sum(t for *_, t, _ in spans(page))
     return _page(title, hero(page), sections(page), f"run {page['run'].get('run') or page['folder'].name}{f'; {took:.0f} s of stages' if took else ''}")
 
-# %% ../nbs/58_report.ipynb #aa3d91da
+# %% ../nbs/58_report.ipynb #e593c9af
 def render_sweep(run_folder) -> str:
     "The report of a sweep."
     folder, record = Path(run_folder), sweep_record(run_folder)
@@ -1027,6 +1113,7 @@ def render_sweep(run_folder) -> str:
     title = f"{record.get('project') or folder.parent.name}: {len(rows):,} points"
     return _page(title, sweep_hero(record, rows, folder), sweep_sections(record, rows, folder), f"sweep {record.get('run') or folder.name}")
 
+# %% ../nbs/58_report.ipynb #ae7def37
 def _page(title, top, found, origin) -> str:
     "A whole page: style, masthead, links, sections."
     links = "".join(f'<li><a href="#{re.sub(r"[^a-z]+", "-", t.lower())}">{esc(t)}</a></li>' for t, _ in found)
@@ -1034,6 +1121,7 @@ def _page(title, top, found, origin) -> str:
             f'<body><main>{top}<nav aria-label="Sections"><ul>{links}</ul></nav>{"".join(h for _, h in found)}'
             f'<footer>Made by slml_nb from the files of {esc(origin)}. This page needs no network.</footer></main></body></html>')
 
+# %% ../nbs/58_report.ipynb #aeed6891
 def write_report(run_folder) -> Path:
     "Write `report.html` into the run folder, and into that of the best point of a sweep; its path."
     if read_json(Path(run_folder) / "run.json", {}).get("points"):
@@ -1041,7 +1129,7 @@ def write_report(run_folder) -> Path:
             if (place := Path(run_folder) / "points" / best).is_dir(): write_report(place)
     return atomic_write(Path(run_folder) / "report.html", render_report(run_folder))
 
-# %% ../nbs/58_report.ipynb #334e3375
+# %% ../nbs/58_report.ipynb #32112a31
 def summarise(
     verdict,    # from evaluate
     problem,    # from frame
@@ -1053,6 +1141,7 @@ def summarise(
     return dict(decision=problem.get("decision", ""), sentence=verdict["sentence"], met=verdict["met"], candidate=verdict["candidate"], best=verdict["best"], metric=verdict["metric"],
                 value=chosen.get(verdict["metric"]), interval=chosen.get("interval"), unit=verdict["unit"], requirements=checked, service=service)
 
+# %% ../nbs/58_report.ipynb #a23eb56a
 def draw_headroom(
     ax,        # matplotlib axes
     summary,   # from `summarise`

@@ -23,7 +23,7 @@ from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 from .core import SlmlError
 
-# %% ../nbs/20_rowwise.ipynb #a15d5a33
+# %% ../nbs/20_rowwise.ipynb #dc9a8856
 class RowError(ValueError):
     "A value from which an expression cannot be computed; DuckDB raises an error there, too."
 
@@ -39,13 +39,13 @@ def bounds(kind: str) -> tuple[int, int]:  # the smallest and the largest value
     limit = 10**decimal_size(kind)[0] - 1
     return -limit, limit
 
-
+# %% ../nbs/20_rowwise.ipynb #7be7cced
 def decimal_size(kind: str) -> tuple[int, int]:  # digits in all, digits behind the point
     "Width and scale of DECIMAL(9,2); a whole number has scale 0."
     width, _, scale = kind.partition("(")[2].rstrip(")").partition(",")
     return (int(width), int(scale)) if width else (39, 0)
 
-# %% ../nbs/20_rowwise.ipynb #b670ed9d
+# %% ../nbs/20_rowwise.ipynb #cf0c6be9
 def fit(x, low, high):
     "A whole number in its range."
     if low <= x <= high: return x
@@ -65,7 +65,7 @@ def int_remainder(a, b):
     r = abs(a) % abs(b)
     return -r if a < 0 else r
 
-
+# %% ../nbs/20_rowwise.ipynb #7eb5afe0
 def rescale(x, digits):
     "A decimal with more digits behind the point, or fewer: halves go away from zero."
     if digits >= 0: return x * 10**digits
@@ -78,7 +78,7 @@ def round_int(x, digits, low, high):
     "A whole number rounded to tens, hundreds, …"
     return x if digits >= 0 else fit(rescale(rescale(x, max(digits, -40)), -max(digits, -40)), low, high)
 
-# %% ../nbs/20_rowwise.ipynb #2810ae0d
+# %% ../nbs/20_rowwise.ipynb #d203992e
 INF, NAN = math.inf, math.nan
 
 
@@ -100,7 +100,7 @@ def power(a, b):
     except OverflowError: return -INF if a < 0 and b % 2 == 1 else INF
     except ValueError: return NAN if a != 0 else -INF if math.copysign(1.0, a) < 0 and b % 2 == 1 else INF
 
-
+# %% ../nbs/20_rowwise.ipynb #06f6206c
 def _guarded(function, overflow=NAN):
     "A function of math that answers outside its domain as C does."
     def guarded(*x):
@@ -119,7 +119,7 @@ def _log(function):
 REAL = {name: _guarded(getattr(math, name)) for name in ("sqrt", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "fmod")} | {
     "exp": _guarded(math.exp, INF), "ln": _log(math.log), "log10": _log(math.log10), "log2": _log(math.log2)}
 
-# %% ../nbs/20_rowwise.ipynb #a990e703
+# %% ../nbs/20_rowwise.ipynb #cfa46134
 def half_away(x):
     "Rounded to a whole real number, halves away from zero."
     if not abs(x) < 2.0**52: return x
@@ -137,8 +137,9 @@ def round_real(x, digits):
     rounded = divide(half_away(x * unit), unit)
     return rounded if math.isfinite(rounded) else x
 
-
+# %% ../nbs/20_rowwise.ipynb #0da3e46b
 def _whole(function):
+    "A rounding of math that stays a real number."
     def rounded(x): return math.copysign(float(function(x)), x) if math.isfinite(x) else x
     return rounded
 
@@ -150,18 +151,18 @@ def sign(x): return (x > 0) - (x < 0)
 def radians(x): return x * (math.pi / 180)
 def degrees(x): return x * (180 / math.pi)
 
-
+# %% ../nbs/20_rowwise.ipynb #5ff95a29
 def single(x):
     "The nearest number of 32 bits."
     try: return struct.unpack("f", struct.pack("f", x))[0]
     except OverflowError: return math.copysign(INF, x)
 
-# %% ../nbs/20_rowwise.ipynb #e8cf91a5
+# %% ../nbs/20_rowwise.ipynb #6bee3e82
 def equal(a, b): return a == b or (a != a and b != b)
 def less(a, b): return a < b or (b != b and a == a)
 def less_equal(a, b): return a <= b or b != b
 
-
+# %% ../nbs/20_rowwise.ipynb #889cfb3a
 def largest(*values):
     "greatest(…): the first of the largest that are not missing."
     best = None
@@ -177,7 +178,7 @@ def smallest(*values):
         if v is not None and (best is None or less(v, best)): best = v
     return best
 
-# %% ../nbs/20_rowwise.ipynb #cb3c8de6
+# %% ../nbs/20_rowwise.ipynb #f9379413
 def _letter(change):
     "A change of one letter that stays one letter."
     @lru_cache(4096)
@@ -192,6 +193,7 @@ _capital = lru_cache(4096)(lambda c, plain=_capital: "ẞ" if c == "ß" else pla
 def upper(x): return x.upper() if x.isascii() else "".join(map(_capital, x))
 def lower(x): return x.lower() if x.isascii() else "".join(map(_small, x))
 
+# %% ../nbs/20_rowwise.ipynb #3b02adab
 SPACES = " \xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"  # what trim takes for a space (Unicode Zs): no tab, no new line
 
 
@@ -199,7 +201,7 @@ def trim(x, chars=SPACES): return x.strip(chars) if chars else x
 def ltrim(x, chars=SPACES): return x.lstrip(chars) if chars else x
 def rtrim(x, chars=SPACES): return x.rstrip(chars) if chars else x
 
-# %% ../nbs/20_rowwise.ipynb #089c2636
+# %% ../nbs/20_rowwise.ipynb #265bb457
 def substring(x, start, count=None):
     "From a position counted from 1, or from the end when it is negative; a negative count goes to the left."
     start = start - 1 if start > 0 else len(x) + start if start < 0 else 0 if count is None else -1
@@ -210,6 +212,8 @@ def substring(x, start, count=None):
 
 def left(x, n): return x[:n] if n >= 0 else x[:max(len(x) + n, 0)]
 def right(x, n): return x[max(len(x) - n, 0):] if n >= 0 else x[min(-n, len(x)):]
+
+# %% ../nbs/20_rowwise.ipynb #4c553945
 def swap(x, old, new): return x.replace(old, new) if old else x
 
 
@@ -228,7 +232,7 @@ def split_part(x, separator, n):
 
 LONGEST = 10**7  # characters of a text that a row may make: a request must not fill the memory
 
-
+# %% ../nbs/20_rowwise.ipynb #7519188c
 def _padding(x, n, fill):
     if n > LONGEST: raise RowError("the text gets too long")
     if n > len(x) and not fill: raise RowError("there is nothing to pad with")
@@ -238,7 +242,7 @@ def _padding(x, n, fill):
 def lpad(x, n, fill): return _padding(x, n, fill) + x[:max(n, 0)]
 def rpad(x, n, fill): return x[:max(n, 0)] + _padding(x, n, fill)
 
-
+# %% ../nbs/20_rowwise.ipynb #48c4331e
 def concat(*values): return "".join([v for v in values if v is not None])
 def md5(x): return hashlib.md5(x.encode(), usedforsecurity=False).hexdigest()
 
@@ -248,7 +252,7 @@ def reverse(x):
     if x.isascii(): return x[::-1]
     raise RowError("reverse of letters outside ASCII")
 
-# %% ../nbs/20_rowwise.ipynb #5d38fcdd
+# %% ../nbs/20_rowwise.ipynb #a6d90b5a
 @lru_cache(1024)
 def like_pattern(pattern):
     "LIKE as a compiled regular expression: % is any text, _ any character. Each piece is taken where it first stands, so that no text takes long."
@@ -260,7 +264,7 @@ def like_pattern(pattern):
 def like(x, pattern): return like_pattern(pattern).fullmatch(x) is not None
 def ilike(x, pattern): return like_pattern(lower(pattern)).fullmatch(lower(x)) is not None
 
-
+# %% ../nbs/20_rowwise.ipynb #ad18332a
 _SETS = {"CATEGORY_DIGIT": "0-9", "CATEGORY_WORD": "0-9A-Za-z_", "CATEGORY_SPACE": r"\t\n\f\r "}
 _NOT_SETS = {"CATEGORY_NOT_DIGIT": "[^0-9]", "CATEGORY_NOT_WORD": "[^0-9A-Za-z_]", "CATEGORY_NOT_SPACE": r"[^\t\n\f\r ]"}
 _PLACES = {"AT_BEGINNING": r"\A", "AT_BEGINNING_STRING": r"\A", "AT_END": r"\Z", "AT_BOUNDARY": r"(?a:\b)", "AT_NON_BOUNDARY": r"(?a:\B)"}
@@ -283,7 +287,7 @@ def _rewrite(tree, pattern, where) -> str:
     if tree.state.flags & ~32: _refuse_regex("a flag such as (?i)", pattern, where)
     return "".join(_piece(str(op), value, pattern, where) for op, value in tree)
 
-# %% ../nbs/20_rowwise.ipynb #37e8f806
+# %% ../nbs/20_rowwise.ipynb #d9d7770f
 def _piece(op, value, pattern, where) -> str:
     "One part of a regular expression."
     inside = lambda tree: _rewrite(tree, pattern, where)
@@ -302,7 +306,7 @@ def _piece(op, value, pattern, where) -> str:
         return f"(?:{inside(body)}){{{low},{'' if str(high) == 'MAXREPEAT' else high}}}{'?' * (op == 'MIN_REPEAT')}"
     _refuse_regex(op.lower().replace("_", " "), pattern, where)
 
-
+# %% ../nbs/20_rowwise.ipynb #f26c3a42
 def _repeats(tree) -> bool:
     "Is something in a part of a regular expression repeated without end?"
     tree = getattr(tree, "data", tree)
@@ -322,14 +326,14 @@ def _class(items, pattern, where) -> str:
     if others and (negated or len(others) > 1): _refuse_regex(r"\D, \W or \S beside others in brackets", pattern, where)
     return f"[^{parts}]" if negated else f"(?:[{parts}]|{others[0]})" if others and parts else others[0] if others else f"[{parts}]"
 
-# %% ../nbs/20_rowwise.ipynb #b6ad8ba9
+# %% ../nbs/20_rowwise.ipynb #dd44f56e
 def _template(replacement: str, groups: int, where: str) -> list:
     r"A replacement as texts and numbers of groups: \1, and \\ for a backslash."
     parts = re.findall(r"\\(\d)|\\(\\)|([^\\]+)|(\\.?)", replacement, re.S)
     if any(bad for *_, bad in parts) or any(d and int(d) > groups for d, *_ in parts): raise SlmlError(f"the replacement {replacement!r} cannot be read", where, r"write text, \1 for the first group, \\ for a backslash")
     return [int(digit) if digit else slash or text for digit, slash, text, _ in parts]
 
-
+# %% ../nbs/20_rowwise.ipynb #0d36b889
 def regex_replacer(pattern: str, replacement: str, options: str = "", where: str = ""):  # function of a text
     "regexp_replace with everything but the text known."
     found, everywhere = regex(pattern, where), options == "g"
@@ -351,7 +355,7 @@ def regex_replacer(pattern: str, replacement: str, options: str = "", where: str
         return "".join(out) + x[at:]
     return replaced
 
-
+# %% ../nbs/20_rowwise.ipynb #21379b4e
 def regex_extractor(pattern: str, group: int = 0, where: str = ""):  # function of a text
     "regexp_extract with everything but the text known."
     found = regex(pattern, where)
@@ -359,7 +363,7 @@ def regex_extractor(pattern: str, group: int = 0, where: str = ""):  # function 
     def extracted(x): return (m[group] or "") if (m := found.search(x)) else ""
     return extracted
 
-# %% ../nbs/20_rowwise.ipynb #b58e62a4
+# %% ../nbs/20_rowwise.ipynb #4112affb
 EPOCH, DAY = dt.datetime(1970, 1, 1), dt.timedelta(1)
 _PER = {"day": 86_400_000_000, "hour": 3_600_000_000, "minute": 60_000_000, "second": 1_000_000}
 
@@ -370,7 +374,7 @@ def micros(t) -> int:  # since 1970; of a date: of its midnight
     if not isinstance(t, dt.datetime): return days * 86_400_000_000
     return ((days * 24 + t.hour) * 60 + t.minute) * 60_000_000 + t.second * 1_000_000 + t.microsecond
 
-
+# %% ../nbs/20_rowwise.ipynb #4c919c51
 def midnight(d): return dt.datetime(d.year, d.month, d.day)
 def epoch(t): return float(micros(t)) / 1e6
 def quarter(t): return (t.month + 2) // 3
@@ -378,13 +382,13 @@ def week(t): return t.isocalendar()[1]
 def dayofweek(t): return t.isoweekday() % 7
 def dayofyear(t): return t.timetuple().tm_yday
 
-
+# %% ../nbs/20_rowwise.ipynb #7d98b5a1
 def last_day(t):
     "The last day of a month, a date."
     y, m = t.year, t.month
     return dt.date(y, m, 31 if m == 12 else (dt.date(y, m + 1, 1) - DAY).day)
 
-
+# %% ../nbs/20_rowwise.ipynb #8c723ea4
 def date_trunc(part, t):
     "The beginning of the part in which a moment lies."
     if part in ("hour", "minute", "second"):
@@ -401,7 +405,7 @@ def _in_years(made):
     try: return made()
     except (OverflowError, ValueError): raise RowError("a time outside the years 1 to 9999") from None
 
-# %% ../nbs/20_rowwise.ipynb #c1fc711d
+# %% ../nbs/20_rowwise.ipynb #48e7db4b
 def date_diff(part, a, b):
     "How many beginnings of a part lie between two moments."
     if part == "year": return b.year - a.year
@@ -411,7 +415,7 @@ def date_diff(part, a, b):
     if part == "day": return b.toordinal() - a.toordinal()
     return micros(b) // _PER[part] - micros(a) // _PER[part]
 
-
+# %% ../nbs/20_rowwise.ipynb #6d9004c8
 def add_interval(t, interval, sign=1):
     "A moment some months, days and microseconds later, in this order."
     months, days, us = interval
@@ -423,7 +427,7 @@ def add_interval(t, interval, sign=1):
         return moment + sign * dt.timedelta(days, 0, us)
     return _in_years(later)
 
-
+# %% ../nbs/20_rowwise.ipynb #a55d1281
 def add_days(d, n): return _in_years(lambda: d + dt.timedelta(n))
 def make_date(y, m, d): return _in_years(lambda: dt.date(y, m, d))
 
@@ -434,7 +438,7 @@ def make_timestamp(y, m, d, hour, minute, second):
     if not (0 <= hour <= 24 and 0 <= minute < 60 and 0 <= second < 61) or (hour == 24 and (minute or second)): raise RowError(f"{hour}:{minute}:{second} is no time")
     return _in_years(lambda: midnight(day) + dt.timedelta(0, 0, (hour * 60 + minute) * 60_000_000 + half_even(second * 1e6)))
 
-
+# %% ../nbs/20_rowwise.ipynb #e0155f5b
 def half_even(x):
     "Rounded to a whole number, halves to the even one."
     try: return round(x)
@@ -444,7 +448,7 @@ def half_even(x):
 def scaled(interval, n): return tuple(fit(v * n, *bounds(k)) for v, k in zip(interval, ("INTEGER", "INTEGER", "BIGINT")))
 def joined(a, b, sign=1): return tuple(fit(x + sign * y, *bounds(k)) for x, y, k in zip(a, b, ("INTEGER", "INTEGER", "BIGINT")))
 
-# %% ../nbs/20_rowwise.ipynb #4b7f6472
+# %% ../nbs/20_rowwise.ipynb #b1e1d63e
 def real_to_int(x, low, high): return fit(half_even(x), low, high)
 def decimal_to_text(x, scale): return str(x) if not scale else f"{'-' * (x < 0)}{abs(x) // 10**scale}.{abs(x) % 10**scale:0{scale}}"
 
@@ -455,7 +459,7 @@ def decimal_to_real(x, scale, exact=2**53):
     whole = int_divide(x, 10**scale)
     return float(whole) + float(x - whole * 10**scale) / 10.0**scale
 
-
+# %% ../nbs/20_rowwise.ipynb #edd9a5e6
 def real_to_decimal(x, scale, low, high):
     "A real number with so many digits, halves away from zero."
     x = x * 10.0**scale
@@ -468,7 +472,7 @@ def int_to_single(x):
     far = abs(x) >> 10 | bool(abs(x) & 1023) if abs(x) > 2**53 else 0
     return single(math.copysign(float(far) * 1024.0, x) if far else float(x))
 
-
+# %% ../nbs/20_rowwise.ipynb #e94ebd04
 def real_to_text(x):
     "The shortest text that gives this number; not-a-number has a sign in DuckDB, and here has none."
     if x != x: raise OutsideError("not-a-number as text")
@@ -487,7 +491,7 @@ def time_to_text(t):
     text = t.isoformat()
     return text.rstrip("0") if "." in text else text
 
-# %% ../nbs/20_rowwise.ipynb #27bae859
+# %% ../nbs/20_rowwise.ipynb #4f0b96a8
 _NUMBER = re.compile(r"[ \t\n\v\f\r]*([+-]?)(?:(\d+(?:_\d+)*)(\.(?:\d+(?:_\d+)*)?)?|(\.\d+(?:_\d+)*))(?:[eE]([+-]?\d+(?:_\d+)*))?[ \t\n\v\f\r]*", re.A)
 _BASES = re.compile(r"[ \t\n\v\f\r]*0(?:[xX]([0-9a-fA-F]+(?:_[0-9a-fA-F]+)*)|[bB]([01]+(?:_[01]+)*))", re.A)
 _TRUTH = {**dict.fromkeys(("true", "t", "1", "yes", "y"), True), **dict.fromkeys(("false", "f", "0", "no", "n"), False)}
@@ -498,7 +502,7 @@ def _number(x: str, kind: str):
     if m := _NUMBER.fullmatch(x): return m
     raise RowError(f"{x!r} is not {kind}")
 
-
+# %% ../nbs/20_rowwise.ipynb #dbec729d
 def text_to_real(x):
     "Text as a real number."
     word = x.strip(" \t\n\v\f\r").lower()
@@ -516,7 +520,7 @@ def text_to_decimal(x, scale, low, high):
     count = rescale(int("".join(map(str, digits))), exponent + scale)
     return fit(-count if sign else count, low, high)
 
-
+# %% ../nbs/20_rowwise.ipynb #2c99a62d
 def text_to_int(x, low, high):
     "Text as a whole number; a fraction is rounded."
     if m := _BASES.fullmatch(x): return fit(int((m[1] or m[2]).replace("_", ""), 16 if m[1] else 2), low, high)
@@ -528,7 +532,7 @@ def text_to_bool(x):
     if (found := _TRUTH.get(x.lower())) is None: raise RowError(f"{x!r} is neither true nor false")
     return found
 
-# %% ../nbs/20_rowwise.ipynb #0cfa094a
+# %% ../nbs/20_rowwise.ipynb #b68c99b2
 _DATE = re.compile(r"[ \t\n\v\f\r]*(-?\d+)([-/\\ ])(\d{1,2})\2(\d{1,2})( \(BC\))?", re.A)
 _CLOCK = re.compile(r"(\d{1,2}):(\d{1,2})(?::(\d{1,2})(?:\.(\d*))?)?", re.A)
 _ZONE = re.compile(r"(?:[ \t\n\v\f\r]*(?:Z|[+-]\d\d(?::?\d\d(?::?\d\d)?)?)?| [A-Za-z][A-Za-z0-9_/+-]*)[ \t\n\v\f\r]*", re.A)
@@ -544,7 +548,7 @@ def _date_of(x):
     if not 1 <= year <= 9999: raise OutsideError(f"the time {x!r}: only the years 1 to 9999 can be read")
     return dt.date(year, month, day), m.end()
 
-
+# %% ../nbs/20_rowwise.ipynb #d91ea601
 class OutsideError(RowError):
     "A value that DuckDB knows and Python does not; never taken for missing."
 
@@ -557,7 +561,7 @@ def _clock_of(x, at):
     if minute > 59 or second > 59 or hour > 24 or (hour == 24 and (minute or second or us)): raise RowError(f"{x!r} is no time")
     return ((hour * 60 + minute) * 60 + second) * 1_000_000 + us, m.end()
 
-
+# %% ../nbs/20_rowwise.ipynb #00c1bf92
 def _moment_of(x):
     "Date and microseconds of a timestamp in a text; DuckDB reads a time zone and lets it be."
     day, at = _date_of(x)
@@ -588,13 +592,13 @@ def text_to_time(x):
     if us == _PER["day"]: raise OutsideError("the time 24:00:00")
     return (EPOCH + dt.timedelta(0, 0, us)).time()
 
-# %% ../nbs/20_rowwise.ipynb #e5457b17
+# %% ../nbs/20_rowwise.ipynb #7d50a1ca
 def _plain_value(value, kind: str):
     "A constant as JSON writes it."
     if isinstance(value, (Decimal, dt.date, dt.time)): return str(value) if isinstance(value, Decimal) else value.isoformat()
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else list(value) if isinstance(value, tuple) else value
 
-
+# %% ../nbs/20_rowwise.ipynb #913b3ccf
 def lay_down(
     trees: dict,  # {feature: typed tree, from `typed_tree`}
 ) -> dict:  # steps: [op, type, arguments as earlier steps, value], features: {name: step}
@@ -637,20 +641,20 @@ class Piece:
     finite: bool = False
     known: bool = False
 
-# %% ../nbs/20_rowwise.ipynb #1ecc48f8
+# %% ../nbs/20_rowwise.ipynb #2cdc7321
 REALS = ("DOUBLE", "FLOAT")
 def is_int(kind): return kind in BOUNDS or kind in UNSIGNED
 def is_exact(kind): return is_int(kind) or kind.startswith("DECIMAL")
 def scale_of(kind): return decimal_size(kind)[1] if kind.startswith("DECIMAL") else 0
 
-
+# %% ../nbs/20_rowwise.ipynb #c6181682
 def _fitted(code, kind, low, high) -> Piece:
     "A whole or decimal number, tested only where it could leave its type."
     least, most = bounds(kind)
     if low >= least and high <= most: return Piece(code, low=low, high=high)
     return Piece(f"fit({code}, {least}, {most})", True, low=max(low, least), high=min(high, most))
 
-
+# %% ../nbs/20_rowwise.ipynb #d63fbf11
 def _same_scale(values, kinds, to=None) -> list:
     "Exact numbers counted in the same digit."
     scales = list(map(scale_of, kinds))
@@ -658,7 +662,7 @@ def _same_scale(values, kinds, to=None) -> list:
     grown = lambda v, n: v if not n else replace(v, code=f"({v.code} * {10**n})" if n > 0 else f"rescale({v.code}, {n})", low=v.low * 10**n if n > 0 else -INF, high=v.high * 10**n if n > 0 else INF)
     return [grown(v, to - s) for v, s in zip(values, scales)]
 
-# %% ../nbs/20_rowwise.ipynb #67a0d3ff
+# %% ../nbs/20_rowwise.ipynb #a52c1959
 def _sum(kind, kinds, a, b, sign) -> Piece:
     "a + b and a - b."
     word = "+" if sign > 0 else "-"
@@ -675,10 +679,14 @@ def _sum(kind, kinds, a, b, sign) -> Piece:
     return None
 
 
-def _real(code, kind, finite=False, known=False) -> Piece: return Piece(f"single({code})" if kind == "FLOAT" else code, finite=finite and kind == "DOUBLE", known=known)
+def _real(code, kind, finite=False, known=False) -> Piece:
+    "A real number; one of 32 bits is cut down to them."
+    return Piece(f"single({code})" if kind == "FLOAT" else code, finite=finite and kind == "DOUBLE", known=known)
 
-
-def _plus(step, kind, kinds, a, b): return _sum(kind, kinds, a, b, 1)
+# %% ../nbs/20_rowwise.ipynb #c49cfa16
+def _plus(step, kind, kinds, a, b):
+    "Sum."
+    return _sum(kind, kinds, a, b, 1)
 
 
 def _minus(step, kind, kinds, a, b=None):
@@ -687,7 +695,7 @@ def _minus(step, kind, kinds, a, b=None):
     if is_exact(kind): return _fitted(f"(-{a.code})", kind, -a.high, -a.low)
     return Piece(f"(-{a.code})", finite=a.finite, known=a.known) if kind in REALS else Piece(f"scaled({a.code}, -1)", True) if kind == "INTERVAL" else None
 
-
+# %% ../nbs/20_rowwise.ipynb #a18b53c2
 def _times(step, kind, kinds, a, b):
     "Product."
     if kind == "INTERVAL":
@@ -698,8 +706,10 @@ def _times(step, kind, kinds, a, b):
     corners = [0 if 0 in (x, y) else x * y for x in (a.low, a.high) for y in (b.low, b.high)]
     return _fitted(f"({a.code} * {b.code})", kind, min(corners), max(corners))
 
-# %% ../nbs/20_rowwise.ipynb #df341e8f
-def _nonzero(v) -> bool: return v.constant is not ... and v.constant not in (0, None) and v.constant == v.constant
+# %% ../nbs/20_rowwise.ipynb #24549786
+def _nonzero(v) -> bool:
+    "A constant other than zero: by it anything can be divided without a test."
+    return v.constant is not ... and v.constant not in (0, None) and v.constant == v.constant
 
 
 def _divided(step, kind, kinds, a, b):
@@ -707,7 +717,7 @@ def _divided(step, kind, kinds, a, b):
     if kind not in REALS: return None
     return _real(f"({a.code} / {b.code})" if _nonzero(b) else f"divide({a.code}, {b.code})", kind, finite=a.finite and _nonzero(b) and abs(b.constant) >= 1, known=a.known and _nonzero(b))
 
-
+# %% ../nbs/20_rowwise.ipynb #1b22e35e
 def _int_divided(step, kind, kinds, a, b):
     "Quotient without a rest."
     if kind in REALS: return _real(f"({a.code} / {b.code})", kind) if _nonzero(b) else Piece(_real(f"checked_divide({a.code}, {b.code})", kind).code, True)
@@ -725,7 +735,7 @@ def _remainder(step, kind, kinds, a, b):
     if _nonzero(b) and b.constant > 0 and a.low >= 0: return Piece(f"({a.code} % {b.code})", low=0, high=a.high)
     return Piece(f"int_remainder({a.code}, {b.code})", not _nonzero(b), low=min(a.low, 0), high=max(a.high, 0))
 
-
+# %% ../nbs/20_rowwise.ipynb #2fd16dba
 def _compared(word, real, swap=False):
     "A comparison; real numbers know that not-a-number is the largest."
     def compare(step, kind, kinds, a, b):
@@ -737,12 +747,14 @@ def _compared(word, real, swap=False):
         return Piece(f"({a.code} {word} {b.code})")
     return compare
 
-# %% ../nbs/20_rowwise.ipynb #e8a4c0fa
+# %% ../nbs/20_rowwise.ipynb #465b768a
 def _real_function(name):
+    "A function of real numbers."
     return lambda step, kind, kinds, *v: _real(f"{name}({', '.join(x.code for x in v)})", kind)
 
 
 def _text_function(name):
+    "A function that makes a text."
     return lambda step, kind, kinds, *v: Piece(f"{name}({', '.join(x.code for x in v)})")
 
 # %% ../nbs/20_rowwise.ipynb #8d2c6605
@@ -763,8 +775,9 @@ def _rounded(name, way):
         return _fitted(f"{steps} * {10**-max(digits.constant, -40)}" if digits.constant < 0 else steps, kind, -INF, INF)
     return rounded
 
-# %% ../nbs/20_rowwise.ipynb #6e7eff07
+# %% ../nbs/20_rowwise.ipynb #d24081bd
 def _absolute(step, kind, kinds, x):
+    "abs(x)"
     if is_exact(kind): return _fitted(f"abs({x.code})", kind, 0 if x.low <= 0 <= x.high else min(abs(x.low), abs(x.high)), max(abs(x.low), abs(x.high)))
     return Piece(f"abs({x.code})", finite=x.finite, known=x.known)
 
@@ -777,9 +790,10 @@ def _found(step, kind, kinds, x, y): return Piece(f"({x.code}.find({y.code}) + 1
 
 
 def _padded(name):
+    "lpad or rpad, which may be asked for too much."
     return lambda step, kind, kinds, x, n, fill: Piece(f"{name}({x.code}, {n.code}, {fill.code})", True)
 
-
+# %% ../nbs/20_rowwise.ipynb #19f14298
 def _attribute(name, low, high):
     "A part of a time that Python keeps; a date has no hours."
     def part(step, kind, kinds, t): return Piece("0", low=0, high=0) if kinds[0] == "DATE" and low == 0 else Piece(f"{t.code}.{name}", low=low, high=high)
@@ -787,9 +801,10 @@ def _attribute(name, low, high):
 
 
 def _of_time(name, low, high):
+    "A part of a date or timestamp that a function of this room computes."
     return lambda step, kind, kinds, t: None if kinds[0] == "TIME" else Piece(f"{name}({t.code})", low=low, high=high)
 
-# %% ../nbs/20_rowwise.ipynb #6a3750b9
+# %% ../nbs/20_rowwise.ipynb #9213d76d
 _TO_INT = {"VARCHAR": "text_to_int({x}, {low}, {high})", "DOUBLE": "real_to_int({x}, {low}, {high})", "FLOAT": "real_to_int({x}, {low}, {high})"}
 
 
@@ -802,8 +817,9 @@ def _cast(step, kind, kinds, x):
         return replace(made, code=f"attempt({name}, {rest}", raises=was == "VARCHAR", partial=True)
     return made
 
-
+# %% ../nbs/20_rowwise.ipynb #55207e93
 def _cast_piece(to, was, x):
+    "A value in another type."
     if to == was: return None
     if is_int(to): return _cast_int(to, was, x)
     if to in REALS: return _cast_real(to, was, x)
@@ -814,8 +830,9 @@ def _cast_piece(to, was, x):
     if (was, to) in {("TIMESTAMP", "DATE"), ("TIMESTAMP", "TIME")}: return Piece(f"{x.code}.{to.lower()}()")
     return Piece(f"midnight({x.code})") if (was, to) == ("DATE", "TIMESTAMP") else None
 
-
+# %% ../nbs/20_rowwise.ipynb #7497f08e
 def _cast_int(to, was, x):
+    "A whole number from another type."
     low, high = bounds(to)
     if was == "BOOLEAN": return Piece(f"int({x.code})", low=0, high=1)
     if is_int(was): return _fitted(x.code, to, max(x.low, bounds(was)[0]), min(x.high, bounds(was)[1]))
@@ -824,6 +841,7 @@ def _cast_int(to, was, x):
 
 
 def _cast_real(to, was, x):
+    "A real number from another type."
     if was == "BOOLEAN": return Piece(f"float({x.code})", finite=True, known=True)
     if is_int(was): return Piece(f"float({x.code})" if to == "DOUBLE" else f"int_to_single({x.code})", finite=True, known=True)
     if was.startswith("DECIMAL"): return Piece(f"decimal_to_real({x.code}, {scale_of(was)})", finite=True, known=True) if to == "DOUBLE" else None
@@ -831,8 +849,9 @@ def _cast_real(to, was, x):
     if was == "FLOAT": return Piece(x.code, finite=x.finite, known=x.known)
     return Piece(f"to_single({x.code})", True) if was == "DOUBLE" else None
 
-# %% ../nbs/20_rowwise.ipynb #88d078ef
+# %% ../nbs/20_rowwise.ipynb #70e46291
 def _cast_decimal(to, was, x):
+    "A decimal from another type."
     (low, high), scale = bounds(to), scale_of(to)
     if was == "BOOLEAN": return _fitted(f"int({x.code}) * {10**scale}", to, 0, 10**scale)
     if is_exact(was): return _fitted(f"rescale({x.code}, {scale - scale_of(was)})", to, -INF, INF)
@@ -841,13 +860,14 @@ def _cast_decimal(to, was, x):
 
 
 def _cast_text(was, x):
+    "A text from another type."
     if is_int(was): return Piece(f"str({x.code})")
     if was == "BOOLEAN": return Piece(f"('true' if {x.code} else 'false')")
     if was.startswith("DECIMAL"): return Piece(f"decimal_to_text({x.code}, {scale_of(was)})")
     if was in ("DATE", "TIMESTAMP", "TIME"): return Piece(f"time_to_text({x.code})")
     return Piece(f"{'real_to_text' if was == 'DOUBLE' else 'single_to_text'}({x.code})", not x.known) if was in REALS else None
 
-
+# %% ../nbs/20_rowwise.ipynb #a8a85fcd
 def to_single(x):
     "A real number of 64 bits as one of 32; a finite one must stay finite."
     y = single(x)
@@ -889,7 +909,7 @@ OPS = {"+": _plus, "-": _minus, "*": _times, "/": _divided, "//": _int_divided, 
        "to_years": _interval(12, 0, 0), "to_months": _interval(1, 0, 0), "to_weeks": _interval(0, 7, 0), "to_days": _interval(0, 1, 0), "to_hours": _interval(0, 0, _PER["hour"]), "to_minutes": _interval(0, 0, _PER["minute"]),
        "to_seconds": lambda step, kind, kinds, n: Piece(f"scaled((0, 0, 1), half_even({n.code} * 1e6))", True)}
 
-# %% ../nbs/20_rowwise.ipynb #f7c8db6d
+# %% ../nbs/20_rowwise.ipynb #4b38e38d
 class Writer:
     "Turns a program into lines of Python."
 
@@ -907,39 +927,56 @@ class Writer:
             for a in s[2]: self.uses[a] += 1
         for i in program["features"].values(): self.uses[i] += 1
 
-    def refuse(self, what: str, way: str):
-        raise SlmlError(f"{what} cannot be computed row by row in plain Python", f"feature '{self.feature}'", way)
+# %% ../nbs/20_rowwise.ipynb #66f43098
+def _refuse(self: Writer, what: str, way: str):
+    "Stop at what has no twin in plain Python."
+    raise SlmlError(f"{what} cannot be computed row by row in plain Python", f"feature '{self.feature}'", way)
 
-    def put(self, text: str): self.lines.append((self.tab, text, self.at, self.feature))
 
-    def name(self) -> str:
-        self.count += 1
-        return f"v{self.count}"
+def _put(self: Writer, text: str):
+    "Write a line."
+    self.lines.append((self.tab, text, self.at, self.feature))
 
-    def bind(self, value) -> str:
-        "A name for a value that is no plain constant."
-        key = f"k{len(self.names)}"
-        self.names[key] = value
-        return key
 
-    def value(self, i: int) -> Value:
-        "The value of a step, computed once where this place can see it."
-        for scope in reversed(self.scopes):
-            if i in scope: return scope[i]
-        before, self.at = self.at, i
-        v = _WRITE.get(self.steps[i][0], _strict)(self, i, *self.steps[i])
-        self.at = before
-        self.scopes[-1][i] = v
-        return v
+def _name(self: Writer) -> str:
+    "A new name of a variable."
+    self.count += 1
+    return f"v{self.count}"
 
-# %% ../nbs/20_rowwise.ipynb #cd58259a
+
+def _bind(self: Writer, value) -> str:
+    "A name for a value that is no plain constant."
+    key = f"k{len(self.names)}"
+    self.names[key] = value
+    return key
+
+
+Writer.refuse, Writer.put, Writer.name, Writer.bind = _refuse, _put, _name, _bind
+
+# %% ../nbs/20_rowwise.ipynb #0aea2427
+def _value(self: Writer, i: int) -> Value:
+    "The value of a step, computed once where this place can see it."
+    for scope in reversed(self.scopes):
+        if i in scope: return scope[i]
+    before, self.at = self.at, i
+    v = _WRITE.get(self.steps[i][0], _strict)(self, i, *self.steps[i])
+    self.at = before
+    self.scopes[-1][i] = v
+    return v
+
+
+Writer.value = _value
+
+# %% ../nbs/20_rowwise.ipynb #94f44170
 def _guard(v: Value, otherwise: str = "None") -> str:
     "A piece of code that is missing when it must be."
     if v.missing or v.code in v.nulls or not v.nulls: return v.code
     return f"({v.code} if {' and '.join(f'{n} is not None' for n in sorted(v.nulls, key=_order))} else {otherwise})"
 
 
-def _order(name): return (name[0] == "v", len(name), name)
+def _order(name):
+    "Columns first, then variables, in the order in which they were made."
+    return name[0] == "v", len(name), name
 
 # %% ../nbs/20_rowwise.ipynb #4c83c9e9
 def keep(self: Writer, v: Value, partial: bool = False) -> Value:
@@ -966,13 +1003,13 @@ def _insert(self: Writer, lines, tab: int):
 
 Writer.keep, Writer.aside, Writer.insert = keep, _aside, _insert
 
-# %% ../nbs/20_rowwise.ipynb #31146745
+# %% ../nbs/20_rowwise.ipynb #01c45f53
 def _never(self: Writer, i) -> bool:
     "Is a step missing whatever the row is? Then nothing below it is computed."
     op, _, args, value = self.steps[i]
     return (value is None or value == [None] * 3) if op == "constant" else op in OPS and any(_never(self, a) for a in args)
 
-
+# %% ../nbs/20_rowwise.ipynb #087d144e
 def _strict(self: Writer, i, op, kind, args, value) -> Value:
     "An operator that is missing when an argument is."
     if op not in OPS: self.refuse(op.upper(), "write it with other functions of the portable subset")
@@ -985,7 +1022,7 @@ def _strict(self: Writer, i, op, kind, args, value) -> Value:
     v = Value(piece.code, frozenset().union(*(v.nulls for v in values)), piece.low, piece.high, piece.finite, piece.known, depth=deep)
     return self.keep(v, piece.partial) if piece.raises or piece.partial or self.uses[i] > 1 or deep > 8 or len(v.code) > 300 else v
 
-
+# %% ../nbs/20_rowwise.ipynb #4f0e3d7c
 def _column(self: Writer, i, op, kind, args, value) -> Value:
     "A field of the row, read once at the top."
     if value not in self.columns: self.columns[value] = f"c{len(self.columns)}_{re.sub('[^a-z0-9]+', '_', value.lower())[:30].strip('_')}"
@@ -993,7 +1030,7 @@ def _column(self: Writer, i, op, kind, args, value) -> Value:
     low, high = bounds(kind) if is_exact(kind) else (-INF, INF)
     return Value(name, frozenset() if value in self.present else frozenset({name}), low, high, self.finite, self.finite)
 
-
+# %% ../nbs/20_rowwise.ipynb #a382cdad
 def _constant(self: Writer, i, op, kind, args, value) -> Value:
     "A constant: written as it is, or bound to a name when Python has no way to write it."
     if value is None or value == [None] * 3: return Value("None", constant=None)
@@ -1005,7 +1042,7 @@ def _constant(self: Writer, i, op, kind, args, value) -> Value:
     plain = type(value) in (bool, int, str) or isinstance(value, float) and math.isfinite(value)
     return Value(repr(value) if plain else self.bind(value), low=low, high=high, constant=value, finite=kind in REALS and math.isfinite(value), known=kind in REALS and value == value)
 
-# %% ../nbs/20_rowwise.ipynb #8c9f9577
+# %% ../nbs/20_rowwise.ipynb #d77776cd
 def _logic(self: Writer, i, op, kind, args, value) -> Value:
     "AND and OR: one part may decide, else a missing one makes it missing."
     decides, other = (False, True) if op == "and" else (True, False)
@@ -1020,7 +1057,7 @@ def _logic(self: Writer, i, op, kind, args, value) -> Value:
     unsure = "True" if any(v.missing for v in parts) else " or ".join(f"{v.code} is None" for v in parts if v.nulls)
     return self.keep(Value(f"{decides} if {sure} else None if {unsure} else {other}"), partial=True)
 
-
+# %% ../nbs/20_rowwise.ipynb #83417cbd
 def _condition(self: Writer, i: int) -> str:
     "Code that is true when a step is true: neither false nor missing. Later parts of AND and OR are computed only when needed."
     op, kind, args, value = self.steps[i]
@@ -1080,7 +1117,7 @@ def _arms(self, name, arms, last, result):
     self.insert([(start, "else:", self.at, self.feature)], tab)
     self.insert([*others, line(other)], tab + 1)
 
-# %% ../nbs/20_rowwise.ipynb #a1aa565d
+# %% ../nbs/20_rowwise.ipynb #aeb7ce4f
 def _lookup(self: Writer, arms, last) -> Value | None:
     "A CASE that only compares one value with constants, as a dictionary."
     if len(arms) < 4: return None
@@ -1096,7 +1133,7 @@ def _lookup(self: Writer, arms, last) -> Value | None:
     otherwise, table = self.value(last), self.bind(found)
     return Value(f"{table}.get({_guard(x)}, {otherwise.code})", known=all(isinstance(v, float) for v in found.values()) and isinstance(otherwise.constant, float))
 
-
+# %% ../nbs/20_rowwise.ipynb #16e1320a
 def _coalesce(self: Writer, i, op, kind, args, value) -> Value:
     "The first that is not missing; later ones are computed only when needed."
     first = self.value(args[0])
@@ -1125,7 +1162,7 @@ def distinct(a, b):
     "IS DISTINCT FROM: missing equals missing."
     return (a is None) != (b is None) or (a is not None and not equal(a, b))
 
-# %% ../nbs/20_rowwise.ipynb #7e0f9c28
+# %% ../nbs/20_rowwise.ipynb #85a88e02
 def _common(kinds) -> str:
     "The type in which DuckDB compares values of several types; empty when this room does not know it."
     numbers = all(is_exact(k) or k in REALS or k == "BOOLEAN" for k in kinds)
@@ -1133,7 +1170,7 @@ def _common(kinds) -> str:
     if set(kinds) == {"DATE", "TIMESTAMP"}: return "TIMESTAMP"
     return next((k for k in kinds if is_int(k)), "") if numbers and all(k == "BOOLEAN" or is_int(k) for k in kinds) else ""
 
-
+# %% ../nbs/20_rowwise.ipynb #0a23ae8d
 def _seen_as(v, kind, to) -> Value | None:
     "A value as another type, to be compared; None when Python has no such cast, or one that may fail."
     if v.missing or kind == to: return v
@@ -1142,7 +1179,7 @@ def _seen_as(v, kind, to) -> Value | None:
     if piece is None or piece.raises: return None
     return replace(v, code=piece.code, low=piece.low, high=piece.high, finite=piece.finite, known=piece.known, depth=v.depth + 1)
 
-
+# %% ../nbs/20_rowwise.ipynb #ac8cbf08
 def _constant_as(value, kind, to) -> Value | None:
     "A constant as another type."
     if to in REALS and is_exact(kind): value = float(Decimal(value).scaleb(-scale_of(kind)))
@@ -1176,20 +1213,20 @@ def _in(self: Writer, i, op, kind, args, value) -> Value:
         return self.keep(v) if self.uses[i] > 1 else v
     return self.keep(Value(f"contained({x.code}, ({', '.join(map(_guard, others))},))", x.nulls), True)
 
-# %% ../nbs/20_rowwise.ipynb #cac8e748
+# %% ../nbs/20_rowwise.ipynb #bde50fc2
 def _is_null(self: Writer, i, op, kind, args, value) -> Value:
     "IS NULL and IS NOT NULL."
     v, no = self.value(args[0]), op == "is not null"
     if v.missing or not v.nulls: return Value(repr(v.missing != no), constant=v.missing != no)
     return Value("(" + (" and " if no else " or ").join(f"{n} is {'not ' * no}None" for n in sorted(v.nulls, key=_order)) + ")")
 
-
+# %% ../nbs/20_rowwise.ipynb #859d2251
 def _distinct(self: Writer, i, op, kind, args, value) -> Value:
     "IS [NOT] DISTINCT FROM."
     a, b = _same_kind(self, args, op.upper())
     return Value(f"({'not ' * (op == 'is not distinct from')}distinct({_guard(a)}, {_guard(b)}))", depth=1 + max(a.depth, b.depth))
 
-# %% ../nbs/20_rowwise.ipynb #8bc51e05
+# %% ../nbs/20_rowwise.ipynb #e2e33d90
 def _nullif(self: Writer, i, op, kind, args, value) -> Value:
     "NULLIF: the first as it was before any conversion."
     a, b = _same_kind(self, args, "NULLIF")
@@ -1201,7 +1238,7 @@ def _nullif(self: Writer, i, op, kind, args, value) -> Value:
     if b.nulls: test = f"{_guard(b)} is not None and {test}"
     return self.keep(replace(whole, code=f"(None if {test} else {whole.code})", nulls=a.nulls | whole.nulls, constant=...), True)
 
-
+# %% ../nbs/20_rowwise.ipynb #6431174a
 def _extreme(self: Writer, i, op, kind, args, value) -> Value:
     "greatest and least skip what is missing."
     if kind == "INTERVAL": self.refuse(f"{op} of INTERVAL", "compare timestamps")
@@ -1216,7 +1253,7 @@ def _concat(self: Writer, i, op, kind, args, value) -> Value:
     "concat skips what is missing."
     return self.keep(Value(f"concat({', '.join(map(_guard, map(self.value, args)))})"))
 
-
+# %% ../nbs/20_rowwise.ipynb #16795cec
 def _like(self: Writer, i, op, kind, args, value) -> Value:
     "LIKE and its relatives; a constant pattern is prepared."
     x, pattern, no, small = self.value(args[0]), self.value(args[1]), op.startswith("not "), op.endswith("ilike")
@@ -1245,7 +1282,7 @@ _WRITE = {"column": _column, "constant": _constant, "and": _logic, "or": _logic,
           "is distinct from": _distinct, "is not distinct from": _distinct, "nullif": _nullif, "greatest": _extreme, "least": _extreme, "concat": _concat,
           **dict.fromkeys(("like", "not like", "ilike", "not ilike"), _like), **dict.fromkeys(("regexp_matches", "regexp_replace", "regexp_extract"), _regexp)}
 
-# %% ../nbs/20_rowwise.ipynb #a9fe3670
+# %% ../nbs/20_rowwise.ipynb #58624cd8
 _NAMES = {f.__name__: f for f in (fit, int_divide, int_remainder, rescale, round_int, divide, checked_divide, power, half_away, round_real, sign, radians, degrees, single, equal, less, less_equal, largest, smallest,
                                   upper, lower, trim, ltrim, rtrim, substring, left, right, swap, repeat, split_part, lpad, rpad, concat, md5, reverse, like, midnight, epoch, quarter, week, dayofweek, dayofyear, last_day,
                                   date_trunc, date_diff, add_interval, add_days, make_date, make_timestamp, half_even, scaled, joined, real_to_int, decimal_to_text, decimal_to_real, real_to_decimal, int_to_single, to_single,
@@ -1253,14 +1290,24 @@ _NAMES = {f.__name__: f for f in (fit, int_divide, int_remainder, rescale, round
                                   math.isfinite, math.isnan, math.isinf)} | {"ceil": ceil, "floor": floor, "trunc": trunc} | REAL
 _BUILTINS = {f.__name__: f for f in (int, float, str, len, abs, repr)}
 
-
+# %% ../nbs/20_rowwise.ipynb #58578f43
 def check_program(program: dict, where: str = ""):
     "Raise unless a program has the form that `lay_down` gives it."
     ok = isinstance(program, dict) and program.get("format") == 1 and isinstance(program.get("steps"), list) and isinstance(program.get("features"), dict)
     ok = ok and all(isinstance(s, list) and len(s) == 4 and (s[0] in _WRITE or s[0] in OPS) and isinstance(s[1], str) and all(isinstance(a, int) and 0 <= a < i for a in s[2]) for i, s in enumerate(program["steps"]))
     if not ok or not all(isinstance(i, int) and 0 <= i < len(program["steps"]) for i in program["features"].values()): raise SlmlError("the compiled features are damaged", where, "make the package again")
 
-# %% ../nbs/20_rowwise.ipynb #ffe17222
+# %% ../nbs/20_rowwise.ipynb #57392c8d
+def _all_lines(writer: Writer, program: dict) -> list[tuple]:
+    "All lines of the function: (tab, text, step, feature)."
+    ends = []
+    for name, i in program["features"].items():
+        writer.feature, writer.at = name, i
+        v = writer.value(i)
+        ends.append(_ended(writer, v, program["steps"][i][1]))
+    return [(1, f"{code} = {_entered(name, program['steps'])}", 0, "") for name, code in writer.columns.items()] + writer.lines + [(1, f"return ({', '.join(ends)}{',' * bool(ends)})", 0, "")]
+
+# %% ../nbs/20_rowwise.ipynb #59567bd1
 class RowFunction:
     "Features of one row, in plain Python."
 
@@ -1273,12 +1320,7 @@ class RowFunction:
     ):
         check_program(program, where)
         writer = Writer(program, frozenset(present), finite)
-        self.features, ends = list(program["features"]), []
-        for name, i in program["features"].items():
-            writer.feature, writer.at = name, i
-            v = writer.value(i)
-            ends.append(_ended(writer, v, program["steps"][i][1]))
-        lines = [(1, f"{code} = {_entered(name, program['steps'])}", 0, "") for name, code in writer.columns.items()] + writer.lines + [(1, f"return ({', '.join(ends)}{',' * bool(ends)})", 0, "")]
+        self.features, lines = list(program["features"]), _all_lines(writer, program)
         self.columns, self._lines, self._steps = list(writer.columns), lines, program["steps"]
         self.source = "def features(row):\n" + "\n".join("    " * tab + text for tab, text, *_ in lines) + "\n"
         space = {"__builtins__": _BUILTINS, **_NAMES, **writer.names}
@@ -1295,7 +1337,7 @@ class RowFunction:
 
     def __repr__(self): return f"RowFunction({len(self.columns)} columns -> {len(self.features)} features, {len(self._lines)} lines)"
 
-# %% ../nbs/20_rowwise.ipynb #31f4da45
+# %% ../nbs/20_rowwise.ipynb #aea7d924
 def _ended(writer, v, kind) -> str:
     "The value of a feature as it leaves the function."
     if kind.startswith("DECIMAL") and not v.missing: return _guard(replace(v, code=f"decimal({v.code}, {scale_of(kind)})"))
@@ -1310,6 +1352,7 @@ def _entered(name, steps) -> str:
 
 def decimal(x, scale): return Decimal(x).scaleb(-scale)
 def counted(x, scale): return None if x is None else int(x.scaleb(scale))
+
 
 _NAMES.update(decimal=decimal, counted=counted)
 

@@ -23,7 +23,7 @@ from .meter import GpuSampler, Sampler, kill_tree, machine, megabytes, memory_mb
 from .stage import artifact_path, list_runs, made_in, sample_folder
 from .store import FolderStore, folder_of, open_store, put_folder, writable
 
-# %% ../nbs/08_run.ipynb #100e67e6
+# %% ../nbs/08_run.ipynb #8400931a
 def fingerprint(
     uri: str,  # file, glob, folder, sample://, package://, http(s):// or s3://
     endpoint_url: str = "",
@@ -38,10 +38,10 @@ def fingerprint(
     files = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
     return sha256_text(canonical_json([[p.name, sha256_file(p)] for p in files])) if files else "absent"
 
-
+# %% ../nbs/08_run.ipynb #351b5ebc
 def _unknown() -> str: return f"unknown {os.urandom(8).hex()}"
 
-
+# %% ../nbs/08_run.ipynb #7fa4519e
 def _web_fingerprint(uri: str) -> str:
     "What the server says of a file, without fetching it."
     import urllib.error, urllib.request
@@ -50,7 +50,7 @@ def _web_fingerprint(uri: str) -> str:
             return canonical_json([r.headers.get(k) for k in ("ETag", "Last-Modified", "Content-Length")])
     except (urllib.error.URLError, OSError): return _unknown()
 
-
+# %% ../nbs/08_run.ipynb #21a99192
 def _s3_fingerprint(uri: str, endpoint_url: str) -> str:
     "Names and tags of the objects below the fixed part of an address."
     import boto3, botocore.exceptions
@@ -77,7 +77,7 @@ def outside_data(
             if not any(m.startswith(("absent", "unknown")) for m in marks.values()): break
     return found
 
-# %% ../nbs/08_run.ipynb #6cc41523
+# %% ../nbs/08_run.ipynb #f908a7bf
 def load_run(
     folder,  # of a run
 ) -> dict:  # run.json, and "folder"
@@ -90,7 +90,7 @@ def load_run(
         raise SlmlError("run.json is not what it was when the run ended", str(path), "run the parameter set again: finished stages are reused")
     return record
 
-
+# %% ../nbs/08_run.ipynb #de36ee0e
 def find_run(
     name: str = "latest",  # latest, a run id, a project, or a path
     root=None,
@@ -105,7 +105,7 @@ def find_run(
     if not runs: raise SlmlError("there are no runs yet", str(root or "runs/"), "slml run params/flights.yaml")
     raise SlmlError(f"there is no run '{name}'", "runs/", suggest(name, [r.name for r in runs] + list({r.parent.name for r in runs})))
 
-# %% ../nbs/08_run.ipynb #dfd989b7
+# %% ../nbs/08_run.ipynb #c7753ebb
 def environment() -> dict:  # what a result may depend on
     "The machine and the versions, for the record."
     packages = {}
@@ -113,10 +113,10 @@ def environment() -> dict:  # what a result may depend on
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): packages[name] = importlib.metadata.version(name)
     return {"python": platform.python_version(), "platform": platform.platform(), "cores": os.cpu_count(), "packages": packages, "machine": machine()}
 
-
+# %% ../nbs/08_run.ipynb #e43568e0
 def _now() -> str: return dt.datetime.now(dt.timezone.utc).isoformat(timespec="milliseconds")
 
-
+# %% ../nbs/08_run.ipynb #bb427d9a
 class Run:
     "The state of a run, on disk at every change of a stage; sealed when it is over."
 
@@ -132,29 +132,35 @@ class Run:
         "Seconds since the run began, whatever is done to the clock on the wall."
         return round(time.monotonic() - self.clock, 3)
 
-    def update(self, stage: str = "", **what):
-        "Change the record, of a stage or of the run, and write it."
-        with self.lock:
-            (self.record["stages"][stage] if stage else self.record).update(what)
-            self.write()
+# %% ../nbs/08_run.ipynb #575b5487
+def _update(self: Run, stage: str = "", **what):
+    "Change the record, of a stage or of the run, and write it."
+    with self.lock:
+        (self.record["stages"][stage] if stage else self.record).update(what)
+        self.write()
 
-    def write(self):
-        "Write the record; when the run is over, sealed."
-        over = self.record["state"] != "running"
-        record = seal(self.record) if over else self.record
-        atomic_write(self.folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False, default=str), durable=over)
+def _write(self: Run):
+    "Write the record; when the run is over, sealed."
+    over = self.record["state"] != "running"
+    record = seal(self.record) if over else self.record
+    atomic_write(self.folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False, default=str), durable=over)
 
-    def finish(self, state: str):
-        "The run is over: done, failed or interrupted."
-        for stage in self.record["stages"].values():
-            if stage["state"] == "running": stage["state"] = "interrupted"
-        self.update(state=state, finished=_now(), seconds=self.elapsed())
+Run.update, Run.write = _update, _write
 
-# %% ../nbs/08_run.ipynb #f71d0319
+# %% ../nbs/08_run.ipynb #c36842b3
+def _finish(self: Run, state: str):
+    "The run is over: done, failed or interrupted."
+    for stage in self.record["stages"].values():
+        if stage["state"] == "running": stage["state"] = "interrupted"
+    self.update(state=state, finished=_now(), seconds=self.elapsed())
+
+Run.finish = _finish
+
+# %% ../nbs/08_run.ipynb #e93a66ca
 class StageFailed(SlmlError):
     "A stage did not finish; the rest of the message is the stage's own."
 
-
+# %% ../nbs/08_run.ipynb #40c817aa
 _importing = threading.Lock()
 
 
@@ -167,7 +173,7 @@ def _import_papermill():
         finally:
             if sys.modules[optional] is None: del sys.modules[optional]
 
-
+# %% ../nbs/08_run.ipynb #b47bfc65
 def kernel_manager(folder: str):  # an empty folder for the sockets
     "A manager for a kernel of this very interpreter."
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
@@ -179,7 +185,7 @@ def kernel_manager(folder: str):  # an empty folder for the sockets
             return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="python3", language="python")
     return AsyncKernelManager(kernel_name="python3", kernel_spec_manager=ThisPython(), transport="ipc", ip=f"{folder}/s", connection_file=f"{folder}/kernel.json")
 
-# %% ../nbs/08_run.ipynb #b561ece6
+# %% ../nbs/08_run.ipynb #815eb8d0
 class Kernels:
     "Where notebooks get their kernels: warm ones when that is possible, fresh ones else; everything that runs can be stopped."
 
@@ -191,53 +197,65 @@ class Kernels:
         self.preload, self.why_cold = preload, "asked for" if cold else warm_possible()
         self.template, self.lock, self.busy, self.leaving, self.stopped, self.told = None, threading.Lock(), set(), [], False, {"asked for"}
 
-    def warm(self, cwd, env: dict, path: list):
-        "A warm kernel, or None."
-        if self.stopped: raise KeyboardInterrupt
-        with self.lock:
-            if self.why_cold: return None
-            try:
-                self.template = self.template or WarmKernels(self.preload() if callable(self.preload) else self.preload)
-                kernel = self.template.start(cwd, env, path)
-            except (SlmlError, OSError) as e:
-                self.why_cold = str(e)
-                return None
-        self.busy.add(kernel)
-        return kernel
-
-    def lost(self, kernel) -> bool:
-        "Whether a kernel has died because its template has, which then cannot tell how; from then on, kernels are fresh."
-        if self.stopped or kernel.ended != {}: return False
-        self.why_cold = "the template of the kernels has ended"
-        return True
-
-    def stop(self):
-        "End every kernel with everything it has started, those too that are just starting; no new ones after that."
-        self.stopped = True
-        def _end():
-            while busy := list(self.busy):
-                for kernel in busy:
-                    with contextlib.suppress(OSError, TypeError, AttributeError): kill_tree(getattr(kernel, "pid", None) or kernel.provisioner.pid)
-                time.sleep(0.1)
-        threading.Thread(target=_end, daemon=True).start()
-
-    def retire(self, kernel):
-        "Let a warm kernel end in the background: what it leaves open takes time to close."
-        thread = threading.Thread(target=lambda: (kernel.stop(), self.busy.discard(kernel)))
-        thread.start()
-        self.leaving = [t for t in self.leaving if t.is_alive()] + [thread]
-
-    def close(self):
-        "End the template."
-        for thread in self.leaving: thread.join()
-        if self.template: self.template.close()
-
     def __enter__(self): return self
     def __exit__(self, *error):
         if error[0]: self.stop()
         self.close()
 
-# %% ../nbs/08_run.ipynb #e1323313
+# %% ../nbs/08_run.ipynb #c13fed5e
+def _warm(self: Kernels, cwd, env: dict, path: list):
+    "A warm kernel, or None."
+    if self.stopped: raise KeyboardInterrupt
+    with self.lock:
+        if self.why_cold: return None
+        try:
+            self.template = self.template or WarmKernels(self.preload() if callable(self.preload) else self.preload)
+            kernel = self.template.start(cwd, env, path)
+        except (SlmlError, OSError) as e:
+            self.why_cold = str(e)
+            return None
+    self.busy.add(kernel)
+    return kernel
+
+Kernels.warm = _warm
+
+# %% ../nbs/08_run.ipynb #6e66c494
+def _lost(self: Kernels, kernel) -> bool:
+    "Whether a kernel has died because its template has, which then cannot tell how; from then on, kernels are fresh."
+    if self.stopped or kernel.ended != {}: return False
+    self.why_cold = "the template of the kernels has ended"
+    return True
+
+Kernels.lost = _lost
+
+# %% ../nbs/08_run.ipynb #8b175003
+def _stop(self: Kernels):
+    "End every kernel with everything it has started, those too that are just starting; no new ones after that."
+    self.stopped = True
+    def _end():
+        while busy := list(self.busy):
+            for kernel in busy:
+                with contextlib.suppress(OSError, TypeError, AttributeError): kill_tree(getattr(kernel, "pid", None) or kernel.provisioner.pid)
+            time.sleep(0.1)
+    threading.Thread(target=_end, daemon=True).start()
+
+Kernels.stop = _stop
+
+# %% ../nbs/08_run.ipynb #d194acc1
+def _retire(self: Kernels, kernel):
+    "Let a warm kernel end in the background: what it leaves open takes time to close."
+    thread = threading.Thread(target=lambda: (kernel.stop(), self.busy.discard(kernel)))
+    thread.start()
+    self.leaving = [t for t in self.leaving if t.is_alive()] + [thread]
+
+def _close(self: Kernels):
+    "End the template."
+    for thread in self.leaving: thread.join()
+    if self.template: self.template.close()
+
+Kernels.retire, Kernels.close = _retire, _close
+
+# %% ../nbs/08_run.ipynb #8eecb7c2
 def run_notebook(
     source: dict,  # the notebook as data; not changed
     output,  # where the executed notebook goes; None: nowhere
@@ -254,21 +272,13 @@ def run_notebook(
     "Execute a notebook in a kernel of its own."
     if kernels is None:
         with Kernels() as own: return run_notebook(source, output, parameters, own, on_event, limit, log, cwd, path, gpu, run_tests)
-    begun, nb = time.perf_counter(), json.loads(json.dumps(source))
-    if parameters: inject(nb, parameters)
+    begun, (nb, facts) = time.perf_counter(), _prepared(source, parameters)
     secrets, cwd = every(parameters, Secret), cwd or project_root()
     env = {"IN_TEST": "1", "SLML_SECRETS": ",".join(s.name for s in secrets)}
     kernel = kernels.warm(cwd, env, path or [])
-    if not kernel and kernels.why_cold not in kernels.told and on_event:
-        kernels.told.add(kernels.why_cold)
-        on_event(type="log", cell=0, stream="engine", lines=[f"a fresh kernel for each notebook: {kernels.why_cold}"])
-    facts = {"parameters": json.loads(json.dumps(mask(parameters), default=str))}
-    nb.setdefault("metadata", {}).setdefault("language_info", language_info())
+    if not kernel: _tell_why_cold(kernels, on_event)
     sampler = Sampler(kernel.pid if kernel else 0)
-    def _event(**event):
-        if event["type"] == "cell": sampler.look(least=0.05)
-        if on_event: on_event(**event)
-    options = dict(on_event=_event, secrets=secrets, log=log, gpu=gpu)
+    options = dict(on_event=_sampled(sampler, on_event), secrets=secrets, log=log, gpu=gpu)
     record = Recorder(nb, output, **options) if kernel else None
     with sampler:
         if kernel: failed = _run_warm(kernels, kernel, record, facts, limit, run_tests)
@@ -277,13 +287,36 @@ def run_notebook(
     if kernel and failed and failed[1] == "DeadKernelError" and kernels.lost(kernel): return run_notebook(source, output, parameters, kernels, on_event, limit, log, cwd, path, gpu, run_tests)
     return {**_totals(record.cells, time.perf_counter() - begun), "kernel": "warm" if kernel else "fresh", **({"failed": failed} if failed else {}), "samples": sampler.table(gpu)}
 
-# %% ../nbs/08_run.ipynb #ff270555
+# %% ../nbs/08_run.ipynb #d1c5e972
+def _prepared(source: dict, parameters: dict) -> tuple[dict, dict]:
+    "A copy of a notebook with its parameters in it; what its metadata says of them, without secrets."
+    nb = json.loads(json.dumps(source))
+    if parameters: inject(nb, parameters)
+    nb.setdefault("metadata", {}).setdefault("language_info", language_info())
+    return nb, {"parameters": json.loads(json.dumps(mask(parameters), default=str))}
+
+# %% ../nbs/08_run.ipynb #97ccf426
+def _tell_why_cold(kernels: Kernels, on_event):
+    "Say why kernels are fresh, unless that was said or asked for."
+    if kernels.why_cold in kernels.told or not on_event: return
+    kernels.told.add(kernels.why_cold)
+    on_event(type="log", cell=0, stream="engine", lines=[f"a fresh kernel for each notebook: {kernels.why_cold}"])
+
+# %% ../nbs/08_run.ipynb #3d21dd27
+def _sampled(sampler: Sampler, on_event):
+    "The same events, with a look at the process at the end of each cell."
+    def _event(**event):
+        if event["type"] == "cell": sampler.look(least=0.05)
+        if on_event: on_event(**event)
+    return _event
+
+# %% ../nbs/08_run.ipynb #5d6be2c1
 def language_info() -> dict:
     "What a notebook says of its language, as Python's kernel would."
     return {"name": "python", "version": platform.python_version(), "mimetype": "text/x-python", "file_extension": ".py", "pygments_lexer": "ipython3",
             "nbconvert_exporter": "python", "codemirror_mode": {"name": "ipython", "version": 3}}
 
-
+# %% ../nbs/08_run.ipynb #985d5e7e
 def _totals(cells: list[dict], seconds: float) -> dict:
     "The meter of a notebook from those of its cells."
     def _sum(k): return round(sum(c.get(k, 0) for c in cells), 4)
@@ -292,7 +325,7 @@ def _totals(cells: list[dict], seconds: float) -> dict:
     return {"seconds": round(seconds, 4), "outside": round(seconds - _sum("seconds"), 4), "cpu": _sum("cpu"), "peak_mb": max((c.get("peak_mb", 0) for c in cells), default=0),
             "read": int(_sum("read")), "written": int(_sum("written")), **gpu, "cells": cells}
 
-# %% ../nbs/08_run.ipynb #e9c7dba5
+# %% ../nbs/08_run.ipynb #af50fe4a
 def _run_warm(kernels: Kernels, kernel, record: Recorder, facts: dict, limit, run_tests):
     "Cells in a forked kernel; (index, name, message) of the one that ended it."
     record.start(**facts)
@@ -302,7 +335,7 @@ def _run_warm(kernels: Kernels, kernel, record: Recorder, facts: dict, limit, ru
         record.finish()
         kernels.retire(kernel)
 
-
+# %% ../nbs/08_run.ipynb #696a7fba
 def _run_fresh(kernels: Kernels, nb: dict, output, facts: dict, options: dict, how: dict, sampler: Sampler):
     "Cells in a Jupyter kernel, by Papermill; the recorder, and (index, name, message) of the cell that ended it."
     _import_papermill()
@@ -322,7 +355,7 @@ def _run_fresh(kernels: Kernels, nb: dict, output, facts: dict, options: dict, h
     failed = failed or next(((i, o.ename, o.evalue) for i, c in enumerate(nb.cells) for o in c.get("outputs", []) if o.output_type == "error" and "raises-exception" not in c.metadata.get("tags", [])), None)
     return record, None if failed and failed[1] == "SystemExit" and failed[2] in ("", "0", "None") else failed
 
-# %% ../nbs/08_run.ipynb #1b2f32ca
+# %% ../nbs/08_run.ipynb #947b4341
 def stored(
     store,
     key: str,  # name of the stage's folder in the store
@@ -340,10 +373,10 @@ def stored(
     if files is not None and (not local or all((Path(root) / f).exists() and sha256_file(Path(root) / f) == h for f, h in files.items())): return {**made, "root": root}
     if mend: store.delete_folder(key)
 
-
+# %% ../nbs/08_run.ipynb #41dfe5d0
 def _store_key(project: str, key: str) -> str: return f"{project}/{key[:2]}/{key}"
 
-# %% ../nbs/08_run.ipynb #089c880a
+# %% ../nbs/08_run.ipynb #3c56b09c
 def _take(task: "Task", store, key: str, made: dict):
     "Let a run have what lies in the store."
     place = task.place
@@ -356,7 +389,7 @@ def _take(task: "Task", store, key: str, made: dict):
         if not (place / file).exists() and store.exists(held): atomic_write(place / file, store.get(held), durable=False)
     atomic_write(place / "made.json", json.dumps(seal({**made, "root": root}), indent=1, ensure_ascii=False), durable=False)
 
-
+# %% ../nbs/08_run.ipynb #ae7b02b9
 def _keep(task: "Task", store, key: str, parts: dict) -> dict:
     "Put what a stage has just made into the store; what the store then has."
     place, name = task.place, _store_key(task.run.record["project"], key)
@@ -372,7 +405,7 @@ def _keep(task: "Task", store, key: str, parts: dict) -> dict:
     if (kept := stored(store, name, hashed=first)) is None: raise SlmlError("what was put there is gone or damaged", f"{store}/{name}", "the same command makes it again")
     return kept
 
-
+# %% ../nbs/08_run.ipynb #78465bc2
 def _hashes(made: dict) -> dict: return {n: r["sha256"] for n, r in made["artifacts"].items()}
 
 # %% ../nbs/08_run.ipynb #76806568
@@ -388,7 +421,7 @@ def why_again(
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError): return what_changed(json.loads(file.read_text()), parts) or "it was not finished, or what it made is gone"
     return "first time"
 
-# %% ../nbs/08_run.ipynb #a78c06ef
+# %% ../nbs/08_run.ipynb #5b738c6e
 @dataclass
 class Task:
     "A stage with its parameters, and where it leaves what."
@@ -412,7 +445,7 @@ class Task:
         "Tasks that must be over before it."
         return {*self.after.values(), self.gate} - {""}
 
-
+# %% ../nbs/08_run.ipynb #218799bb
 @dataclass
 class Runner:
     "What all tasks of a run share."
@@ -448,7 +481,7 @@ def run_task(
     runner.emit(type="end", stage=task.id, state=state, seconds=seconds, why=why, metrics=made["metrics"])
     return {a: r["sha256"] for a, r in made["artifacts"].items()}
 
-# %% ../nbs/08_run.ipynb #6cc9aa64
+# %% ../nbs/08_run.ipynb #67a3466d
 def _obtain(runner: Runner, task: Task, key: str, parts: dict) -> tuple[dict, str, str]:  # made.json, state, why
     "From the store, by making it, or by waiting for another run that is making it."
     name, why, told = _store_key(task.run.record["project"], key), "", False
@@ -460,15 +493,18 @@ def _obtain(runner: Runner, task: Task, key: str, parts: dict) -> tuple[dict, st
             runner.emit(type="start", stage=task.id, why=f"waits for {why}")
         if runner.kernels.stopped: raise KeyboardInterrupt
         time.sleep(0.2 if isinstance(runner.store, FolderStore) else 1.5)
-    with claim:
-        if not task.forced and (made := stored(runner.store, name, mend=True)): return made, "reused", ""
-        why = "asked for" if task.forced else why_again(task.run.folder.parent, task.node.stage, parts, task.run.folder)
-        runner.emit(type="start", stage=task.id, why=why)
-        task.note(state="running", key=key, started=_now(), why=why, offset=task.run.elapsed())
-        made = _make(runner, task, key, parts)
-    return made, "made", why
+    with claim: return _claimed(runner, task, key, parts)
 
-# %% ../nbs/08_run.ipynb #0392857d
+# %% ../nbs/08_run.ipynb #3efe921d
+def _claimed(runner: Runner, task: Task, key: str, parts: dict) -> tuple[dict, str, str]:  # as from `_obtain`
+    "From the store if it has come there meanwhile; else made, and nobody else makes it now."
+    if not task.forced and (made := stored(runner.store, _store_key(task.run.record["project"], key), mend=True)): return made, "reused", ""
+    why = "asked for" if task.forced else why_again(task.run.folder.parent, task.node.stage, parts, task.run.folder)
+    runner.emit(type="start", stage=task.id, why=why)
+    task.note(state="running", key=key, started=_now(), why=why, offset=task.run.elapsed())
+    return _make(runner, task, key, parts), "made", why
+
+# %% ../nbs/08_run.ipynb #b0741983
 def _make(runner: Runner, task: Task, key: str, parts: dict) -> dict:
     "Execute a stage's notebook and keep what it made."
     front, place = task.node.front, task.place
@@ -486,19 +522,19 @@ def _make(runner: Runner, task: Task, key: str, parts: dict) -> dict:
         _wait(runner, pause)
         pause *= 2
 
-
+# %% ../nbs/08_run.ipynb #afd0cd1c
 def _wait(runner: Runner, seconds: float):
     "A pause that ends when the run is stopped."
     end = time.monotonic() + seconds
     while not runner.kernels.stopped and time.monotonic() < end: time.sleep(min(0.1, seconds))
 
-
+# %% ../nbs/08_run.ipynb #25bfb773
 def _number(front: dict, name: str, default):
     "A number in front matter."
     try: return float(front[name]) if front.get(name) else default
     except ValueError: raise SlmlError(f"'- {name}: {front[name]}' is not a number", f"first cell of stage {front.get('stage')}", f"write - {name}: 3") from None
 
-# %% ../nbs/08_run.ipynb #b5089fc6
+# %% ../nbs/08_run.ipynb #5c13c30d
 def _execute(runner: Runner, task: Task, limit: float | None) -> dict:
     "Run the notebook of a task once; its meter."
     place, stage = task.place, task.node.stage
@@ -510,7 +546,7 @@ def _execute(runner: Runner, task: Task, limit: float | None) -> dict:
     atomic_write(place / "meter.json", json.dumps(meter, indent=1), durable=False)
     return meter
 
-
+# %% ../nbs/08_run.ipynb #22b28387
 def failure(
     failed: tuple,  # (index, name, message) of a cell
     output,  # the notebook as it stopped
@@ -524,7 +560,7 @@ def failure(
     as_it_stopped = f"the notebook as it stopped: {os.path.relpath(output)}"
     return StageFailed(what + tried, f"{whole or Path(output).parent.name}, cell {index + 1}", as_it_stopped if whole else f"{as_it_stopped}; the same command goes on from here")
 
-# %% ../nbs/08_run.ipynb #203e8956
+# %% ../nbs/08_run.ipynb #d3443719
 def needs_mb(runner: Runner, task: Task) -> float:
     "Memory to set aside for a task on this machine, in MB."
     if runner.is_away(task): return 0
@@ -533,7 +569,7 @@ def needs_mb(runner: Runner, task: Task) -> float:
     except ValueError as e: raise SlmlError(str(e), f"first cell of stage {task.node.stage}", "write - memory: 2GB") from None
     return runner.peaks.get(task.node.stage, runner.budget / runner.workers)
 
-
+# %% ../nbs/08_run.ipynb #5f91cb5b
 def learned_peaks(project: Path) -> dict[str, float]:  # folder of the project's runs
     "What each stage took when it last ran, in MB."
     found = {}
@@ -541,39 +577,56 @@ def learned_peaks(project: Path) -> dict[str, float]:  # folder of the project's
         with contextlib.suppress(ValueError, KeyError, TypeError): found[file.parent.name.split("-")[0]] = float(json.loads(file.read_text())["peak_mb"])
     return found
 
-# %% ../nbs/08_run.ipynb #4dd7f246
+# %% ../nbs/08_run.ipynb #b46215a6
+class _Board:
+    "The tasks of a run and where each of them stands."
+
+    def __init__(self, runner: Runner, tasks: list[Task], on_end=None):
+        self.runner, self.on_end, self.missing = runner, on_end, {t.id: len(t.waits) for t in tasks}  # how many it still waits for
+        self.users, self.states, self.hashes, self.running = {}, {}, {}, {}  # by task: who waits for it, its end, what it made; by future: (task, MB)
+        for t in tasks:
+            for p in t.waits: self.users.setdefault(p, []).append(t)
+        self.ready = deque(t for t in tasks if not self.missing[t.id])
+
+# %% ../nbs/08_run.ipynb #380d37ce
+def _over(self: _Board, task: Task, state: str):
+    "A task is done, failed or skipped."
+    self.states[task.id] = state
+    if self.on_end: self.on_end(task, state)
+    for t in self.users.get(task.id, []):
+        self.missing[t.id] -= 1
+        if not self.missing[t.id]: self.ready.append(t)
+
+# %% ../nbs/08_run.ipynb #cccc2323
+def _begin(self: _Board, pool: ThreadPoolExecutor, task: Task):
+    "Start a task, skip it, or put it back."
+    runner = self.runner
+    if broken := sorted({p for p in task.after.values() if self.states[p] != "done"}): self.over(task, _skip(runner, task, f"{' and '.join(broken)} did not finish"))
+    elif task.gate and self.states[task.gate] == "done" and (why := not_needed(task)):
+        for t in self.users.get(task.id, []): t.after = {a: p for a, p in t.after.items() if p != task.id}  # they do without
+        self.over(task, _skip(runner, task, why))
+    elif _room(runner, task, self.running) and _fits(runner, task, self.running):
+        self.running[pool.submit(run_task, runner, task, {a: self.hashes[p][a] for a, p in task.after.items()})] = task, needs_mb(runner, task)
+    else: self.ready.append(task)
+
+_Board.over, _Board.begin = _over, _begin
+
+# %% ../nbs/08_run.ipynb #a03dabab
 def schedule(
     runner: Runner,
     tasks: list[Task],
     on_end=None,  # called with (task, state) when one is over: done, failed or skipped
 ):
     "Run tasks, as many at a time as workers and memory allow."
-    missing, users, states, hashes, running = {t.id: len(t.waits) for t in tasks}, {}, {}, {}, {}
-    for t in tasks:
-        for p in t.waits: users.setdefault(p, []).append(t)
-    ready = deque(t for t in tasks if not missing[t.id])
-    def _over(task, state):
-        states[task.id] = state
-        if on_end: on_end(task, state)
-        for t in users.get(task.id, []):
-            missing[t.id] -= 1
-            if not missing[t.id]: ready.append(t)
+    board = _Board(runner, tasks, on_end)
     with ThreadPoolExecutor(runner.workers + AWAY) as pool, stops_kernels(runner.kernels):
-        while ready or running:
-            for _ in range(len(ready)):
-                task = ready.popleft()
-                if broken := sorted({p for p in task.after.values() if states[p] != "done"}): _over(task, _skip(runner, task, f"{' and '.join(broken)} did not finish"))
-                elif task.gate and states[task.gate] == "done" and (why := not_needed(task)):
-                    for t in users.get(task.id, []): t.after = {a: p for a, p in t.after.items() if p != task.id}  # they do without
-                    _over(task, _skip(runner, task, why))
-                elif _room(runner, task, running) and _fits(runner, task, running):
-                    running[pool.submit(run_task, runner, task, {a: hashes[p][a] for a, p in task.after.items()})] = task, needs_mb(runner, task)
-                else: ready.append(task)
-            for future in wait(running, return_when=FIRST_COMPLETED)[0] if running else []:
-                task, _ = running.pop(future)
-                _over(task, _collect(runner, task, future, hashes))
+        while board.ready or board.running:
+            for _ in range(len(board.ready)): board.begin(pool, board.ready.popleft())
+            for future in wait(board.running, return_when=FIRST_COMPLETED)[0] if board.running else []:
+                task, _ = board.running.pop(future)
+                board.over(task, _collect(runner, task, future, board.hashes))
 
-# %% ../nbs/08_run.ipynb #34116911
+# %% ../nbs/08_run.ipynb #a589f142
 AWAY = 16  # stages that may be made on other machines at the same time
 
 
@@ -582,7 +635,7 @@ def _room(runner, task, running: dict) -> bool:
     away = sum(runner.is_away(t) for t, _ in running.values())
     return away < AWAY if runner.is_away(task) else len(running) - away < runner.workers
 
-
+# %% ../nbs/08_run.ipynb #4eb18cdf
 def _fits(runner, task, running: dict) -> bool:
     "Whether there is memory for one more; the first one here always fits."
     return not any(mb for _, mb in running.values()) or sum(mb for _, mb in running.values()) + needs_mb(runner, task) <= runner.budget
@@ -597,7 +650,7 @@ def not_needed(
     said = json.loads(artifact_path(record).read_text(encoding="utf-8")) if record else {}
     return f"not needed: {said['why']}; --climb goes on" if said.get("enough") else ""
 
-# %% ../nbs/08_run.ipynb #bf2a2d58
+# %% ../nbs/08_run.ipynb #288fa82a
 def _collect(runner, task, future, hashes) -> str:
     "Take in a task that is over; its state."
     try: hashes[task.id] = future.result()
@@ -606,14 +659,14 @@ def _collect(runner, task, future, hashes) -> str:
         return "failed"
     return "done"
 
-
+# %% ../nbs/08_run.ipynb #e6cdb79c
 def _skip(runner, task, why: str) -> str:
     "Leave a task out: what it needs was not made, or it is not needed itself."
     task.note(state="skipped", why=why)
     runner.emit(type="end", stage=task.id, state="skipped", seconds=0, why=why, metrics={})
     return "skipped"
 
-
+# %% ../nbs/08_run.ipynb #d7656162
 def _fail(runner, task, error):
     "Put a failure on record, in the words a user can act on."
     if isinstance(error, OSError) and error.errno == 28: error = SlmlError("the disk is full", str(error.filename or task.run.folder), "free some space; the same command goes on from here")
@@ -624,7 +677,7 @@ def _fail(runner, task, error):
     task.note(state="failed", seconds=seconds, offset=begun, error=what, notebook=f"{task.node.stage}/notebook.ipynb")
     runner.emit(type="end", stage=task.id, state="failed", seconds=seconds, why=str(error), metrics={}, error=what)
 
-# %% ../nbs/08_run.ipynb #fbe0410c
+# %% ../nbs/08_run.ipynb #b5b68950
 @contextlib.contextmanager
 def stops_kernels(kernels: Kernels):
     "Ctrl-C and SIGTERM end the kernels, with everything they have started."
@@ -634,7 +687,7 @@ def stops_kernels(kernels: Kernels):
             kernels.stop()
             raise
 
-
+# %% ../nbs/08_run.ipynb #2f36477c
 @contextlib.contextmanager
 def on_record(run: Run | None):
     "Whatever ends a run before its time is on its record."
@@ -645,7 +698,7 @@ def on_record(run: Run | None):
                 with contextlib.suppress(OSError): run.finish("interrupted" if isinstance(e, KeyboardInterrupt) else "failed")
             raise
 
-# %% ../nbs/08_run.ipynb #93e765e1
+# %% ../nbs/08_run.ipynb #631ed1a0
 def execute(
     params,  # path of a parameter set, or a ParamSet
     overrides: dict | None = None,  # {"train.epochs": "3"}
@@ -668,16 +721,20 @@ def execute(
     emit, gates = _emitter(on_event), climbing(graph, params, overrides, wanted, (start, stop))
     if dry_run: return _dry(params, graph, values, wanted, forced, store_of(params), emit, gates)
     run = Run(params, graph, values, overrides or {})
-    with on_record(run):
-        run.update()
-        for stage in set(graph.order) - wanted: run.update(stage, state="skipped", why=f"--to {stop}")
-        emit(type="plan", run=str(run.folder), stages=[{"stage": s, "state": run.record["stages"][s]["state"]} for s in graph.order])
-        with runner_for(params, graph, emit, workers, cold, memory, run, elsewhere) as runner:
-            schedule(runner, [task_of(graph.nodes[s], values[s], run, graph, s in forced, gates.get(s, "")) for s in graph.order if s in wanted])
-        states = [s["state"] for s in run.record["stages"].values()]
-        run.finish("failed" if "failed" in states else "done")
+    with on_record(run): _carry_out(run, params, graph, emit, values, wanted, forced, gates, stop, dict(workers=workers, cold=cold, memory=memory, away=elsewhere))
     emit(type="finish", state=run.record["state"], seconds=run.record["seconds"])
     return {**run.record, "folder": str(run.folder)}
+
+# %% ../nbs/08_run.ipynb #183ee7f0
+def _carry_out(run: Run, params: ParamSet, graph: Graph, emit, values: dict, wanted: set, forced: set, gates: dict, stop, how: dict):
+    "Run the stages that are wanted, and close the run."
+    run.update()
+    for stage in set(graph.order) - wanted: run.update(stage, state="skipped", why=f"--to {stop}")
+    emit(type="plan", run=str(run.folder), stages=[{"stage": s, "state": run.record["stages"][s]["state"]} for s in graph.order])
+    with runner_for(params, graph, emit, run=run, **how) as runner:
+        schedule(runner, [task_of(graph.nodes[s], values[s], run, graph, s in forced, gates.get(s, "")) for s in graph.order if s in wanted])
+    states = [s["state"] for s in run.record["stages"].values()]
+    run.finish("failed" if "failed" in states else "done")
 
 # %% ../nbs/08_run.ipynb #bf8e745c
 def away_for(params: ParamSet, graph: Graph, away=None):
@@ -687,20 +744,20 @@ def away_for(params: ParamSet, graph: Graph, away=None):
         if (on := node.machine.get("on", "here")) != "here":
             raise SlmlError(f"{stage} runs on {on}, but nothing was given that takes it there", params.lines.get((stage, "on"), params.file), f"from slml_nb.jobs import away; execute(…, away=away); or -p {stage}.on=here")
 
-# %% ../nbs/08_run.ipynb #dccf2159
+# %% ../nbs/08_run.ipynb #d97e3e28
 def task_of(node: Node, values: dict, run: Run, graph: Graph, forced: bool, gate: str = "") -> Task:
     "The task of a stage in a plain run."
     def _note(**what): run.update(node.stage, **what)
     return Task(node.stage, node, values, run, run.folder, {a: graph.maker[a] for a in node.needs}, forced, _note, gate)
 
-
+# %% ../nbs/08_run.ipynb #1d815d66
 def store_of(params: ParamSet):
     "The store that a parameter set names; in a bucket its objects are encrypted with the key of `sagemaker: {kms: …}`, unless the address has one."
     key = params.sagemaker.get("kms")
     if key and params.store.startswith("s3://") and "kms=" not in params.store: return open_store(f"{params.store}{'&' if '?' in params.store else '?'}kms={key}")
     return open_store(params.store if "://" in params.store else project_root() / (params.store or f"{params.runs}/.store"))
 
-
+# %% ../nbs/08_run.ipynb #e739ae3b
 def _emitter(on_event):
     "One event at a time, whatever thread it comes from; when nobody reads them any more (`slml run … | head`), the run goes on."
     lock, watching = threading.Lock(), [on_event] if on_event else []
@@ -711,7 +768,7 @@ def _emitter(on_event):
             except BrokenPipeError: watching.clear()
     return _emit
 
-# %% ../nbs/08_run.ipynb #9c40935c
+# %% ../nbs/08_run.ipynb #168d1fd1
 @contextlib.contextmanager
 def runner_for(params: ParamSet, graph: Graph, emit, workers: int = 0, cold: bool = False, memory: str = "", run: Run | None = None, away=None):
     "A runner with its kernels; an interrupted run says so."
@@ -723,7 +780,7 @@ def runner_for(params: ParamSet, graph: Graph, emit, workers: int = 0, cold: boo
         try: yield runner
         finally: runner.gpu.stop()
 
-
+# %% ../nbs/08_run.ipynb #d715c5c4
 def preload_of(graph: Graph) -> list[str]:
     "What the stages import, the project's own modules first: the template of warm kernels has it ready."
     ours, theirs = {}, {}
@@ -758,7 +815,7 @@ def _dry(params, graph, values, wanted, forced, store, emit, gates=()) -> dict:
     emit(type="plan", stages=states, dry_run=True)
     return {"project": params.project, "state": "planned", "parameters": mask(values), "plan": states}
 
-# %% ../nbs/08_run.ipynb #7f7f6ddd
+# %% ../nbs/08_run.ipynb #8e6e8415
 def this_python(
     nb: dict,  # any notebook
 ) -> bool:
@@ -770,7 +827,7 @@ def this_python(
     try: return os.path.realpath(KernelSpecManager().get_kernel_spec(spec["name"]).argv[0]) == os.path.realpath(sys.executable)
     except NoSuchKernel: raise SlmlError(f"there is no kernel '{spec['name']}'", "the notebook", "jupyter kernelspec list shows those there are; choose one in Jupyter") from None
 
-
+# %% ../nbs/08_run.ipynb #1fc82c85
 def execute_file(
     notebook,  # .ipynb
     output,  # .ipynb to write
@@ -795,7 +852,7 @@ def execute_file(
     if "failed" in meter: raise failure(meter["failed"], output, whole=Path(notebook).name)
     return meter
 
-# %% ../nbs/08_run.ipynb #29f0696e
+# %% ../nbs/08_run.ipynb #607eff48
 def _as_version_4(nb: dict, where) -> dict:
     "A notebook in the current format, however old it is."
     if "cells" not in nb or nb.get("nbformat", 4) < 4:
@@ -806,7 +863,7 @@ def _as_version_4(nb: dict, where) -> dict:
     for c in nb["cells"]: c.setdefault("metadata", {})
     return {"metadata": {}, "nbformat": 4, "nbformat_minor": 5, **nb}
 
-
+# %% ../nbs/08_run.ipynb #43ae68c0
 def _by_papermill(notebook, output, typed: dict, limit, run_tests) -> dict:
     "A notebook for another kernel."
     _import_papermill()

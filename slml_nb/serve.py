@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['LIMIT_MB', 'written', 'FORMS', 'MEDIA', 'READERS', 'WRITTEN_AS', 'WHOLE', 'TAKEN', 'ERROR', 'OTHERS', 'REFUSED',
-           'LOCKS', 'KEYS_OF', 'WHY', 'DOORS', 'SMALL', 'refusal', 'BodyError', 'form_of', 'wished', 'read_json',
-           'read_lines', 'csv_rows', 'read_csv', 'write_answers', 'invoke', 'answer', 'field_type', 'field_schema',
-           'answer_schema', 'openapi_of', 'document', 'TokenRules', 'token_rules', 'is_public', 'jwt_module', 'fetched',
-           'one_key', 'strong', 'key_set', 'Tokens', 'renew', 'due', 'check_token', 'kid_of', 'key_of', 'Turned',
-           'Limits', 'good_keys', 'limits_for', 'Rates', 'wait', 'Guard', 'ClientGone', 'caller', 'reply', 'Service',
-           'at_once', 'lifespan', 'say', 'lost', 'predict', 'health', 'docs', 'build_app', 'listen', 'Whole',
-           'Connection', 'data_received', 'wait_for_head', 'tell', 'crowded', 'run_app', 'serve', 'replica', 'renewed',
-           'side_by_side', 'running', 'running_code', 'percentile', 'measure', 'service_report', 'lambda_handler']
+           'LOCKS', 'KEYS_OF', 'WHY', 'DOORS', 'SMALL', 'STATUS', 'refusal', 'BodyError', 'form_of', 'wished',
+           'read_json', 'read_lines', 'csv_rows', 'read_csv', 'write_one', 'write_answers', 'invoke', 'answer',
+           'field_type', 'field_schema', 'answer_schema', 'openapi_of', 'document', 'TokenRules', 'token_rules',
+           'is_public', 'jwt_module', 'fetched', 'one_key', 'strong', 'key_set', 'Tokens', 'renew', 'due',
+           'check_token', 'kid_of', 'key_of', 'Turned', 'Limits', 'good_keys', 'limits_for', 'Rates', 'wait', 'Guard',
+           'ClientGone', 'caller', 'count', 'swift', 'sendable', 'reply', 'Service', 'at_once', 'lifespan', 'say',
+           'lost', 'predict', 'health', 'docs', 'build_app', 'listen', 'Whole', 'Connection', 'data_received',
+           'wait_for_head', 'tell', 'start_task', 'begin', 'head_of', 'answer_whole', 'crowded', 'run_app', 'serve',
+           'replica', 'renewed', 'side_by_side', 'running', 'running_code', 'percentile', 'measure', 'service_report',
+           'lambda_handler']
 
-# %% ../nbs/41_serve.ipynb #1e26c946
+# %% ../nbs/41_serve.ipynb #1e994bd8
 import contextlib, json, math, os, sys, time
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from .core import SlmlError, suggest
 from .recipe import InputError
@@ -69,10 +72,19 @@ def wished(
     asked = (a.partition(";")[0].strip().lower() for a in accept.split(","))
     return next((FORMS[a] for a in asked if a and a in FORMS), form)
 
-# %% ../nbs/41_serve.ipynb #19945c47
+# %% ../nbs/41_serve.ipynb #036e7c6b
+_decode = json.JSONDecoder().decode
+
+
+def _json_of(body: bytes):
+    "As `json.loads`; UTF-8 without its search for the encoding, which nearly always is UTF-8."
+    try: return _decode(body.decode())
+    except ValueError: return json.loads(body)  # another encoding; or no JSON, and this says what is wrong
+
+# %% ../nbs/41_serve.ipynb #aea11b8c
 def read_json(predictor, body: bytes) -> tuple[list, str]:
     "Requests of a JSON body, and whether there was one or a list."
-    try: data = json.loads(body)
+    try: data = _json_of(body)
     except (ValueError, RecursionError) as e: raise BodyError(400, f"the body is not JSON ({e})", "an object, or a list of objects") from None
     if not isinstance(data, (dict, list)): raise BodyError(400, "the body is neither an object nor a list", "an object, or a list of objects")
     return (data, "list") if isinstance(data, list) else ([data], "one")
@@ -110,7 +122,13 @@ def read_csv(predictor, body: bytes) -> tuple[list, str]:
 
 READERS = {"json": read_json, "lines": read_lines, "csv": read_csv}
 
-# %% ../nbs/41_serve.ipynb #3f655b00
+# %% ../nbs/41_serve.ipynb #8551879f
+def write_one(answer: dict) -> str:
+    "One answer as JSON. Most hold one number, for which Python's own encoder would first be set up."
+    if len(answer) == 1 and (said := answer.get("prediction")).__class__ is float and -math.inf < said < math.inf: return f'{{"prediction": {said!r}}}'
+    return written(answer)
+
+# %% ../nbs/41_serve.ipynb #74abd8d8
 def write_answers(
     predictor,
     answers: list[dict],
@@ -118,7 +136,7 @@ def write_answers(
     shape: str,  # "one", "list", "headed" or "bare": how the requests came
 ) -> str:
     "Answers as a body."
-    if form == "json": return written(answers[0] if shape == "one" else answers)
+    if form == "json": return write_one(answers[0]) if shape == "one" else written(answers)
     if form == "lines": return "".join(written(a) + "\n" for a in answers)
     import csv, io
     out = io.StringIO()
@@ -127,14 +145,14 @@ def write_answers(
     rows.writerows(answer_row(predictor, a)[:-1] for a in answers)
     return out.getvalue()
 
-# %% ../nbs/41_serve.ipynb #f48d5bcb
+# %% ../nbs/41_serve.ipynb #350abcf8
 def invoke(
     predictor: Predictor,
     body: bytes,
     content_type: str = "",  # header; "": JSON
     accept: str = "",  # header; "": in the form of the request
     limit_mb: float = LIMIT_MB,
-    note=None,  # note(requests, answers, seconds, is it one object) -> id of the prediction
+    note=None,  # note(requests, answers, seconds, is it one object, its body and answer as JSON or None) -> id of the prediction
 ) -> tuple[int, dict, str]:  # HTTP status, headers, body
     "Answer a body, whatever it is."
     shape = ""
@@ -146,7 +164,7 @@ def invoke(
         if len(text) > limit_mb * 1e6: raise _too_large("answer", limit_mb)
     except (BodyError, SlmlError, RecursionError) as e: return _refused(e, shape)
     headers = {"content-type": MEDIA[to], "server-timing": f"features;dur={1000 * features:.3f}, model;dur={1000 * model:.3f}"}
-    if note: headers["x-prediction-id"] = note(requests, answers, features + model, shape == "one")
+    if note: headers["x-prediction-id"] = note(requests, answers, features + model, shape == "one", (body, text) if shape == "one" and form == to == "json" else None)
     return 200, headers, text
 
 # %% ../nbs/41_serve.ipynb #032dec01
@@ -540,14 +558,20 @@ def caller(self: Guard, scope, headers: dict) -> str:
     needed = "a token" if self.tokens and not self.hashed else "a key or a token" if self.tokens else "a key"
     raise Turned(401, f"{needed} is needed, and this request has no good one", f"Authorization: Bearer {'TOKEN' if self.tokens else 'KEY'}", field="authorization", **{"www-authenticate": "Bearer"})
 
-# %% ../nbs/41_serve.ipynb #4dd4beea
+# %% ../nbs/41_serve.ipynb #eb24aad2
 async def _known(self: Guard, scope, headers: dict):
     "Ask who calls, and count."
     if self.tokens: await self._look_at_keys(headers.get(b"authorization", b"")[7:8000].strip().decode("latin-1"))
+    self.count(scope, headers)
+
+
+def count(self: Guard, scope, headers: dict):
+    "Ask who calls, and count; once a request."
     if wait := self.rates.wait(self.caller(scope, headers), time.monotonic()):
         raise Turned(429, f"more than {self.limits.rate:g} requests a second", f"the same request in {wait:.2g} s", **{"retry-after": str(int(wait) + 1)})
+    scope["counted"] = True
 
-Guard.caller, Guard._known = caller, _known
+Guard.caller, Guard._known, Guard.count = caller, _known, count
 
 # %% ../nbs/41_serve.ipynb #72e54c3f
 async def _look_at_keys(self: Guard, token: str):
@@ -561,11 +585,11 @@ async def _look_at_keys(self: Guard, token: str):
 
 Guard._look_at_keys = _look_at_keys
 
-# %% ../nbs/41_serve.ipynb #9911dda8
+# %% ../nbs/41_serve.ipynb #7ff3948c
 async def _let_in(self: Guard, scope, receive) -> bytes:
     "Check a request; its body."
     headers = dict(scope["headers"])
-    if self.asks and scope["path"] not in self.free: await self._known(scope, headers)
+    if self.asks and scope["path"] not in self.free and "counted" not in scope: await self._known(scope, headers)
     told = headers.get(b"content-length", b"0")
     if told.isdigit() and int(told[:20]) > self.most: raise self._large()
     return await self._body(receive)
@@ -621,10 +645,30 @@ async def _pass_on(self: Guard, scope, body: bytes, receive, send):
 
 Guard._let_in, Guard._large, Guard._discard, Guard._body, Guard._pass_on = _let_in, _large, _discard, _body, _pass_on
 
-# %% ../nbs/41_serve.ipynb #5c97f2e6
+# %% ../nbs/41_serve.ipynb #5807d3e3
+def swift(
+    self: Guard,
+    scope,
+    body: bytes,  # all of it
+) -> tuple | None:  # status, headers, text; None: it takes longer
+    "The answer to a request that is there as a whole, if it can be given at once."
+    if not self.at_once or len(body) > self.most: return None
+    if self.asks and scope["path"] not in self.free:
+        headers = dict(scope["headers"])
+        if self.tokens or any(name.startswith(b"x-forwarded-") for name in headers): return None
+        try: self.count(scope, headers)
+        except Turned as e: return _json(e.status, e.refusal, **e.headers)
+    return self.at_once(scope, body)
+
+Guard.swift = swift
+
+# %% ../nbs/41_serve.ipynb #e0333546
+def sendable(text: str) -> bytes: return text.encode("utf-8", "backslashreplace")
+
+
 async def reply(send, status: int, headers: dict, text: str):
     "An answer, in ASGI's words."
-    body = text.encode("utf-8", "backslashreplace")
+    body = sendable(text)
     await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"%d" % len(body)), *((k.encode(), v.encode("latin-1", "replace")) for k, v in headers.items())]})
     await send({"type": "http.response.body", "body": body})
 
@@ -748,7 +792,7 @@ def listen(
         raise SlmlError(f"port {port} of {host} cannot be used ({getattr(e, 'strerror', None) or e})", "serve", f"choose another: --port {port + 1}") from None
     return sock
 
-# %% ../nbs/41_serve.ipynb #f634383e
+# %% ../nbs/41_serve.ipynb #e37cff76
 class Whole:
     "A transport that sends the head of an answer together with its body."
     def __init__(self, transport, loop): self.transport, self.loop, self.held = transport, loop, b""
@@ -763,14 +807,20 @@ class Whole:
     def flush(self):
         if self.held: self.write(b"")
 
+    def whole(self, data):
+        "An answer with its head and its body."
+        self.flush()
+        self.transport.write(data)
+
     def close(self):
         self.flush()
         self.transport.close()
 
-# %% ../nbs/41_serve.ipynb #445f6b8d
+# %% ../nbs/41_serve.ipynb #87de3997
 class Connection:
     "What a connection does besides; mixed into Uvicorn's own."
     head_seconds, head_bytes, most = 10.0, 65_536, 1000  # until the head of a request must have come; its size; connections at once
+    swift, reading, begun = None, False, None  # what answers at once; data is being read; a request whose head was in it
 
     def connection_made(self, transport):
         super().connection_made(Whole(transport, self.loop))
@@ -781,14 +831,17 @@ class Connection:
         self.late.cancel()
         super().connection_lost(exc)
 
-# %% ../nbs/41_serve.ipynb #e4546ce3
+# %% ../nbs/41_serve.ipynb #f24e56b2
 def data_received(self: Connection, data: bytes):
     "Bytes have come: part of a head, part of a body, or more than one request."
     self.app = crowded if len(self.connections) > self.most or len(self.tasks) >= self.most else self.usual
-    super(Connection, self).data_received(data)
+    self.reading = self.swift is not None
+    try: super(Connection, self).data_received(data)
+    finally: self.reading = False
     self.late.cancel()
     if self.cycle and not self.cycle.response_complete: self.read = 0
     elif not self.transport.is_closing(): self.wait_for_head(len(data))
+    if self.begun: self.begin(*self.begun)
 
 
 def wait_for_head(self: Connection, more: int):
@@ -796,12 +849,11 @@ def wait_for_head(self: Connection, more: int):
     self.read, self.late = self.read + more, self.loop.call_later(self.head_seconds, self.transport.close)
     if self.read > self.head_bytes: self.tell(431, refusal(f"the head of the request is larger than {self.head_bytes:,} bytes", "fewer and shorter headers"))
 
-# %% ../nbs/41_serve.ipynb #bce7caf0
+# %% ../nbs/41_serve.ipynb #85488bd3
 def tell(self: Connection, status: int, value: dict):
     "An answer before there is a request."
-    import http
     text = written(value).encode()
-    head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: {MEDIA['json']}\r\ncontent-length: {len(text)}\r\nconnection: close\r\n\r\n"
+    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: {MEDIA['json']}\r\ncontent-length: {len(text)}\r\nconnection: close\r\n\r\n"
     self.transport.write(head.encode() + text)
     self.transport.close()
 
@@ -809,12 +861,54 @@ def tell(self: Connection, status: int, value: dict):
 Connection.data_received, Connection.wait_for_head, Connection.tell = data_received, wait_for_head, tell
 Connection.send_400_response = lambda self, msg: self.tell(400, refusal("this is no HTTP request that can be read", "HTTP/1.1, such as: POST /predict"))
 
+# %% ../nbs/41_serve.ipynb #98bf157c
+def start_task(self: Connection, cycle, app):
+    "Uvicorn would start a task for a request."
+    if self.reading: self.begun = cycle, app
+    else: super(Connection, self)._start_asgi_task(cycle, app)
+
+
+def begin(self: Connection, cycle, app):
+    "Answer a request at once, or let a task do it."
+    self.begun, said = None, None
+    whole = app is self.usual and not (cycle.more_body or cycle.waiting_for_100_continue or self.flow.write_paused or self.transport.is_closing())
+    if whole and cycle.scope["method"] == "POST": said = self.swift(cycle.scope, bytes(cycle.body))
+    if said: self.answer(cycle, *said)
+    else: self._start_asgi_task(cycle, app)
+
+# %% ../nbs/41_serve.ipynb #7e247ff6
+STATUS = {s.value: f"HTTP/1.1 {s.value} {s.phrase}" for s in HTTPStatus}
+
+
+def head_of(
+    status: int,
+    headers: list[tuple[bytes, bytes]],  # that every answer has
+    more: dict,  # headers of this one
+    size: int,  # bytes of the body
+    keep: bool,  # the connection stays open
+) -> bytes:
+    "The head of an answer."
+    lines = [STATUS[status], f"content-length: {size}", *(f"{k}: {v}" for k, v in more.items())]
+    if not keep and "connection" not in more: lines.append("connection: close")
+    return b"".join(["\r\n".join(lines).encode("latin-1", "replace"), *(b"\r\n" + k + b": " + v for k, v in headers), b"\r\n\r\n"])
+
+# %% ../nbs/41_serve.ipynb #33c88f02
+def answer_whole(self: Connection, cycle, status: int, headers: dict, text: str):
+    "Write an answer, and be ready for the next request."
+    body, keep = sendable(text), cycle.keep_alive and headers.get("connection") != "close"
+    self.transport.whole(head_of(status, cycle.default_headers, headers, len(body), keep) + body)
+    cycle.response_started = cycle.response_complete = True
+    if not keep: self.transport.close()
+    self.on_response_complete()
+
+Connection._start_asgi_task, Connection.begin, Connection.answer = start_task, begin, answer_whole
+
 # %% ../nbs/41_serve.ipynb #c1507237
 async def crowded(scope, receive, send):
     "An application that has no time."
     await _send(send, 503, refusal("too many connections at once", "the same request, a little later"), {"connection": "close", "retry-after": "1"})
 
-# %% ../nbs/41_serve.ipynb #97014ec5
+# %% ../nbs/41_serve.ipynb #dbbe042e
 def run_app(
     app,  # an ASGI application
     sock,  # bound
@@ -824,7 +918,8 @@ def run_app(
     "Run an application until the process is stopped; requests that have begun are finished."
     import gc, uvicorn
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
-    connection = type("Connection", (Connection, AutoHTTPProtocol), {"head_seconds": head_seconds, "most": open_connections})
+    swift = getattr(app, "swift", None) if getattr(app, "at_once", None) and hasattr(AutoHTTPProtocol, "_start_asgi_task") else None
+    connection = type("Connection", (Connection, AutoHTTPProtocol), {"head_seconds": head_seconds, "most": open_connections, "swift": staticmethod(swift) if swift else None})
     gc.collect()
     gc.freeze()
     config = uvicorn.Config(app, log_level="error", access_log=False, http=connection, ws="none", server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=30)

@@ -12,14 +12,14 @@ import contextlib, json, os, shutil, sys, tempfile, time
 from pathlib import Path
 from .core import Refused, SlmlError, atomic_write, coerce, project_root, read_front_matter, read_notebook, read_parameters, seal, sha256_file, size_of, spellings, strike_out, suggest
 
-# %% ../nbs/03_stage.ipynb #b49887d9
+# %% ../nbs/03_stage.ipynb #8dd29bc7
 def notebooks_folder() -> Path:
     "The folder of the shipped stage notebooks."
     package = Path(__file__).parent if "__file__" in globals() else project_root() / "slml_nb"
     inside, beside = package / "notebooks", package.parent / "nbs"
     return beside if (beside / "00_core.ipynb").exists() else inside
 
-
+# %% ../nbs/03_stage.ipynb #27d8078a
 def shipped_notebooks() -> dict[str, Path]:  # {stage: notebook}, in the order of their numbers
     "The stages that come with the package."
     found = {}
@@ -27,13 +27,13 @@ def shipped_notebooks() -> dict[str, Path]:  # {stage: notebook}, in the order o
         if stage := read_front_matter(read_notebook(path)).get("stage"): found[stage] = path
     return found
 
-
+# %% ../nbs/03_stage.ipynb #03c52e67
 def sample_folder() -> Path:
     "The small built-in sample: a run folder of a few thousand flights. SLML_SAMPLE names another."
     package = Path(__file__).parent if "__file__" in globals() else project_root() / "slml_nb"
     return Path(os.environ.get("SLML_SAMPLE") or package / "sample")
 
-# %% ../nbs/03_stage.ipynb #a1ae3c44
+# %% ../nbs/03_stage.ipynb #6d6fb361
 def made_in(
     run,  # folder of a run
 ) -> dict[str, dict]:  # {artifact: its record, with "stage" and "root", the folder or URI its file is relative to}
@@ -46,14 +46,14 @@ def made_in(
             found |= {name: {**record, "stage": made["stage"], "root": root} for name, record in made["artifacts"].items()}
     return found
 
-
+# %% ../nbs/03_stage.ipynb #b40ab430
 def list_runs(
     root=None,  # folder of the runs; runs/ of the project when None
 ) -> list[Path]:  # newest first
     "All runs on this machine."
     return [p.parent for p in sorted(Path(root or project_root() / "runs").glob("*/*/run.json"), key=lambda p: p.stat().st_mtime_ns, reverse=True)]
 
-
+# %% ../nbs/03_stage.ipynb #f925431d
 def latest_run(
     needs=(),  # artifacts that it must hold
     root=None,  # folder of the runs; runs/ of the project when None
@@ -97,7 +97,7 @@ class Stage:
 
     def __repr__(self): return f"Stage({self.name!r}): inputs from {self.run}, outputs to {self.place}"
 
-# %% ../nbs/03_stage.ipynb #3d51f230
+# %% ../nbs/03_stage.ipynb #a0653129
 def _front_matter(name: str, run: str) -> dict:
     "The contract of the notebook that is running: from the runner, from Jupyter's session, or by its stage name."
     context = Path(run) / name / "context.json"
@@ -110,7 +110,7 @@ def _front_matter(name: str, run: str) -> dict:
         if front.get("stage") == name: return {**front, "types": {n: p.type for n, p in read_parameters(nb, path.name).items()}}
     return {"title": name.title(), "sentence": "", "stage": name, "needs": [], "makes": []}
 
-
+# %% ../nbs/03_stage.ipynb #b844a525
 def _by_hand(needs) -> Path:
     "Where a notebook that was opened by hand finds its inputs; a test always takes the sample."
     return sample_folder() if os.environ.get("IN_TEST") else latest_run(needs) or sample_folder()
@@ -130,14 +130,14 @@ def typed_parameters(
         try: values[name] = coerce(values[name], kind)
         except Refused as e: raise SlmlError(f"{name} is {values[name]!r}, but it is declared {kind}", f"stage {stage}", f"give {e}") from None
 
-# %% ../nbs/03_stage.ipynb #21cce181
+# %% ../nbs/03_stage.ipynb #258f36c3
 def _input(self: Stage, name: str) -> dict:
     if self._inputs is None: self._inputs = made_in(self.run)
     if name in self._inputs: return self._inputs[name]
     raise SlmlError(f"artifact '{name}' is not in {self.run}", f"stage {self.name}",
                     suggest(name, self._inputs) + "; run the stages before this one first")
 
-
+# %% ../nbs/03_stage.ipynb #e24d10b0
 def path(self: Stage,
          name: str,  # of an artifact
          ) -> Path:  # its file or folder on this machine
@@ -149,13 +149,17 @@ def read_json(self: Stage, name: str):
     "An input that is JSON, as Python values."
     return json.loads(self.path(name).read_text())
 
+Stage.path, Stage.json = path, read_json
 
+# %% ../nbs/03_stage.ipynb #79f5424b
 def has(self: Stage, name: str) -> bool:
     "Whether an input that is only used when it is there (`- uses:`) is there."
     if self._inputs is None: self._inputs = made_in(self.run)
     return name in self._inputs
 
+Stage.has = has
 
+# %% ../nbs/03_stage.ipynb #d775e796
 def df(self: Stage, name: str):
     "An input table as a pandas DataFrame."
     _input(self, name)
@@ -169,7 +173,7 @@ def sql(self: Stage,
     "A query over the inputs."
     return self.con.sql(query)
 
-Stage.path, Stage.json, Stage.has, Stage.df, Stage.sql = path, read_json, has, df, sql
+Stage.df, Stage.sql = df, sql
 
 # %% ../nbs/03_stage.ipynb #36dbc990
 @property
@@ -184,7 +188,7 @@ def con(self: Stage):
 
 Stage.con = con
 
-# %% ../nbs/03_stage.ipynb #1c8d37a8
+# %% ../nbs/03_stage.ipynb #35c13272
 def _write(value, out: Path, name: str, con) -> tuple[str, Path]:
     "Write a value under its name; its kind and its path."
     if isinstance(value, Path) and value.is_file():  # a Parquet file that a stage has streamed to its place
@@ -201,12 +205,12 @@ def _write(value, out: Path, name: str, con) -> tuple[str, Path]:
     else: return "json", atomic_write(out / f"{name}.json", json.dumps(value, indent=1, ensure_ascii=False, default=_plain))
     return "table", out / f"{name}.parquet"
 
-
+# %% ../nbs/03_stage.ipynb #07c0fcce
 def _plain(value):
     "NumPy scalars, dates and paths in JSON."
     return value.item() if hasattr(value, "item") else value.tolist() if hasattr(value, "tolist") else str(value)
 
-# %% ../nbs/03_stage.ipynb #b1784763
+# %% ../nbs/03_stage.ipynb #aab4f688
 def save(self: Stage,
          name: str,  # of the artifact: one of those the front matter promises
          value,  # relation, DataFrame or Path of a Parquet file (table), dict or list (json), str (text), Path of a folder
@@ -224,20 +228,24 @@ def save(self: Stage,
     self.made["artifacts"][name] = record
     return where
 
+Stage.save = save
 
+# %% ../nbs/03_stage.ipynb #a25a47a0
 def folder(self: Stage, name: str) -> Path:
     "An empty folder to fill, before it is saved under `name`."
     (self.out / name).mkdir(parents=True, exist_ok=True)
     return self.out / name
 
-Stage.save, Stage.folder = save, folder
+Stage.folder = folder
 
-# %% ../nbs/03_stage.ipynb #03309dc9
+# %% ../nbs/03_stage.ipynb #d670c985
 def metric(self: Stage, **numbers):
     "Numbers of this stage: `stage.metric(rows_in=10, rows_clean=9)`."
     self.made["metrics"].update({k: _plain(v) if not isinstance(v, (int, float, str, type(None))) else v for k, v in numbers.items()})
 
+Stage.metric = metric
 
+# %% ../nbs/03_stage.ipynb #c52974fe
 def finding(self: Stage,
             text: str,  # one sentence
             level: str = "info",  # info, warn or alarm
@@ -247,7 +255,7 @@ def finding(self: Stage,
     self.made["findings"].append({"level": level, "text": text})
     print({"info": "·", "warn": "!", "alarm": "!!"}[level], text)
 
-Stage.metric, Stage.finding = metric, finding
+Stage.finding = finding
 
 # %% ../nbs/03_stage.ipynb #7f648898
 def progress(self: Stage,
@@ -259,7 +267,7 @@ def progress(self: Stage,
 
 Stage.progress = progress
 
-# %% ../nbs/03_stage.ipynb #722252c1
+# %% ../nbs/03_stage.ipynb #75088ca3
 COLOURS = ["#2f6f9f", "#d9822b", "#4d9a6a", "#b5484f", "#7a6aa8", "#8c8c8c"]
 STYLE = {"figure.facecolor": "white", "axes.facecolor": "white", "axes.edgecolor": "#9aa3ad", "axes.labelcolor": "#3b4550",
          "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlecolor": "#20262d",
@@ -268,7 +276,7 @@ STYLE = {"figure.facecolor": "white", "axes.facecolor": "white", "axes.edgecolor
          "ytick.labelsize": 8.5, "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.8, "font.size": 9,
          "font.family": "sans-serif", "svg.fonttype": "path", "svg.hashsalt": "slml_nb", "axes.formatter.useoffset": False}
 
-
+# %% ../nbs/03_stage.ipynb #6b58b99d
 def axes(self: Stage,
          nrows: int = 1, ncols: int = 1,
          width: float = 8, height: float = 3,  # inches
@@ -283,21 +291,21 @@ def axes(self: Stage,
 
 Stage.axes, Stage.colours = axes, COLOURS
 
-# %% ../nbs/03_stage.ipynb #d1d9af2f
+# %% ../nbs/03_stage.ipynb #bbabe7f7
 def _captioned(caption: str, table: str = ""):
     "Show a caption, and a table under it."
     from html import escape
     from IPython.display import HTML, display
     display(HTML(f"<p><em>{escape(caption)}</em></p>{table}"))
 
-
+# %% ../nbs/03_stage.ipynb #5db3f836
 def _show_figure(file: Path, caption: str):
     "A figure with its caption below."
     from IPython.display import SVG, display
     display(SVG(str(file)))
     _captioned(caption)
 
-
+# %% ../nbs/03_stage.ipynb #aea02766
 def _show_table(table, caption: str):
     "A table with its caption above; missing values are left blank."
     import pandas as pd
@@ -305,7 +313,7 @@ def _show_table(table, caption: str):
     with pd.option_context("display.max_colwidth", 300):
         _captioned(caption, table.to_html(index=False, na_rep="", border=0, float_format=_digits))
 
-# %% ../nbs/03_stage.ipynb #529e350f
+# %% ../nbs/03_stage.ipynb #b538c012
 def figure(self: Stage,
            fig,  # a matplotlib Figure
            caption: str,  # what the reader should see in it
@@ -317,7 +325,9 @@ def figure(self: Stage,
     self.made["figures"].append({"caption": caption, "file": name})
     if not os.environ.get("IN_TEST"): _show_figure(self.out / name, caption)
 
+Stage.figure = figure
 
+# %% ../nbs/03_stage.ipynb #746f5916
 def table_out(self: Stage,
               table,  # DataFrame or relation of at most 60 rows
               caption: str,
@@ -331,9 +341,9 @@ def table_out(self: Stage,
     self.made["tables"].append({"caption": caption, "file": name})
     if not os.environ.get("IN_TEST"): _show_table(table, caption)
 
-Stage.figure, Stage.table_out = figure, table_out
+Stage.table_out = table_out
 
-# %% ../nbs/03_stage.ipynb #6abddcb0
+# %% ../nbs/03_stage.ipynb #8be3315b
 def done(self: Stage) -> dict:  # the record that was written
     "Check that everything promised was made, and say so on disk."
     if missing := [n for n in self.front["makes"] if n not in self.made["artifacts"]]:
@@ -347,7 +357,7 @@ def done(self: Stage) -> dict:  # the record that was written
 
 Stage.done = done
 
-
+# %% ../nbs/03_stage.ipynb #4a92f54a
 def _without_secrets(text: str) -> str:
     "JSON or SVG without the values of the variables that SLML_SECRETS names."
     return strike_out(text, spellings(os.environ.get(name, "") for name in os.environ.get("SLML_SECRETS", "").split(",")))

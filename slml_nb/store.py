@@ -311,10 +311,10 @@ def _new_client(endpoint, patient, kms, owner, pid, known):
     if patient: s3.meta.events.register_last("needs-retry.s3", _Patience(session.get_credentials()))
     return s3
 
-# %% ../nbs/01_store.ipynb #68887565
+# %% ../nbs/01_store.ipynb #637cb001
 _s3_fixes = {
     **WAYS_OUT,
-    "NoSuchBucket": "make the bucket, or correct its name",
+    "NoSuchBucket": "make the bucket (`slml doctor PARAMS --on sagemaker --make-bucket`), or correct its name",
     "NoSuchKey": "list() tells what there is", "404": "list() tells what there is",
     **dict.fromkeys(["AccessDenied", "403"], "the role needs s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket there, s3:AbortMultipartUpload for what is large; "
                     "with kms= also kms:GenerateDataKey and kms:Decrypt; and owner=, where given, must be the bucket's"),
@@ -323,7 +323,7 @@ _s3_fixes = {
     "PreconditionFailed": "it was replaced while it was read: read it again",
     "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION to it"}
 
-# %% ../nbs/01_store.ipynb #45d7aa64
+# %% ../nbs/01_store.ipynb #1a03712f
 @contextlib.contextmanager
 def _s3_errors(where: str):
     "An error of boto3 as one that says what to do."
@@ -331,7 +331,8 @@ def _s3_errors(where: str):
     try: yield
     except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError, boto3.exceptions.Boto3Error) as e:
         if isinstance(e, boto3.exceptions.Boto3Error): e = e.__context__ or e
-        raise SlmlError(f"S3 says {error_code(e)}", str(where), _s3_fixes.get(error_code(e), (str(e).splitlines() or [""])[0])) from None
+        said = "no AWS credentials were found" if error_code(e) == "NoCredentialsError" else f"S3 says {error_code(e)}"
+        raise SlmlError(said, str(where), _s3_fixes.get(error_code(e), (str(e).splitlines() or [""])[0])) from None
 
 # %% ../nbs/01_store.ipynb #1ceadddf
 class S3Store:

@@ -18,11 +18,11 @@ from .core import (ParamSet, SlmlError, atomic_write, canonical_json, load_param
 from .graph import Graph, plan, read_stage, stages_of
 from .run import away_for, Run, Task, runner_for, schedule
 
-# %% ../nbs/50_sweep.ipynb #da57e4f6
+# %% ../nbs/50_sweep.ipynb #ea2dc372
 MOST = 10_000  # points of one sweep
 WORDS = ("zip", "exclude", "include", "metric", "direction")  # keys of `matrix:` that are no parameters
 
-
+# %% ../nbs/50_sweep.ipynb #01199807
 @dataclass
 class Matrix:
     "What a parameter set varies, with the place of every word of it."
@@ -32,20 +32,26 @@ class Matrix:
     lines: dict = field(default_factory=dict)  # {("matrix", key, …): "file:line"}
     file: str = "matrix"
 
-    def where(self, *path):
-        "The line of a part of the matrix, or of the nearest part around it."
-        return next((self.lines[p] for n in range(len(path), -1, -1) if (p := ("matrix", *path[:n])) in self.lines), self.file)
+# %% ../nbs/50_sweep.ipynb #1fd8ce42
+def _where(self: Matrix, *path):
+    "The line of a part of the matrix, or of the nearest part around it."
+    return next((self.lines[p] for n in range(len(path), -1, -1) if (p := ("matrix", *path[:n])) in self.lines), self.file)
 
-    def fail(self, what, path, fix):
-        "Say what is wrong with a part of the matrix."
-        raise SlmlError(what, self.where(*path), fix)
 
-    def full(self, name, *path):
-        "The full name of a parameter."
-        try: return self.address(name)
-        except SlmlError as e: raise SlmlError(e.what, self.where(*path), e.fix) from None
+def _fail(self: Matrix, what, path, fix):
+    "Say what is wrong with a part of the matrix."
+    raise SlmlError(what, self.where(*path), fix)
 
-# %% ../nbs/50_sweep.ipynb #c25bcda9
+
+def _full(self: Matrix, name, *path):
+    "The full name of a parameter."
+    try: return self.address(name)
+    except SlmlError as e: raise SlmlError(e.what, self.where(*path), e.fix) from None
+
+
+Matrix.where, Matrix.fail, Matrix.full = _where, _fail, _full
+
+# %% ../nbs/50_sweep.ipynb #841b181b
 def axis_values(
     m: Matrix,
     name: str,  # as typed
@@ -61,12 +67,12 @@ def axis_values(
         if any(_same(v, w) for w in typed[:i]) and path[0] != "zip": m.fail(f"'{name}' has {v!r} twice", (*path, i), "keep one")
     return full, typed
 
-
+# %% ../nbs/50_sweep.ipynb #e5ef19a7
 def _same(a, b) -> bool:
     "Equal values; 1 is 1.0, but True is neither."
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 
-
+# %% ../nbs/50_sweep.ipynb #882f18bc
 def _groups(m: Matrix):
     "Each group of lists that advance together, with where it stands."
     given = m.given.get("zip", [])
@@ -96,7 +102,7 @@ def axes_of(
         elif name not in WORDS: _axis({name: values}, ())
     return axes
 
-# %% ../nbs/50_sweep.ipynb #404d3088
+# %% ../nbs/50_sweep.ipynb #b5f23c88
 def _listed(m: Matrix, word: str):
     "The mappings below `exclude:` or `include:`, with full names and typed values, and where each stands."
     given = m.given.get(word, [])
@@ -107,7 +113,7 @@ def _listed(m: Matrix, word: str):
         if len(set(full.values())) < len(full): m.fail(f"{word} names a parameter twice", path, "keep one")
         yield {full[n]: m.accept(full[n], v, m.where(*path, n)) for n, v in one.items()}, path
 
-
+# %% ../nbs/50_sweep.ipynb #da04d75e
 def _left_out(m: Matrix, points: list[dict], axes: list) -> list[dict]:
     "The points that no line of `exclude` matches; a line that matches none is a slip."
     takes = {name: [step[name] for step in axis] for axis in axes for name in axis[0]}
@@ -120,17 +126,17 @@ def _left_out(m: Matrix, points: list[dict], axes: list) -> list[dict]:
         points = kept
     return points
 
-
+# %% ../nbs/50_sweep.ipynb #4874098f
 def _said(point: dict) -> str: return ", ".join(f"{k} = {short_value(v)}" for k, v in point.items())
 
-
+# %% ../nbs/50_sweep.ipynb #cc6dabef
 def short_value(v) -> str:
     "A value as a table shows it."
     v = mask(v)
     said = v if isinstance(v, str) else f"{v:.6g}" if isinstance(v, float) else json.dumps(v, ensure_ascii=False, default=str)
     return said if len(said) <= 40 else said[:37] + "…"
 
-# %% ../nbs/50_sweep.ipynb #8a5c4d21
+# %% ../nbs/50_sweep.ipynb #e50a6ace
 def points_of(
     matrix: "dict | Matrix",  # the mapping below `matrix:`
     address=str,  # called with a name as typed: the full "stage.parameter"
@@ -150,13 +156,13 @@ def points_of(
     distinct(m, points)
     return points
 
-
+# %% ../nbs/50_sweep.ipynb #2b2cfb87
 def distinct(m: Matrix, points: list[dict]):
     "Complain about a point that is there twice."
     for i, n in Counter(canonical_json(named(p)) for p in points).items():
         if n > 1: m.fail(f"the point {_said(next(p for p in points if canonical_json(named(p)) == i))} is there {n} times", (), "a value is listed twice, or include repeats what the lists make already")
 
-# %% ../nbs/50_sweep.ipynb #72193058
+# %% ../nbs/50_sweep.ipynb #ee40da0f
 @dataclass
 class Execution:
     "One stage with one set of parameters and one set of inputs: what some points of a sweep have in common."
@@ -166,7 +172,7 @@ class Execution:
     after: list[str]  # names of the executions whose artifacts it needs
     points: list[int]  # numbers of the points that use it, from 0
 
-
+# %% ../nbs/50_sweep.ipynb #019208d7
 @dataclass
 class SweepPlan:
     "Every point of a sweep, and the executions they come down to."
@@ -190,7 +196,7 @@ class SweepPlan:
         "Executions, if nothing were shared."
         return len(self.points) * len(self.graph.order)
 
-# %% ../nbs/50_sweep.ipynb #9731cb4f
+# %% ../nbs/50_sweep.ipynb #afcb6be1
 def address_in(
     graph: Graph,
 ):  # a function: a name as typed -> "stage.parameter"
@@ -209,7 +215,7 @@ def address_in(
         raise SlmlError(f"no stage has a parameter '{name}'", "", suggest(name, sorted({p for n in graph.nodes.values() for p in n.schema if p != "run"} | set(WORDS))))
     return _address
 
-
+# %% ../nbs/50_sweep.ipynb #5a7f0a46
 def accept_in(graph: Graph):  # a function: full name, value, where -> the value in its declared type
     "How a value of a matrix is checked against the notebook that takes it."
     def _accept(name, value, where):
@@ -238,7 +244,7 @@ def sweep_plan(
     graph, base = plan(params, {**(overrides or {}), **points[0]})
     return SweepPlan(graph, points, *_executions(graph, base, points))
 
-# %% ../nbs/50_sweep.ipynb #98df4826
+# %% ../nbs/50_sweep.ipynb #b76fed69
 def _executions(graph: Graph, base: dict, points: list[dict]):
     "The distinct executions, and the way of each point through them."
     before = {s: graph.before(s) for s in graph.order}
@@ -256,7 +262,7 @@ def _executions(graph: Graph, base: dict, points: list[dict]):
         ways.append(way)
     return nodes, ways
 
-
+# %% ../nbs/50_sweep.ipynb #6f847d7e
 def _execution(nodes: dict, stage: str, parameters: dict, after: list[str]) -> str:
     "Enter an execution; its name ends with a hash of what it is, longer where the first eight digits are taken."
     whole = sha256_text(canonical_json([stage, named(parameters), after]))
@@ -264,12 +270,12 @@ def _execution(nodes: dict, stage: str, parameters: dict, after: list[str]) -> s
     nodes[name] = Execution(name, stage, parameters, after, [])
     return name
 
-# %% ../nbs/50_sweep.ipynb #82204806
+# %% ../nbs/50_sweep.ipynb #bb8f97ca
 LESS = {"mae", "rmse", "mse", "mape", "smape", "loss", "logloss", "brier", "error", "perplexity", "deviance", "regret", "wer", "cer", "pinball"}
 MORE = {"accuracy", "acc", "auc", "f1", "r2", "precision", "recall", "score", "reward", "ndcg", "iou", "bleu", "rouge", "kappa", "mcc", "gain", "likelihood"}
 ROWS = {"valid": {"valid", "validation", "val", "cv", "dev", "oob"}, "test": {"test", "holdout"}, "train": {"train", "training", "fit"}}
 
-
+# %% ../nbs/50_sweep.ipynb #5069c3fc
 def kind_of(
     metric: str,  # "train.valid_mae"
 ) -> tuple[str, str]:  # rows it was measured on (valid, test, train or ""), and its direction ("" when no measure of quality)
@@ -278,7 +284,7 @@ def kind_of(
     rows = next((rows for rows, known in ROWS.items() if words & known), "")
     return rows, "minimise" if words & LESS else "maximise" if words & MORE else ""
 
-
+# %% ../nbs/50_sweep.ipynb #7b4be319
 def value_of(point: dict, metric: str) -> float | None:
     "A metric of a point, when it is a number that can be compared."
     v = point.get("metrics", {}).get(metric)
@@ -298,12 +304,12 @@ def by_rule(
     known = [n for n in names if kind_of(n)[1] and kind_of(n)[0] != "train" and any(value_of(p, n) is not None for p in points)]
     return min(known, key=_rank, default="")
 
-# %% ../nbs/50_sweep.ipynb #eb604687
+# %% ../nbs/50_sweep.ipynb #3fa814ab
 CAUTION = {"test": "It is a score on test rows. The best of many test scores looks better than it will be on new rows: let a stage record a validation metric and compare by that.",
            "train": "It is a score on training rows: the point that learns them by heart wins.",
            "": "Its name does not say which rows it was measured on; if they are test rows, the best point looks better than it is."}
 
-
+# %% ../nbs/50_sweep.ipynb #21be7ffd
 def choose(
     points: list[dict],  # of run.json
     order: list[str],  # stages
@@ -320,12 +326,16 @@ def choose(
     best = (min if direction == "minimise" else max)(v for v, _ in known)
     better = "less is better" if direction == "minimise" else "more is better"
     if asked and not (way or natural): better += ", as nothing else was said: direction: maximise turns it round"
-    which = {"valid": "the last validation metric", "test": "the last metric on test rows", "": "the last measure of quality"}.get(rows, "")
-    differs = " that differs between points" if len({v for v, _ in known}) > 1 else ""
-    why = "as the parameter set says." if asked else f"{which}{differs}. To compare by another one, write  metric: NAME  below matrix:"
+    why = "as the parameter set says." if asked else _rule_words(rows, len({v for v, _ in known}) > 1)
     return {**found, "value": best, "best": [p for v, p in known if v == best], "said": f"Compared by {metric} ({better}), {why}", "caution": CAUTION.get(rows, "")}
 
+# %% ../nbs/50_sweep.ipynb #eb83b609
+def _rule_words(rows: str, differs: bool) -> str:
+    "The rule that took a metric, in words."
+    which = {"valid": "the last validation metric", "test": "the last metric on test rows", "": "the last measure of quality"}.get(rows, "")
+    return f"{which}{' that differs between points' if differs else ''}. To compare by another one, write  metric: NAME  below matrix:"
 
+# %% ../nbs/50_sweep.ipynb #977ee149
 def _unknown(points, asked) -> str:
     "Why no point is best."
     done = [p for p in points if p.get("state") == "done"]
@@ -334,7 +344,7 @@ def _unknown(points, asked) -> str:
     if asked: return f"No finished point has a number for {asked}: {suggest(asked, names)}."
     return f"No metric of these points is known to measure quality; say which one does with metric: below matrix: ({suggest('', names)})."
 
-# %% ../nbs/50_sweep.ipynb #a6ca6593
+# %% ../nbs/50_sweep.ipynb #542e17db
 def sweep_record(
     run,  # folder of a sweep, or its run.json as read
 ) -> dict:  # run.json, with "choice"
@@ -348,7 +358,7 @@ def sweep_record(
     if "points" not in record: raise SlmlError("this run is no sweep", str(record.get("run", run)), "a parameter set with matrix: makes one")
     return {**record, "choice": choose(record["points"], record.get("order", []), record.get("matrix"))}
 
-
+# %% ../nbs/50_sweep.ipynb #c5811af5
 def sweep_table(
     run,  # folder of a sweep, or its run.json as read
 ) -> list[dict]:  # per point: point, best, state, why, seconds, "values" {parameter: value}, "metrics" {metric: number}, "metric" (the one compared by)
@@ -358,7 +368,7 @@ def sweep_table(
     return [{"point": p["point"], "best": p["point"] in best, "state": p["state"], "why": p.get("why", ""), "seconds": p.get("seconds"),
              "values": p["values"], "metrics": p.get("metrics", {}), "metric": value_of(p, metric), "folder": p.get("folder", "")} for p in record["points"]]
 
-
+# %% ../nbs/50_sweep.ipynb #cba0227c
 def short_names(
     names: list[str],  # "stage.parameter"
 ) -> dict[str, str]:  # without the stage where that is clear
@@ -366,7 +376,7 @@ def short_names(
     count = Counter(n.split(".", 1)[-1] for n in names)
     return {n: n if count[n.split(".", 1)[-1]] > 1 else n.split(".", 1)[-1] for n in names}
 
-# %% ../nbs/50_sweep.ipynb #e9364520
+# %% ../nbs/50_sweep.ipynb #0c9a9411
 def sweep_csv(
     run,  # folder of a sweep, or its run.json as read
 ) -> str:
@@ -380,7 +390,7 @@ def sweep_csv(
     for r in rows: write.writerow([r["point"], r["state"], *(cell(r["values"].get(n)) for n in varied), *(cell(r["metrics"].get(n)) for n in metrics), r["seconds"], r["why"]])
     return out.getvalue()
 
-
+# %% ../nbs/50_sweep.ipynb #0f244c3b
 def shown_points(
     rows: list[dict],  # from `sweep_table`
     direction: str,
@@ -393,13 +403,21 @@ def shown_points(
     good = sorted((r for r in rows if r["metric"] is not None), key=lambda r: (sign * r["metric"], r["point"]))[:best]
     return good + [r for r in rows if r["state"] not in ("done", "running", "waiting")][:best]
 
-# %% ../nbs/50_sweep.ipynb #2386ab35
+# %% ../nbs/50_sweep.ipynb #406ecb55
 def sweep_text(
     run,  # folder of a sweep, or its run.json as read
 ) -> str:  # for a terminal
     "A sweep in words: the table, and which point is best."
     record, rows = sweep_record(run), sweep_table(run)
-    choice = record["choice"]
+    table = _table_of(rows, record["choice"])
+    wide = [max(len(row[i]) for row in table) for i in range(len(table[0]) - 1)]
+    lines = ["  ".join([c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide))] + [row[-1][:120]]).rstrip() for row in table]
+    left = len(rows) - (len(table) - 1)
+    return "\n".join([*lines, *([f"… and {left:,} more: points.csv has them all"] if left else []), "", *sweep_sentences(record)])
+
+# %% ../nbs/50_sweep.ipynb #fb487552
+def _table_of(rows: list[dict], choice: dict) -> list[list[str]]:
+    "The table as text: the head, then the points that a reader wants to see."
     names = short_names(list(dict.fromkeys(n for r in rows for n in r["values"])))
     metric = [choice["metric"]] if choice["best"] else []
     table = [["point", *names.values(), *metric, "seconds", "state"]]
@@ -407,34 +425,36 @@ def sweep_text(
         numbers = [f"{r['metric']:.6g}" if r["metric"] is not None else "–"] * len(metric)
         state = r["state"] if not r["why"] else f"{r['state']}: {r['why']}"
         table.append([r["point"] + (" *" if r["best"] else ""), *(short_value(r["values"].get(n, "")) for n in names), *numbers, "–" if r["seconds"] is None else f"{r['seconds']:.1f}", state])
-    wide = [max(len(row[i]) for row in table) for i in range(len(table[0]) - 1)]
-    lines = ["  ".join([c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide))] + [row[-1][:120]]).rstrip() for row in table]
-    left = len(rows) - (len(table) - 1)
-    return "\n".join([*lines, *([f"… and {left:,} more: points.csv has them all"] if left else []), "", *sweep_sentences(record)])
+    return table
 
+# %% ../nbs/50_sweep.ipynb #650c190c
+def _shared_words(record: dict) -> str:
+    "How many executions there were, and how many there would have been."
+    nodes = record.get("nodes", {}).values()
+    states, wanted = Counter(n["state"] for n in nodes), {n["stage"] for n in nodes if not str(n.get("why", "")).startswith(("--to", "not asked for"))}
+    ran, there, plain = states["made"] + states["failed"], states["reused"], len(record["points"]) * len(wanted or record["order"])
+    if not ran + there: return ""
+    return f" {ran:,} stages were executed{f' and {there:,} were there already' if there else ''}; without sharing it would have been {plain:,}."
 
+# %% ../nbs/50_sweep.ipynb #cd723724
 def sweep_sentences(
     record: dict,  # from `sweep_record`
 ) -> list[str]:  # counts; the best point; how it was chosen; what to mind
     "What there is to say of a sweep."
     choice, points = record["choice"], record["points"]
     count = Counter(p["state"] for p in points)
-    said = [f"{len(points):,} points: " + ", ".join(f"{n:,} {s}" for s, n in sorted(count.items())) + "."]
-    nodes = record.get("nodes", {}).values()
-    states, wanted = Counter(n["state"] for n in nodes), {n["stage"] for n in nodes if not str(n.get("why", "")).startswith(("--to", "not asked for"))}
-    ran, there, plain = states["made"] + states["failed"], states["reused"], len(points) * len(wanted or record["order"])
-    if ran + there: said[0] += f" {ran:,} stages were executed{f' and {there:,} were there already' if there else ''}; without sharing it would have been {plain:,}."
+    said = [f"{len(points):,} points: " + ", ".join(f"{n:,} {s}" for s, n in sorted(count.items())) + "." + _shared_words(record)]
     if choice["best"]:
         first = next(p for p in points if p["point"] == choice["best"][0])
         also = f", as good as {' and '.join(choice['best'][1:4])}{' and others' if len(choice['best']) > 4 else ''}" if len(choice["best"]) > 1 else ""
         said.append(f"Best: point {first['point']}, {_said(first['values'])}: {choice['metric']} {choice['value']:.6g}{also}.")
     return said + [s for s in (choice["said"], choice["caution"], *record.get("notes", [])) if s]
 
-# %% ../nbs/50_sweep.ipynb #2c1baec5
+# %% ../nbs/50_sweep.ipynb #6cd24c2e
 OVER = ("made", "reused", "failed", "skipped")  # states that an execution does not leave
 KEPT = ("stage", "state", "why", "key", "began", "started", "seconds", "offset", "outside", "cells", "peak_mb", "cpu", "read", "written", "gpu_busy", "gpu_mb", "kernel", "attempts", "error")
 
-
+# %% ../nbs/50_sweep.ipynb #78801f95
 class SweepRecord:
     "The state of a sweep and of its points, on disk soon after every change."
 
@@ -455,22 +475,31 @@ class SweepRecord:
         "Seconds since the sweep began."
         return round(time.monotonic() - self.clock, 3)
 
-    def place(self, name: str) -> Path:
-        "The folder of an execution."
-        return self.folder / "nodes" / name
+# %% ../nbs/50_sweep.ipynb #97041bce
+def _place(self: SweepRecord, name: str) -> Path:
+    "The folder of an execution."
+    return self.folder / "nodes" / name
 
-    def run_of(self, name: str) -> Path:
-        "A point that uses an execution: a run folder in which its inputs are found."
-        return self.folder / self.points[self.sweep.nodes[name].points[0]]["folder"]
 
-    def _folders(self):
-        "A folder for each execution, and the points as links to them."
-        for name in self.sweep.nodes: self.place(name).mkdir(parents=True, exist_ok=True)
-        for point, way in zip(self.points, self.sweep.ways):
-            (self.folder / point["folder"]).mkdir(parents=True, exist_ok=True)
-            for stage, name in way.items(): (self.folder / point["folder"] / stage).symlink_to(f"../../nodes/{name}", target_is_directory=True)
+def _run_of(self: SweepRecord, name: str) -> Path:
+    "A point that uses an execution: a run folder in which its inputs are found."
+    return self.folder / self.points[self.sweep.nodes[name].points[0]]["folder"]
 
-# %% ../nbs/50_sweep.ipynb #df57e854
+
+SweepRecord.place, SweepRecord.run_of = _place, _run_of
+
+# %% ../nbs/50_sweep.ipynb #06e4eccd
+def _make_folders(self: SweepRecord):
+    "A folder for each execution, and the points as links to them."
+    for name in self.sweep.nodes: self.place(name).mkdir(parents=True, exist_ok=True)
+    for point, way in zip(self.points, self.sweep.ways):
+        (self.folder / point["folder"]).mkdir(parents=True, exist_ok=True)
+        for stage, name in way.items(): (self.folder / point["folder"] / stage).symlink_to(f"../../nodes/{name}", target_is_directory=True)
+
+
+SweepRecord._folders = _make_folders
+
+# %% ../nbs/50_sweep.ipynb #34f0b2fd
 def update(self: SweepRecord, name: str = "", **what):
     "Change the record of an execution, or of the sweep."
     with self.lock:
@@ -484,7 +513,7 @@ def update(self: SweepRecord, name: str = "", **what):
                 if not self.left[i]: self.close(i)
         self._soon()
 
-
+# %% ../nbs/50_sweep.ipynb #74c847ae
 def _soon(self: SweepRecord):
     "Write now, or within a second of the last time."
     wait = self.written + self.pause - time.monotonic()
@@ -496,7 +525,7 @@ def _soon(self: SweepRecord):
 
 SweepRecord.update, SweepRecord._soon = update, _soon
 
-# %% ../nbs/50_sweep.ipynb #ca9e455c
+# %% ../nbs/50_sweep.ipynb #fa848a67
 def write(self: SweepRecord):
     "Put the record on disk."
     with self.lock:
@@ -510,6 +539,9 @@ def write(self: SweepRecord):
         self.pause = max(self.every, 20 * (self.written - begun))  # so that a large sweep spends no more than a twentieth of its time on this
 
 
+SweepRecord.write = write
+
+# %% ../nbs/50_sweep.ipynb #cb03d24d
 def _together(stage: str, nodes, graph: Graph) -> dict:
     "All executions of a stage as one line."
     mine = [n for n in nodes if n["stage"] == stage]
@@ -517,20 +549,24 @@ def _together(stage: str, nodes, graph: Graph) -> dict:
     state = next((s for s in ("running", "failed", "waiting", "made", "reused", "skipped") if count[s]), "waiting")
     return {"state": state, "title": graph.nodes[stage].front.get("title", stage), "executions": len(mine), "count": dict(count), "seconds": round(sum(n.get("seconds") or 0 for n in mine), 3), "metrics": {}}
 
-SweepRecord.write = write
+# %% ../nbs/50_sweep.ipynb #07995de2
+def _outcome(stages: dict, way: dict) -> tuple[str, str]:
+    "The state of a point, and why it is not done; a failed stage by its own name instead of its folder's."
+    failed = [s for s, r in stages.items() if r["state"] == "failed"]
+    if failed:
+        error = stages[failed[0]].get("error") or {}
+        return "failed", f"{error.get('where') or failed[0]}: {error.get('what', 'failed')}".replace(way[failed[0]], failed[0])
+    open_ = [s for s, r in stages.items() if r["state"] not in OVER]
+    return ("interrupted", f"stopped before {open_[0]} was over") if open_ else ("done", "")
 
-# %% ../nbs/50_sweep.ipynb #db3734da
+# %% ../nbs/50_sweep.ipynb #d133f0e7
 def close(self: SweepRecord, i: int):
     "A point is over: its own run.json, and its line in the sweep's."
     point, way = self.points[i], self.sweep.ways[i]
     stages = {s: {**self.nodes[n], "node": n} for s, n in way.items()}
-    failed = [s for s, r in stages.items() if r["state"] == "failed"]
-    open_ = [s for s, r in stages.items() if r["state"] not in OVER]
-    error = (stages[failed[0]].get("error") or {}) if failed else {}
-    stopped = f"stopped before {open_[0]} was over" if open_ else ""
-    said = f"{error.get('where') or failed[0]}: {error.get('what', 'failed')}".replace(way[failed[0]], failed[0]) if failed else stopped
+    state, said = _outcome(stages, way)
     metrics = {f"{s}.{k}": v for s, r in stages.items() for k, v in (r.get("metrics") or {}).items() if isinstance(v, (int, float))}
-    point.update(state="failed" if failed else "interrupted" if open_ else "done", why=said, metrics=metrics, seconds=round(sum(r.get("seconds") or 0 for r in stages.values()), 3))
+    point.update(state=state, why=said, metrics=metrics, seconds=round(sum(r.get("seconds") or 0 for r in stages.values()), 3))
     moments = [r["started"] for r in stages.values() if r.get("started")]
     record = {**self.head, "run": f"{self.head.get('run', self.folder.name)}/{point['folder']}", "sweep": "../..", "overrides": point["values"], "state": point["state"],
               "started": min(moments, default=self.head.get("started")), "seconds": point["seconds"], "order": self.sweep.graph.order,
@@ -539,6 +575,9 @@ def close(self: SweepRecord, i: int):
     self.on_point(point)
 
 
+SweepRecord.close = close
+
+# %% ../nbs/50_sweep.ipynb #2a677d44
 def finish(self: SweepRecord, state: str = "", **what) -> dict:
     "The sweep is over, or was stopped: close what is open, and write everything."
     with self.lock:
@@ -551,13 +590,17 @@ def finish(self: SweepRecord, state: str = "", **what) -> dict:
     return sweep_record(self.folder)
 
 
+SweepRecord.finish = finish
+
+# %% ../nbs/50_sweep.ipynb #230d8aa0
 def note(self: SweepRecord, name: str, **what):
     "What a task says of itself."
     began = self.nodes[name].get("offset")
     if what.get("state") == "failed" and began is not None: what.update(offset=began, seconds=round(self.elapsed() - began, 3))
     self.update(name, **what)
 
-SweepRecord.close, SweepRecord.finish, SweepRecord.note = close, finish, note
+
+SweepRecord.note = note
 
 # %% ../nbs/50_sweep.ipynb #bc6ab9bb
 def notes_of(sweep: SweepPlan) -> list[str]:
@@ -582,7 +625,7 @@ def tasks_of(
         tasks.append(Task(name, graph.nodes[e.stage], e.parameters, record, record.run_of(name), after, e.stage in forced, functools.partial(record.note, name)))
     return tasks
 
-# %% ../nbs/50_sweep.ipynb #8a8a281d
+# %% ../nbs/50_sweep.ipynb #65c99488
 def sweep(
     params,  # path of a parameter set with `matrix:`, or a ParamSet
     overrides: dict | None = None,  # {"train.epochs": "3"}, for all points
@@ -606,14 +649,23 @@ def sweep(
         if on_event:
             with lock: on_event(event)
     told = {"points": len(found.points), "executions": sum(e.stage in wanted for e in found.nodes.values()), "plain": len(found.points) * len(wanted)}
-    if dry_run:
-        _emit(type="plan", dry_run=True, stages=[{"stage": n, "state": "planned" if e.stage in wanted else "skipped", "why": f"for {len(e.points)} points"} for n, e in found.nodes.items()], **told)
-        return {"project": params.project, "state": "planned", "parameters": mask(found.common), "matrix": mask(params.matrix), **told}
-    run = Run(params, graph, found.common, overrides or {})
-    head = {k: v for k, v in run.record.items() if k not in ("stages", "order", "parameters")}
-    record = SweepRecord(run.folder, found, head, wanted, params.matrix, on_point=lambda p: _emit(type="point", **{k: p[k] for k in ("point", "values", "state", "why", "metrics", "seconds")}))
-    _emit(type="plan", run=str(run.folder), stages=[{"stage": n, "state": r["state"]} for n, r in record.nodes.items()], **told)
+    if dry_run: return _planned(params, found, wanted, told, _emit)
+    record = _started_record(params, found, wanted, overrides, _emit)
+    _emit(type="plan", run=str(record.folder), stages=[{"stage": n, "state": r["state"]} for n, r in record.nodes.items()], **told)
     with runner_for(params, graph, _emit, workers, cold, memory, record, elsewhere) as runner: schedule(runner, tasks_of(record, wanted, forced))
     done = record.finish()
     _emit(type="finish", state=done["state"], seconds=done["seconds"])
-    return {**done, "folder": str(run.folder)}
+    return {**done, "folder": str(record.folder)}
+
+# %% ../nbs/50_sweep.ipynb #86b7c9e0
+def _started_record(params: ParamSet, found: SweepPlan, wanted: set, overrides, emit) -> SweepRecord:
+    "The folder of a sweep, with the record of a run as its head; whoever listens is told of each point that is over."
+    run = Run(params, found.graph, found.common, overrides or {})
+    head = {k: v for k, v in run.record.items() if k not in ("stages", "order", "parameters")}
+    return SweepRecord(run.folder, found, head, wanted, params.matrix, on_point=lambda p: emit(type="point", **{k: p[k] for k in ("point", "values", "state", "why", "metrics", "seconds")}))
+
+# %% ../nbs/50_sweep.ipynb #af2dcd8c
+def _planned(params: ParamSet, found: SweepPlan, wanted: set, told: dict, emit) -> dict:
+    "What a dry run says: each execution, and how many points use it."
+    emit(type="plan", dry_run=True, stages=[{"stage": n, "state": "planned" if e.stage in wanted else "skipped", "why": f"for {len(e.points)} points"} for n, e in found.nodes.items()], **told)
+    return {"project": params.project, "state": "planned", "parameters": mask(found.common), "matrix": mask(params.matrix), **told}

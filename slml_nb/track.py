@@ -31,7 +31,7 @@ def tracking_uri(
     if "***" in found: raise SlmlError("its address is a secret, which no file keeps", "MLflow", "export MLFLOW_TRACKING_URI=…, then slml track")
     return found
 
-# %% ../nbs/55_track.ipynb #48b40b45
+# %% ../nbs/55_track.ipynb #a303d411
 def _runs_of(run: Path) -> Path:
     "The folder of the runs that a run, or a point of a sweep, lies in."
     return Path(run).resolve().parent.parent
@@ -39,7 +39,7 @@ def _runs_of(run: Path) -> Path:
 
 def _default(runs: Path) -> str: return f"sqlite:///{runs.name}/mlflow.db"
 
-
+# %% ../nbs/55_track.ipynb #eb05be5e
 def _database(uri: str, runs: Path) -> Path | None:
     "The file of a SQLite address."
     return (runs.parent / uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
@@ -50,20 +50,20 @@ def _spelled(uri: str, runs: Path) -> str:
     file = _database(uri, runs)
     return f"sqlite:///{file.relative_to(runs.parent)}" if file and file.is_relative_to(runs.parent) else masked_uri(uri)
 
-
+# %% ../nbs/55_track.ipynb #abc275f9
 def _files_root(uri: str, runs: Path) -> str | None:
     "Where MLflow shall put files, when no server decides it."
     file = _database(uri, runs)
     if file: return (file.parent / "mlartifacts").as_uri()
     return (runs / "mlartifacts").as_uri() if re.match(r"(postgresql|mysql|mssql)[+\w]*://", uri) else None
 
-# %% ../nbs/55_track.ipynb #f1006130
+# %% ../nbs/55_track.ipynb #89f46da4
 def _ms(when, default: int = 0) -> int:
     "ISO time as milliseconds since 1970."
     with contextlib.suppress(TypeError, ValueError): return round(dt.datetime.fromisoformat(when).timestamp() * 1000)
     return default
 
-
+# %% ../nbs/55_track.ipynb #2f438c64
 def _name(text: str) -> str:
     "A name that MLflow takes: letters, digits, - _ . space : / and at most 250 of them."
     return re.sub(r"[^\w\-. :/]", "_", text, flags=re.ASCII)[:250]
@@ -73,20 +73,20 @@ def _short(value, limit: int) -> str:
     text = value if isinstance(value, str) else canonical_json(value)
     return text if len(text) <= limit else text[:limit - 1] + "…"
 
-
+# %% ../nbs/55_track.ipynb #a526676f
 def run_params(
     record: dict,  # run.json
 ) -> dict[str, str]:  # {"train.epochs": "7"}; at most 6000 characters each, which is what MLflow takes: run.json has the whole
     "Parameters of all stages, flat."
     return {_name(f"{s}.{k}"): _short(v, 6000) for s, given in (record.get("parameters") or {}).items() for k, v in given.items()}
 
-# %% ../nbs/55_track.ipynb #dda070b8
+# %% ../nbs/55_track.ipynb #2645998a
 def _numbers(found: dict) -> dict[str, float]:
     "The numbers among some values; infinite ones as the largest there is, which is what a database can hold."
     top = sys.float_info.max
     return {k: max(-top, min(top, float(v))) if v == v else float("nan") for k, v in found.items() if isinstance(v, (bool, int, float))}
 
-
+# %% ../nbs/55_track.ipynb #7844b5e9
 def run_metrics(
     record: dict,  # run.json
     verdict: dict,  # of the stage evaluate; {} when there is none
@@ -104,10 +104,10 @@ def run_metrics(
     sweep = {"points": len(points), "points_failed": sum(p.get("state") == "failed" for p in points)} if points else {}
     return {**found, **{k: (v, end) for k, v in _numbers({"seconds": record.get("seconds"), **sweep}).items()}}
 
-# %% ../nbs/55_track.ipynb #5fc791dc
+# %% ../nbs/55_track.ipynb #e993e190
 STATUS = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
-
+# %% ../nbs/55_track.ipynb #a6071b9a
 def run_tags(
     record: dict,  # run.json
     keys: dict,  # {stage: key.json}
@@ -125,7 +125,7 @@ def run_tags(
             "slml.candidate": verdict.get("candidate"), "slml.requirements_met": verdict.get("met"), **texts}
     return {_name(k): _short(v, 5000) for k, v in tags.items() if v not in (None, "", {})}
 
-# %% ../nbs/55_track.ipynb #b9d57d83
+# %% ../nbs/55_track.ipynb #ab7c2b62
 def _made(folder: Path, stages=None) -> dict[str, dict]:
     "{stage: made.json, with where it lies and where its files lie} of the stages that made something."
     found = {}
@@ -135,7 +135,7 @@ def _made(folder: Path, stages=None) -> dict[str, dict]:
             found[file.parent.name] = {**made, "at": file.parent, "root": root if "://" in root else str((file.parent / root).resolve())}
     return found
 
-
+# %% ../nbs/55_track.ipynb #e0d1c4e0
 def run_files(
     folder: Path,  # of the run
     made: dict,  # from `_made`
@@ -149,7 +149,7 @@ def run_files(
     if (package := _package(made)) and (package / "card.md").is_file(): found["card.md"] = package / "card.md"
     return {n: p for n, p in found.items() if p.is_file()}
 
-
+# %% ../nbs/55_track.ipynb #b24a4c7b
 def _package(made: dict) -> Path | None:
     "The folder of the packaged model, when there is one."
     stage = next((m for m in made.values() if "package" in m["artifacts"]), None)
@@ -168,7 +168,7 @@ def run_data(
             found.append({"name": "raw", "digest": raw["sha256"][:36], "source": "raw", "schema": [{"name": n, "type": t} for n, t in raw.get("columns", [])], "rows": raw.get("rows")})
     return found
 
-# %% ../nbs/55_track.ipynb #b740cca7
+# %% ../nbs/55_track.ipynb #a023fde5
 class PackagedModel:
     "A package as MLflow wants a model."
 
@@ -189,7 +189,7 @@ class PackagedModel:
         rows, kinds = [answer_row(self.predictor, a) for a in answers], {"VARCHAR": object, "DOUBLE": float}
         return pd.DataFrame({n: pd.Series([r[i] for r in rows], index=table.index, dtype=kinds[t]) for i, (n, t) in enumerate(columns.items())})
 
-
+# %% ../nbs/55_track.ipynb #a0a2fd5d
 def _load_pyfunc(path): return PackagedModel(path)  # the name that MLflow looks for
 
 # %% ../nbs/55_track.ipynb #a9d6cc30
@@ -230,10 +230,10 @@ def write_model(
                                  signature=ModelSignature(fields, answers))
     return folder
 
-# %% ../nbs/55_track.ipynb #58691f0f
+# %% ../nbs/55_track.ipynb #abfee055
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
-
+# %% ../nbs/55_track.ipynb #8f91b494
 class TrackingFailed(SlmlError):
     "MLflow did not take a run; the run itself is untouched."
 
@@ -272,7 +272,7 @@ def mlflow_client(
         logging.disable(level)
         for k in new: os.environ.pop(k, None)
 
-# %% ../nbs/55_track.ipynb #8434fdce
+# %% ../nbs/55_track.ipynb #8f13fc8d
 def _experiment(client, name: str, location: str | None):
     "The experiment of a project; made when it is not there."
     found = client.get_experiment_by_name(name)
@@ -285,7 +285,7 @@ def _experiment(client, name: str, location: str | None):
         raise TrackingFailed("the database was made when the project lay in another folder", "MLflow", "delete it (it is a copy and is made again), then slml track")
     return found.experiment_id
 
-
+# %% ../nbs/55_track.ipynb #aa4b619f
 def _there(client, experiment: str, key: str) -> dict:
     "{slml.run: run in MLflow} of a run and the points of its sweep."
     found, page = {}, None
@@ -296,7 +296,7 @@ def _there(client, experiment: str, key: str) -> dict:
         page = got.token or ""
     return found
 
-# %% ../nbs/55_track.ipynb #2b0fb7f3
+# %% ../nbs/55_track.ipynb #65ae1c1d
 def _log_values(client, run, params: dict, metrics: dict, tags: dict):
     "Log what is not there yet, within MLflow's limits for one request."
     from mlflow.entities import Metric, Param, RunTag
@@ -308,7 +308,7 @@ def _log_values(client, run, params: dict, metrics: dict, tags: dict):
         size = 500 if kind == "metrics" else 100
         for i in range(0, len(entries), size): client.log_batch(run.info.run_id, **{kind: entries[i:i + size]})
 
-
+# %% ../nbs/55_track.ipynb #5df63e54
 def _log_files(client, run_id: str, files: dict[str, Path]):
     "Files under their names; one that is there is written over."
     with tempfile.TemporaryDirectory(prefix="slml_track_") as folder:
@@ -317,7 +317,7 @@ def _log_files(client, run_id: str, files: dict[str, Path]):
             (Path(folder) / name).symlink_to(path.resolve())
         if files: client.log_artifacts(run_id, folder)
 
-
+# %% ../nbs/55_track.ipynb #b2aadbcd
 def _log_data(client, run_id: str, data: list[dict]):
     "Where the data came from, as MLflow's inputs of a run."
     from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -328,7 +328,7 @@ def _log_data(client, run_id: str, data: list[dict]):
         inputs.append(DatasetInput(Dataset(d["name"], d["digest"], "local", json.dumps({"uri": d["source"]}), **more), [InputTag("mlflow.data.context", "training")]))
     if inputs: client.log_inputs(run_id, inputs)
 
-# %% ../nbs/55_track.ipynb #acbf02a9
+# %% ../nbs/55_track.ipynb #3c7a5a21
 def _log_model(client, experiment: str, run, package: Path) -> str:
     "The package as a model of a run, once; its address."
     run_id, key = run.info.run_id, run.data.tags["slml.run"]
@@ -348,20 +348,20 @@ def _log_model(client, experiment: str, run, package: Path) -> str:
         _link_model(client, run_id, model.model_id)
         return f"models:/{model.model_id}"
 
-
+# %% ../nbs/55_track.ipynb #3695d86d
 def _link_model(client, run_id: str, model_id: str):
     "Note with the run that it made the model; MLflow refuses to be told twice."
     from mlflow.entities import LoggedModelOutput
     outputs = getattr(client.get_run(run_id), "outputs", None)
     if model_id not in {o.model_id for o in (outputs.model_outputs if outputs else [])}: client.log_outputs(run_id, [LoggedModelOutput(model_id, 0)])
 
-# %% ../nbs/55_track.ipynb #2d1f4d3d
+# %% ../nbs/55_track.ipynb #f7ff2455
 def _by_stage(flat: dict) -> dict:  # {"train.lr": 0.1} -> {"train": {"lr": 0.1}}
     out = {}
     for k, v in (flat or {}).items(): out.setdefault(k.partition(".")[0], {})[k.partition(".")[2]] = v
     return out
 
-
+# %% ../nbs/55_track.ipynb #6d736b52
 def sweep_points(
     folder: Path,  # of the run
     record: dict,  # run.json
@@ -378,21 +378,21 @@ def sweep_points(
         found.append((p["point"], {**own, "state": p.get("state") or own.get("state"), "why": p.get("why")}, where))
     return found
 
-
+# %% ../nbs/55_track.ipynb #9c87f375
 def _shared(folders: list[Path]) -> set[str]:
     "The stages that all points of a sweep have in common."
     real = [{(f.name, f.resolve()) for f in folder.glob("*") if f.is_dir()} for folder in folders if folder.is_dir()]
     return {name for name, _ in set.intersection(*real)} if len(real) > 1 else set()
 
-# %% ../nbs/55_track.ipynb #c0302859
+# %% ../nbs/55_track.ipynb #9c6757a2
 def _seal_of(record: dict) -> str: return record.get("seal") or sha256_text(canonical_json({k: v for k, v in record.items() if k != "folder"}))
 
-
+# %% ../nbs/55_track.ipynb #7b0a42ea
 def _verdict(made: dict) -> dict:
     found = next((m for m in made.values() if "verdict" in m["artifacts"]), None)
     return read_json(artifact_path({**found["artifacts"]["verdict"], "root": found["root"]}), {}) if found else {}
 
-# %% ../nbs/55_track.ipynb #6501cfb8
+# %% ../nbs/55_track.ipynb #849d2c1f
 def _log_run(client, experiment, there: dict, key: str, record: dict, folder: Path, made: dict, verdict: dict, parent: str = "") -> dict:
     "One run, or one point of a sweep, into MLflow, as far as it is not there yet."
     known, sealed = there.get(key), _seal_of(record)
@@ -413,7 +413,7 @@ def _log_run(client, experiment, there: dict, key: str, record: dict, folder: Pa
     return {"run": key, "mlflow_run": run.info.run_id, "state": "tracked", "files": len(files), "model": model,
             "last": {"end": end, "seal": sealed, "status": STATUS.get(record.get("state"), "KILLED")}}
 
-
+# %% ../nbs/55_track.ipynb #a59b0f1e
 def _finish(client, done: dict) -> dict:
     "Say in MLflow how the run ended, and that all of it is there."
     if last := done.pop("last", None):
@@ -421,7 +421,7 @@ def _finish(client, done: dict) -> dict:
         client.set_tag(done["mlflow_run"], "slml.tracked", last["seal"])
     return done
 
-# %% ../nbs/55_track.ipynb #e6311731
+# %% ../nbs/55_track.ipynb #bb87bd82
 def _track(folder: Path, record: dict, uri: str) -> dict:
     "Deliver one run; the caller holds the lock."
     runs, key = _runs_of(folder), f"{record['project']}/{record['run']}"
@@ -441,7 +441,7 @@ def _track(folder: Path, record: dict, uri: str) -> dict:
     _mark(folder, uri, {"experiment": experiment, "mlflow_run": done["mlflow_run"], "seal": _seal_of(record), "when": now})
     return {**done, "uri": _spelled(uri, runs), "experiment": experiment, "points": len(points)}
 
-
+# %% ../nbs/55_track.ipynb #d401ab13
 def _mark(folder: Path, uri: str, what: dict | None):
     "Note beside the run where it has been delivered; None takes the note away."
     where = _spelled(uri, _runs_of(folder))
@@ -449,7 +449,7 @@ def _mark(folder: Path, uri: str, what: dict | None):
     if what: marks[where] = what
     with contextlib.suppress(OSError): atomic_write(folder / "tracked.json", json.dumps(marks, indent=1))
 
-# %% ../nbs/55_track.ipynb #f5240bd5
+# %% ../nbs/55_track.ipynb #61758ea5
 @contextlib.contextmanager
 def _lock(runs: Path, wait: bool):
     "One delivery at a time; yields False when another is at work, None where nothing can be written. The system frees it when its holder dies."
@@ -465,7 +465,7 @@ def _lock(runs: Path, wait: bool):
         yield free
     finally: os.close(fd)
 
-
+# %% ../nbs/55_track.ipynb #5689085c
 def track(
     run,  # folder of a run that is over
     uri: str = "",  # address of MLflow; "": the run's own, see `tracking_uri`
@@ -479,7 +479,7 @@ def track(
     where = tracking_uri(record, uri, default) or default
     with _lock(_runs_of(folder), wait=True): return _track(folder, record, where)
 
-# %% ../nbs/55_track.ipynb #47affc7b
+# %% ../nbs/55_track.ipynb #8e949b1a
 def _pending(runs: Path, uri: str, again: bool, failed: dict) -> list[tuple[Path, dict, str]]:
     "Runs that are over and not yet delivered, oldest first."
     found = []
@@ -496,7 +496,7 @@ def _pending(runs: Path, uri: str, again: bool, failed: dict) -> list[tuple[Path
         if again or mark.get("seal") != _seal_of(record): found.append((folder, record, to))
     return found
 
-
+# %% ../nbs/55_track.ipynb #aee3985e
 def _answers(uri: str, runs: Path) -> bool:
     "Whether MLflow is there at all."
     try:
@@ -532,14 +532,14 @@ def sync(
         left = [r for _, r, _ in _pending(runs, uri, again, {}) if (f"{r['project']}/{r['run']}", _seal_of(r)) not in seen]
         if not left: return {"tracked": done, "failed": failed, "busy": False}
 
-# %% ../nbs/55_track.ipynb #ea8e7fa4
+# %% ../nbs/55_track.ipynb #5a4e3790
 class _Masked:
     "A stream into which no password goes."
     def __init__(self, stream): self.stream = stream
     def __getattr__(self, name): return getattr(self.stream, name)
     def write(self, text): return self.stream.write(masked_uri(text))
 
-
+# %% ../nbs/55_track.ipynb #0920681f
 def _deliver(runs: str, run: str):
     "What the process does."
     with contextlib.suppress(OSError): os.nice(10)
@@ -555,10 +555,10 @@ def _deliver(runs: str, run: str):
     for name, why in failed.items(): print(f"{stamp} {name} not tracked: {why}", flush=True)
     if done: print(f"{stamp} {len(done)} in {time.time() - start:.1f} s", flush=True)
 
-# %% ../nbs/55_track.ipynb #a01251aa
+# %% ../nbs/55_track.ipynb #64340f2c
 _started = []  # processes of this one, to be reaped
 
-
+# %% ../nbs/55_track.ipynb #776cf6b2
 def track_later(
     run,  # folder of a run that is over
     uri: str = "",  # address of MLflow; "": the run's own, see `tracking_uri`
@@ -578,7 +578,7 @@ def track_later(
         return True
     except Exception: return False
 
-
+# %% ../nbs/55_track.ipynb #e9b124f7
 def _log(runs: Path):
     "The log, begun anew when it is longer than a megabyte; nothing at all where it cannot be written."
     file = runs / ".tracking.log"

@@ -11,10 +11,10 @@ __all__ = ['LOSSES', 'DEFAULTS', 'choose_device', 'wanted', 'half_precision', 'q
            'ranks', 'learn', 'averaged', 'save_checkpoint', 'load_checkpoint', 'fingerprint', 'state_of', 'restore',
            'best_epoch', 'enough', 'Exploded', 'one_epoch', 'check', 'sane', 'together', 'agreed', 'apply_network',
            'fit_network', 'all_epochs', 'way_out', 'accelerated', 'export_onnx', 'quiet_export', 'to_onnx',
-           'plain_graph', 'conformal', 'fit_interval', 'coverage', 'train_on', 'fresh_network', 'known_rows',
-           'strange_target', 'interval_of', 'keep_network', 'train_table', 'train_network', 'tensors', 'shared',
-           'gathered', 'main', 'typed', 'report', 'draw_learning', 'epoch_table', 'predict_split', 'say_coverage',
-           'telling']
+           'plain_graph', 'conformal', 'fit_interval', 'coverage', 'use_threads', 'train_on', 'fresh_network',
+           'known_rows', 'strange_target', 'interval_of', 'keep_network', 'train_table', 'train_network', 'tensors',
+           'shared', 'gathered', 'main', 'typed', 'report', 'draw_learning', 'epoch_table', 'predict_split',
+           'say_coverage', 'telling']
 
 # %% ../nbs/32_train.ipynb #ab37b38b
 import contextlib, hashlib, io, json, math, os, tempfile, time
@@ -40,7 +40,7 @@ def choose_device(
         return "cpu", f"{said}: trained on the CPU"
     return ("cuda" if there and wish != "cpu" else "cpu"), ""
 
-# %% ../nbs/32_train.ipynb #822b1f2c
+# %% ../nbs/32_train.ipynb #b891e674
 def wanted(
     wish,  # "auto", "on" or "off"; YAML makes true and false of the last two
     device: str,
@@ -48,7 +48,7 @@ def wanted(
     "Whether something is switched on: auto is for a GPU."
     return wish in ("on", True) or wish == "auto" and device == "cuda"
 
-
+# %% ../nbs/32_train.ipynb #00aca5ae
 def half_precision(
     precision: str,  # "auto", "fp32" or "bf16"
     device: str,
@@ -69,7 +69,7 @@ def quantile_edges(
         low[j, :len(edges) - 1], per_width[j, :len(edges) - 1] = edges[:-1], 1 / np.maximum(np.diff(edges), 1e-3)
     return low, per_width
 
-# %% ../nbs/32_train.ipynb #9651adfb
+# %% ../nbs/32_train.ipynb #ac44ddfd
 def stack(
     width: int,  # inputs
     outputs: int,
@@ -82,7 +82,7 @@ def stack(
     layers = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.SiLU(), nn.Dropout(dropout))]
     return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
 
-
+# %% ../nbs/32_train.ipynb #fce7680b
 def tabm_stack(
     width: int, outputs: int,
     hidden: list[int],  # layers, all as wide as the first
@@ -97,7 +97,7 @@ def tabm_stack(
     whole = TabM.make(n_num_features=width, d_out=outputs, k=members, n_blocks=len(hidden), d_block=hidden[0], dropout=dropout, start_scaling_init="normal")
     return nn.Sequential(whole.ensemble_view, whole.backbone, whole.output)  # its own forward asks for the number of rows, which ONNX would freeze
 
-# %% ../nbs/32_train.ipynb #29cefb93
+# %% ../nbs/32_train.ipynb #64b1513b
 def build_network(
     dense: int,  # standardised inputs
     sizes: list[int],  # codes per categorical feature
@@ -111,17 +111,12 @@ def build_network(
     members: int = 32,  # of tabm
 ):  # a torch module: (n, dense) and (n, categoricals) -> (n, outputs), standardised; of tabm (n, members, outputs)
     "Vectors, pieces and a straight way through."
-    import torch
     from torch import nn
 
     class TableNetwork(nn.Module):
         def __init__(self):
             super().__init__()
-            self.vectors = nn.ModuleList(nn.Embedding(s, min(16, math.ceil(1.6 * s ** 0.5))) for s in sizes)
-            for v in self.vectors: nn.init.normal_(v.weight, std=0.1)
-            self.register_buffer("low", torch.tensor(edges[0], dtype=torch.float32))
-            self.register_buffer("per_width", torch.tensor(edges[1], dtype=torch.float32))
-            width = dense + self.low.numel() + sum(v.embedding_dim for v in self.vectors)
+            width = _assemble(self, dense, sizes, edges)
             self.layers = tabm_stack(width, outputs, hidden, dropout, members) if architecture == "tabm" else stack(width, outputs, hidden, dropout)
             self.straight = nn.Linear(dense, outputs, bias=False) if dense else None
             self.centre, self.scale, self.regression, self.outputs = centre, scale, outputs == 1 if regression is None else regression, outputs
@@ -130,7 +125,18 @@ def build_network(
 
     return TableNetwork()
 
-# %% ../nbs/32_train.ipynb #0d033fe8
+# %% ../nbs/32_train.ipynb #022751b7
+def _assemble(network, dense: int, sizes: list[int], edges: tuple) -> int:
+    "Give a network its vectors and pieces; how many numbers they and the dense inputs make."
+    import torch
+    from torch import nn
+    network.vectors = nn.ModuleList(nn.Embedding(s, min(16, math.ceil(1.6 * s ** 0.5))) for s in sizes)
+    for v in network.vectors: nn.init.normal_(v.weight, std=0.1)
+    network.register_buffer("low", torch.tensor(edges[0], dtype=torch.float32))
+    network.register_buffer("per_width", torch.tensor(edges[1], dtype=torch.float32))
+    return dense + network.low.numel() + sum(v.embedding_dim for v in network.vectors)
+
+# %% ../nbs/32_train.ipynb #4c0b8018
 def network_forward(self, numeric, categorical):
     "Standardised outputs."
     import torch
@@ -142,7 +148,7 @@ def network_forward(self, numeric, categorical):
     straight = self.straight(numeric)
     return out + (straight.unsqueeze(1) if out.ndim == 3 else straight)
 
-
+# %% ../nbs/32_train.ipynb #dae833fc
 def network_quantiles(self, numeric, categorical):
     "All outputs of a regression in the unit of the target, in ascending order."
     import torch
@@ -150,7 +156,7 @@ def network_quantiles(self, numeric, categorical):
     if out.ndim == 3: out = out.mean(1)
     return torch.sort(out, 1).values if self.outputs > 1 else out
 
-
+# %% ../nbs/32_train.ipynb #17ef9f72
 def network_finished(self, numeric, categorical):
     "In the unit of the target (of several quantiles the middle one), or as probabilities."
     import torch
@@ -158,7 +164,7 @@ def network_finished(self, numeric, categorical):
     chances = torch.softmax(self(numeric, categorical), -1)
     return chances.mean(1) if chances.ndim == 3 else chances
 
-# %% ../nbs/32_train.ipynb #5c8d79a8
+# %% ../nbs/32_train.ipynb #30cb7109
 LOSSES = ("auto", "mae", "mse", "huber", "quantile", "cross_entropy")
 
 
@@ -174,7 +180,7 @@ def choose_loss(
         raise SlmlError(f"loss: {loss} does not fit a {task}", "train", f"write loss: {fit}, or auto")
     return loss
 
-
+# %% ../nbs/32_train.ipynb #044bfaa9
 def target_scale(
     y,  # (n,) of the training split
     metric: str,  # or a loss
@@ -199,7 +205,7 @@ def weigh_classes(
     else: weights = np.where(counts, 1 / np.maximum(counts, 1), 0.0)
     return (weights * len(y) / (counts @ weights)).astype(np.float32)
 
-# %% ../nbs/32_train.ipynb #60e595e7
+# %% ../nbs/32_train.ipynb #28693b51
 def row_losses(
     out,  # (n, outputs) from the network, or (n, members, outputs)
     y,  # (n,) standardised target or class indices
@@ -218,7 +224,7 @@ def row_losses(
     if loss == "huber": return F.huber_loss(out[:, 0], y, reduction="none", delta=huber)
     return (F.l1_loss if loss == "mae" else F.mse_loss)(out[:, 0], y, reduction="none")
 
-
+# %% ../nbs/32_train.ipynb #325e70ea
 def loss_of(
     out, y,  # as in `row_losses`
     metric: str,  # or a loss
@@ -227,7 +233,7 @@ def loss_of(
     "The mean of `row_losses`."
     return row_losses(out, y, "cross_entropy" if classes else metric).mean()
 
-# %% ../nbs/32_train.ipynb #1aaec135
+# %% ../nbs/32_train.ipynb #5cdb6811
 def measure_of(
     loss: str,  # from `choose_loss`
     metric: str,  # of the problem
@@ -235,7 +241,7 @@ def measure_of(
     "What the curves of a training show."
     return {"cross_entropy": "log loss", "mae": "mae", "huber": "huber loss", "quantile": "pinball loss"}.get(loss, "mse" if metric == "mse" else "rmse")
 
-
+# %% ../nbs/32_train.ipynb #d57106c7
 def in_metric(
     value: float,  # mean of `row_losses`
     measure: str,  # from `measure_of`
@@ -247,7 +253,7 @@ def in_metric(
     if measure == "huber loss": return value * scale / huber  # far from zero it is the absolute error
     return value * scale * scale if measure == "mse" else math.sqrt(value) * scale if measure == "rmse" else value * scale
 
-# %% ../nbs/32_train.ipynb #dbb257ab
+# %% ../nbs/32_train.ipynb #94ec3124
 def learning_rate(
     step: int, steps: int,  # from 0; all that are planned
     peak: float,
@@ -257,7 +263,7 @@ def learning_rate(
     if step < warm: return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
-
+# %% ../nbs/32_train.ipynb #30f33c7f
 def plan(
     rows: int,  # of the training split
     batch: int,  # rows a step at most
@@ -267,7 +273,7 @@ def plan(
     batch = max(1, min(batch, max(16, rows // 16)))
     return batch, epochs or min(100, max(6, math.ceil(700 / math.ceil(rows / batch))))
 
-# %% ../nbs/32_train.ipynb #03f3eb38
+# %% ../nbs/32_train.ipynb #6358d2cf
 def split_query(
     recipe: dict,  # features, classes
     split: str,  # "train", "valid" or "test"
@@ -281,7 +287,7 @@ def split_query(
     rows = f"select {', '.join(['row_id', *features, y + ' as target'])} from features where split = {literal(split)}"
     return f"select * from ({rows}){' where target is not null' if learn else ''} order by row_id"
 
-
+# %% ../nbs/32_train.ipynb #84f6575f
 def fit_table(
     read,  # name -> the training split's column, as Arrow
     kinds: dict[str, str],  # feature -> "numeric" or "categorical"
@@ -291,7 +297,7 @@ def fit_table(
     return {"numeric": [fit_numeric(c, read(c).to_numpy()) for c, k in kinds.items() if k == "numeric"],
             "categorical": [fit_counts(c, read(c), max_categories) for c, k in kinds.items() if k != "numeric"]}
 
-
+# %% ../nbs/32_train.ipynb #c375ee08
 def fit_counts(
     name: str,
     column,  # Arrow
@@ -301,7 +307,7 @@ def fit_counts(
     counts = {c["values"]: c["counts"] for c in column.value_counts().to_pylist() if isinstance(c["values"], str)}
     return {"name": name, "vocabulary": vocabulary(counts, len(column), max_categories, min_count)}
 
-# %% ../nbs/32_train.ipynb #dea62c0e
+# %% ../nbs/32_train.ipynb #8cb17338
 def encoded(
     encoder: Encoder,
     table,  # Arrow, from `split_query`
@@ -316,7 +322,7 @@ def encoded(
         codes[:, j] = lookup[texts.indices.fill_null(len(lookup) - 1).to_numpy()]
     return numeric, codes, y
 
-
+# %% ../nbs/32_train.ipynb #fd25f447
 def to_tensors(
     encoder: Encoder,
     table,  # Arrow
@@ -344,7 +350,7 @@ def shuffled(
     import torch
     return torch.randperm(rows, generator=torch.Generator().manual_seed(((seed * 1_000_003 + epoch) * 1_000_003 + part) % 2**63))
 
-# %% ../nbs/32_train.ipynb #2f263fc6
+# %% ../nbs/32_train.ipynb #12ad74c5
 class InMemory:
     "Rows in three tensors."
 
@@ -373,7 +379,7 @@ class InMemory:
         for t in self.data: h.update(np.ascontiguousarray(t.cpu().numpy()).data)
         return h.hexdigest()
 
-
+# %% ../nbs/32_train.ipynb #8ce5520a
 def slices(
     data: list,  # tensors of one length
     batch: int,
@@ -384,7 +390,7 @@ def slices(
     for i in range(0, len(data[-1]), batch):
         yield min(batch, len(data[-1]) - i), *(t[i + rank:i + batch:world] if world > 1 else t[i:i + batch] for t in data)
 
-# %% ../nbs/32_train.ipynb #1a474e07
+# %% ../nbs/32_train.ipynb #0867e55c
 class Streamed:
     "Rows in a Parquet file that is larger than the memory."
 
@@ -401,26 +407,34 @@ class Streamed:
         meta = pq.ParquetFile(path).metadata
         self.groups, self.rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)], meta.num_rows
 
-    def parts(self, epoch: int, seed: int) -> list[list[int]]:
-        "The row groups of each buffer."
-        found, held = [[]], 0
-        for g in shuffled(len(self.groups), seed, epoch, -1).tolist():
-            if found[-1] and held + self.groups[g] > self.buffer: found, held = [*found, []], 0
-            found[-1].append(g)
-            held += self.groups[g]
-        return [sorted(p) for p in found]
-
-    def load(self, groups: list[int], seed: int, epoch: int, part: int) -> list:
-        "A buffer of shuffled rows; pinned for a GPU, which then fetches them while it computes."
-        import pyarrow.parquet as pq
-        table = pq.ParquetFile(self.path).read_row_groups(groups, columns=[*self.encoder.features, "target"], use_threads=False)
-        order = shuffled(table.num_rows, seed, epoch, part)
-        data = [t.index_select(0, order) for t in to_tensors(self.encoder, table, self.scale)]
-        return [t.pin_memory() for t in data] if self.device.startswith("cuda") else data
-
     def fingerprint(self) -> str:
         "What is learnt from, as a hash."
         return sha256_file(self.path)
+
+# %% ../nbs/32_train.ipynb #d0a35791
+def _parts_of_pass(self: Streamed, epoch: int, seed: int) -> list[list[int]]:
+    "The row groups of each buffer."
+    found, held = [[]], 0
+    for g in shuffled(len(self.groups), seed, epoch, -1).tolist():
+        if found[-1] and held + self.groups[g] > self.buffer: found, held = [*found, []], 0
+        found[-1].append(g)
+        held += self.groups[g]
+    return [sorted(p) for p in found]
+
+
+Streamed.parts = _parts_of_pass
+
+# %% ../nbs/32_train.ipynb #76870296
+def _load_buffer(self: Streamed, groups: list[int], seed: int, epoch: int, part: int) -> list:
+    "A buffer of shuffled rows; pinned for a GPU, which then fetches them while it computes."
+    import pyarrow.parquet as pq
+    table = pq.ParquetFile(self.path).read_row_groups(groups, columns=[*self.encoder.features, "target"], use_threads=False)
+    order = shuffled(table.num_rows, seed, epoch, part)
+    data = [t.index_select(0, order) for t in to_tensors(self.encoder, table, self.scale)]
+    return [t.pin_memory() for t in data] if self.device.startswith("cuda") else data
+
+
+Streamed.load = _load_buffer
 
 # %% ../nbs/32_train.ipynb #388f5c2e
 def stream_batches(
@@ -445,7 +459,7 @@ def stream_batches(
 
 Streamed.batches = stream_batches
 
-# %% ../nbs/32_train.ipynb #e92dce83
+# %% ../nbs/32_train.ipynb #d9b5edc2
 def fits(
     rows: int, columns: int,
     device: str = "cpu",
@@ -457,7 +471,7 @@ def fits(
     if device.startswith("cuda"): free = min(free, torch.cuda.mem_get_info()[0])
     return rows * columns * 8 * 3 <= free / 2
 
-
+# %% ../nbs/32_train.ipynb #57217a9a
 def open_training(
     con,  # DuckDB connection that knows the table `features`
     recipe: dict,
@@ -478,7 +492,7 @@ def open_training(
     source = InMemory(*(t.to(device) for t in to_tensors(encoder, table, scale))) if memory else Streamed(table, encoder, scale, s["buffer"], device)
     return encoder, scale, edges_of(encoder, lambda c: read(c).to_numpy(), s["bins"]), source, y
 
-# %% ../nbs/32_train.ipynb #268ac5be
+# %% ../nbs/32_train.ipynb #465fa358
 def shards_of(
     con, query: str,
     scratch: Path,  # a folder
@@ -493,13 +507,13 @@ def shards_of(
         for rows in reader: file.write_batch(rows, row_group_size=size)
     return path
 
-
+# %% ../nbs/32_train.ipynb #a930439c
 def read_column(path: Path, name: str):
     "One column of a Parquet file."
     import pyarrow.parquet as pq
     return pq.read_table(path, columns=[name])[name]
 
-
+# %% ../nbs/32_train.ipynb #a51cf4f3
 def edges_of(
     encoder: Encoder,
     read,  # name -> the training split's column, as an array
@@ -509,7 +523,7 @@ def edges_of(
     found = [quantile_edges(Encoder({"numeric": [c], "categorical": []}).dense({c["name"]: read(c["name"])})[:, :1].astype(np.float32), bins) for c in encoder.numeric]
     return tuple(np.concatenate(e) for e in zip(*found)) if found else quantile_edges(np.zeros((0, 0)), bins)
 
-# %% ../nbs/32_train.ipynb #cc9b104e
+# %% ../nbs/32_train.ipynb #a55278fe
 class Training:
     "A network on its way."
 
@@ -538,18 +552,18 @@ class Training:
         "Loss per row."
         return row_losses(out.float(), y, self.s["loss"], **self.extra)
 
-
+# %% ../nbs/32_train.ipynb #c05a7dcb
 def copied(state: dict) -> dict:
     "Weights that training does not change any more."
     return {k: v.detach().clone() for k, v in state.items()}
 
-
+# %% ../nbs/32_train.ipynb #b003df73
 def ranks() -> tuple[int, int]:
     "This process and how many train together."
     import torch.distributed as dist
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
-# %% ../nbs/32_train.ipynb #c7795c6a
+# %% ../nbs/32_train.ipynb #68644edc
 def learn(
     self: Training,
     rows: int,  # of the whole batch, over all processes
@@ -569,7 +583,7 @@ def learn(
     if self.average:
         with torch.no_grad(): torch._foreach_lerp_(self.average, self.parameters, 1 - min(self.s["ema"], (at + 1) / (at + 10)))
 
-
+# %% ../nbs/32_train.ipynb #431ed169
 @contextlib.contextmanager
 def averaged(self: Training):
     "The network with the running average of its weights, for a while."
@@ -584,7 +598,7 @@ def averaged(self: Training):
 
 Training.learn, Training.averaged = learn, averaged
 
-# %% ../nbs/32_train.ipynb #7ec90642
+# %% ../nbs/32_train.ipynb #c51f52f0
 def save_checkpoint(
     path: Path | None,  # None: keep none
     state: dict,  # tensors, numbers and texts
@@ -596,7 +610,7 @@ def save_checkpoint(
     torch.save(state, buffer)
     atomic_write(path, buffer.getvalue())
 
-
+# %% ../nbs/32_train.ipynb #b28a7ec0
 def load_checkpoint(
     path: Path | None,
     key: str,  # fingerprint of data and settings
@@ -608,7 +622,7 @@ def load_checkpoint(
     except Exception: return None  # damaged: training starts over
     return state if state.get("key") == key else None
 
-
+# %% ../nbs/32_train.ipynb #effb8340
 def fingerprint(
     settings: dict,
     data,  # tensors, or sources with a fingerprint of their own
@@ -618,7 +632,7 @@ def fingerprint(
     for t in data: h.update(t.fingerprint().encode() if hasattr(t, "fingerprint") else np.ascontiguousarray(t.cpu().numpy()).data)
     return h.hexdigest()
 
-# %% ../nbs/32_train.ipynb #30354616
+# %% ../nbs/32_train.ipynb #304d4b30
 def state_of(self: Training) -> dict:
     "Everything that the rest of the training depends on."
     import torch
@@ -626,7 +640,7 @@ def state_of(self: Training) -> dict:
              "epoch": self.epoch, "step": self.step, "spent": self.spent, "history": self.history, "random": torch.get_rng_state()}
     return {**state, "gpu_random": torch.cuda.get_rng_state(self.place)} if self.device == "cuda" else state
 
-
+# %% ../nbs/32_train.ipynb #d1a87af2
 def restore(self: Training, state: dict):
     "Go on from there."
     import torch
@@ -639,7 +653,7 @@ def restore(self: Training, state: dict):
 
 Training.state, Training.restore = state_of, restore
 
-# %% ../nbs/32_train.ipynb #8104406b
+# %% ../nbs/32_train.ipynb #425717e7
 def best_epoch(
     history: list[dict],  # epoch, train, valid
 ) -> int:  # from 1
@@ -647,7 +661,7 @@ def best_epoch(
     seen = [h for h in history if h["valid"] == h["valid"]]
     return min(seen, key=lambda h: h["valid"])["epoch"] if seen else history[-1]["epoch"] if history else 0
 
-
+# %% ../nbs/32_train.ipynb #fd615c46
 def enough(
     history: list[dict],
     patience: int,  # epochs; 0: never
@@ -657,11 +671,11 @@ def enough(
     if not history: return False
     return bool(patience and len(history) - best_epoch(history) >= patience) or bool(max_seconds and sum(h["seconds"] for h in history) >= max_seconds)
 
-# %% ../nbs/32_train.ipynb #8b99e296
+# %% ../nbs/32_train.ipynb #e3821ecf
 class Exploded(Exception):
     "The loss is no number any more."
 
-
+# %% ../nbs/32_train.ipynb #0d09ccd0
 def one_epoch(
     self: Training,
     save=lambda training: None,  # called every `checkpoint_every` steps and after the epoch
@@ -686,7 +700,7 @@ def one_epoch(
     self.epoch, self.step = self.epoch + 1, 0
     save(self)
 
-# %% ../nbs/32_train.ipynb #fc5025fb
+# %% ../nbs/32_train.ipynb #9e5839ed
 def check(self: Training, started: float):
     "Validate, and keep the weights if they are the best so far."
     self.network.eval()
@@ -699,7 +713,7 @@ def check(self: Training, started: float):
     self.history.append({"epoch": self.epoch + 1, "train": learnt, "valid": checked, "seconds": seconds})
     if best_epoch(self.history) == self.epoch + 1: self.best = copied(self.network.state_dict())
 
-
+# %% ../nbs/32_train.ipynb #e0f0ca6b
 def sane(self: Training, total: float, checked: float = 0.0):
     "Stop when the loss is no number any more."
     if not abs(total / self.source.rows) + abs(checked) < 1e6: raise Exploded(f"the loss is no number any more in epoch {self.epoch + 1}")
@@ -707,14 +721,14 @@ def sane(self: Training, total: float, checked: float = 0.0):
 
 Training.one_epoch, Training.check, Training.sane = one_epoch, check, sane
 
-# %% ../nbs/32_train.ipynb #7a88dbb9
+# %% ../nbs/32_train.ipynb #b5e62896
 def together(total):
     "The sum over all processes."
     import torch.distributed as dist
     if ranks()[1] > 1: dist.all_reduce(total)
     return total
 
-
+# %% ../nbs/32_train.ipynb #50a269d3
 def agreed(values: list[float], place) -> list[float]:
     "What the first process says."
     import torch, torch.distributed as dist
@@ -723,7 +737,7 @@ def agreed(values: list[float], place) -> list[float]:
     dist.broadcast(told, 0)
     return told.tolist()
 
-
+# %% ../nbs/32_train.ipynb #18bec786
 def apply_network(
     call,  # network, or network.finished
     numeric, categorical,  # tensors
@@ -739,7 +753,7 @@ def apply_network(
         if block == 1: raise
     return apply_network(call, numeric, categorical, place, block // 2)
 
-# %% ../nbs/32_train.ipynb #28923a3b
+# %% ../nbs/32_train.ipynb #61c1ce0f
 def fit_network(
     network,  # from `build_network`, on the device
     train, valid: tuple,  # a source, or numeric, categorical, y: tensors on the device; the latter for valid
@@ -755,23 +769,28 @@ def fit_network(
     if s["loss"] == "auto": s["loss"] = choose_loss("auto", s["metric"], s["classes"])
     source = InMemory(*train) if isinstance(train, tuple) else train
     key = fingerprint({**s, "max_seconds": 0, "checkpoint_every": 0, "network": str(network)}, (source, *valid)) if checkpoint else ""
-    state, first, lowered = load_checkpoint(checkpoint, key), copied(network.state_dict()), 0
-    for sentence in (state or {}).get("said", []): say(sentence)
+    state, first = load_checkpoint(checkpoint, key), copied(network.state_dict())
     said = list((state or {}).get("said", []))
+    for sentence in said: say(sentence)
     s |= (state or {}).get("changed", {})
     while True:
         training = Training(network, source, valid, s, call)
         if state: training.restore(state)
-        about = {"key": key, "said": said, "changed": {"lr": s["lr"], "batch": s["batch"]}}
-        save = (lambda t: save_checkpoint(checkpoint, {**t.state(), **about})) if checkpoint and ranks()[0] == 0 else (lambda t: None)
-        try: return all_epochs(training, save, after_epoch, after_step)
+        try: return all_epochs(training, _saver(checkpoint, key, said, s), after_epoch, after_step)
         except (Exploded, torch.OutOfMemoryError) as e: sentence, s = way_out(e, s, settings)
         state = None
         said.append(sentence)
         say(sentence)
         network.load_state_dict(first)
 
-# %% ../nbs/32_train.ipynb #8938ad63
+# %% ../nbs/32_train.ipynb #34744fda
+def _saver(checkpoint: Path | None, key: str, said: list[str], s: dict):
+    "A function that writes a training down, with what was changed on the way; of several processes the first one writes."
+    if not checkpoint or ranks()[0] != 0: return lambda training: None
+    about = {"key": key, "said": said, "changed": {"lr": s["lr"], "batch": s["batch"]}}
+    return lambda training: save_checkpoint(checkpoint, {**training.state(), **about})
+
+# %% ../nbs/32_train.ipynb #28fae8c4
 def all_epochs(training: Training, save, after_epoch, after_step) -> list[dict]:
     "Pass after pass, until it is enough; the best weights are left in the network."
     s = training.s
@@ -782,7 +801,7 @@ def all_epochs(training: Training, save, after_epoch, after_step) -> list[dict]:
     training.network.eval()
     return training.history
 
-
+# %% ../nbs/32_train.ipynb #502b07fe
 def way_out(
     error: Exception,  # `Exploded`, or out of memory
     s: dict,  # settings of the attempt that failed
@@ -818,7 +837,7 @@ def accelerated(
     except Exception as e: say(f"torch.compile does not work here ({str(e).strip().splitlines()[0][:150]}): trained without it")
     return network
 
-# %% ../nbs/32_train.ipynb #e8fd8d04
+# %% ../nbs/32_train.ipynb #d7937886
 def export_onnx(
     network,  # trained, on the CPU
     example: tuple,  # its two inputs, tensors
@@ -843,7 +862,7 @@ def export_onnx(
         made = torch.onnx.export(Finished().eval(), example, input_names=names, output_names=outputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
     return plain_graph(made.model_proto)
 
-
+# %% ../nbs/32_train.ipynb #15036080
 @contextlib.contextmanager
 def quiet_export():
     "The exporter says much that concerns nobody."
@@ -884,7 +903,7 @@ def plain_graph(
     del graph.value_info[:]
     return model.SerializeToString(deterministic=True)
 
-# %% ../nbs/32_train.ipynb #b2b32282
+# %% ../nbs/32_train.ipynb #2f8a21b8
 def conformal(
     scores,  # (n,) how far each truth lies outside
     level: float,  # such as 0.9
@@ -893,7 +912,7 @@ def conformal(
     place = math.ceil((len(scores) + 1) * level - 1e-9)
     return float(np.sort(scores)[place - 1]) if place <= len(scores) else math.inf
 
-
+# %% ../nbs/32_train.ipynb #b574a9b6
 def fit_interval(
     y,  # (n,) truths of the validation split
     said,  # (n, q) predictions: of one output, or quantiles in ascending order
@@ -906,7 +925,7 @@ def fit_interval(
     method, of = ("conformalised quantiles", "quantiles") if several else ("split conformal", "prediction")
     return {"level": level, "low": -width, "high": width, "method": method, "of": of, "rows": len(y)}
 
-
+# %% ../nbs/32_train.ipynb #a0b4cf55
 def coverage(
     y, said,  # as in `fit_interval`, of other rows
     interval: dict,
@@ -915,12 +934,24 @@ def coverage(
     low, high = said[:, 0] + interval["low"], said[:, -1] + interval["high"]
     return float(np.mean((low <= y) & (y <= high))), float(np.mean(np.maximum(high - low, 0)))
 
-# %% ../nbs/32_train.ipynb #4cee33d6
+# %% ../nbs/32_train.ipynb #535fe4cc
 DEFAULTS = {"architecture": "mlp", "members": 32, "hidden": [256, 128], "dropout": 0.1, "bins": 8, "loss": "auto", "quantiles": [0.05, 0.5, 0.95], "huber": 1.0, "class_weights": "",
             "interval": 0.9, "batch": 2048, "epochs": 0, "patience": 5, "lr": 0.004, "weight_decay": 0.01, "ema": 0.0, "max_categories": 100, "max_seconds": 0.0,
-            "precision": "auto", "compile": "auto", "graphs": "auto", "stream": "auto", "buffer": 1_000_000, "checkpoint_every": 1000, "seed": 0}
+            "precision": "auto", "compile": "auto", "graphs": "auto", "stream": "auto", "buffer": 1_000_000, "checkpoint_every": 1000, "threads": 0, "seed": 0}
 
+# %% ../nbs/32_train.ipynb #5c05bc97
+def use_threads(
+    asked: int,  # 0: by the size of a step
+    weights: int,  # of the network
+    batch: int,  # rows a step
+) -> int:  # how many torch uses now, on any machine
+    "Fix the number of torch's threads: one for a small step, two for a usual one, up to eight."
+    import torch
+    work = weights * batch
+    torch.set_num_threads(asked or next((n for n, least in ((8, 4e9), (4, 1e9), (2, 2.5e7)) if work >= least), 1))
+    return torch.get_num_threads()
 
+# %% ../nbs/32_train.ipynb #49ec92d5
 def train_on(
     folder: Path | None,  # where the model goes; None: it is not kept
     recipe: dict,  # features, task, target, classes
@@ -940,6 +971,7 @@ def train_on(
     if (weights := weigh_classes(s["class_weights"], classes, y)) is not None: s["weights"] = weights.tolist()
     said += strange_target(y, classes)
     network = fresh_network(encoder, scale, edges, classes, s).to(device)
+    if device == "cpu": use_threads(s["threads"], sum(p.numel() for p in network.parameters()), s["batch"] // ranks()[1])
     call = shared(accelerated(network, s, (len(encoder.inputs), len(encoder.sizes)), source.rows, said.append))
     measure, unit = measure_of(s["loss"], metric), scale[1] if scale else 1.0
     def _in_unit(history): return [{**h, **{k: in_metric(h[k], measure, unit, s["huber"]) for k in ("train", "valid")}} for h in history]
@@ -950,7 +982,7 @@ def train_on(
     if folder and ranks()[0] == 0: keep_network(folder, network, encoder, recipe, learnt, source.rows, s)
     return network, learnt
 
-# %% ../nbs/32_train.ipynb #2fd0feea
+# %% ../nbs/32_train.ipynb #3b4e9a3d
 def fresh_network(encoder: Encoder, scale, edges, classes: list[str], s: dict):
     "A network that has learnt nothing yet."
     import torch
@@ -960,12 +992,12 @@ def fresh_network(encoder: Encoder, scale, edges, classes: list[str], s: dict):
     outputs = len(classes) or (len(s["quantiles"]) if s["loss"] == "quantile" else 1)
     return build_network(len(encoder.inputs), encoder.sizes, outputs, s["hidden"], s["dropout"], edges, *(scale or (0.0, 1.0)), not classes, s["architecture"], s["members"])
 
-
+# %% ../nbs/32_train.ipynb #96a92bab
 def known_rows(y):  # (n,) tensor of booleans
     "Rows whose target is known."
     return y == y if y.is_floating_point() else y >= 0
 
-
+# %% ../nbs/32_train.ipynb #cd0d5fd0
 def strange_target(
     y,  # (n,) of the training split
     classes: list[str],
@@ -974,7 +1006,7 @@ def strange_target(
     if len(np.unique(y)) > 1 or len(y) < 2: return []
     return [f"All {len(y):,} rows of the training split have the same target ({classes[int(y[0])] if classes else format(y[0], 'g')}): there is nothing to tell apart"]
 
-# %% ../nbs/32_train.ipynb #b162b6ac
+# %% ../nbs/32_train.ipynb #8a55458d
 def interval_of(
     network, valid: tuple, scale,
     level: float,  # 0: none
@@ -989,7 +1021,7 @@ def interval_of(
     if found is None: said.append(f"No {level:.0%} interval: the validation split has {len(y)} rows, and {math.ceil(level / (1 - level) - 1e-9)} are needed")
     return found
 
-
+# %% ../nbs/32_train.ipynb #f7b62dbf
 def keep_network(folder: Path, network, encoder: Encoder, recipe: dict, learnt: dict, rows: int, s: dict):
     "The model folder."
     import torch
@@ -1056,14 +1088,14 @@ def tensors(
     inputs = (torch.tensor(encoder.dense(columns)[known], dtype=torch.float32), torch.tensor(encoder.codes(columns)[known]))
     return tuple(t.to(device) for t in (*inputs, y))
 
-# %% ../nbs/32_train.ipynb #e859597c
+# %% ../nbs/32_train.ipynb #e7c9dcbc
 def shared(call):
     "The network, its gradients averaged over all processes."
     if ranks()[1] == 1: return call
     from torch.nn.parallel import DistributedDataParallel
     return DistributedDataParallel(call)
 
-
+# %% ../nbs/32_train.ipynb #dbb633b7
 @contextlib.contextmanager
 def gathered(
     device: str,  # from `choose_device`
@@ -1082,13 +1114,10 @@ def gathered(
         dist.barrier()  # nobody leaves while another still talks to it: gloo would abort that one
     finally: dist.destroy_process_group()
 
-# %% ../nbs/32_train.ipynb #c0451e02
-def main(
-    argv: list[str] | None = None,  # None: the command line
-) -> dict:  # what was learnt
-    "Train from a folder with features.parquet and recipe.json; any of `DEFAULTS` is an option."
+# %% ../nbs/32_train.ipynb #69988d2a
+def _options():
+    "What the program can be told: folders, named by SageMaker's variables where it runs there, and every one of `DEFAULTS`."
     import argparse
-    from slml_nb.sql import connect, register
     p = argparse.ArgumentParser(prog="python -m slml_nb.train", description=main.__doc__)
     p.add_argument("--data", default=os.environ.get("SM_CHANNEL_TRAIN", "."), help="folder with features.parquet and recipe.json")
     p.add_argument("--out", default=os.environ.get("SM_MODEL_DIR", "network"), help="folder of the model")
@@ -1097,7 +1126,15 @@ def main(
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     p.add_argument("--device_missing", default="cpu", choices=["cpu", "stop"])
     for name, value in DEFAULTS.items(): p.add_argument(f"--{name}", default=value, type=typed, help=f"default: {value!r}")
-    a = vars(p.parse_args(argv))
+    return p
+
+# %% ../nbs/32_train.ipynb #4e40ceee
+def main(
+    argv: list[str] | None = None,  # None: the command line
+) -> dict:  # what was learnt
+    "Train from a folder with features.parquet and recipe.json; any of `DEFAULTS` is an option."
+    from slml_nb.sql import connect, register
+    a = vars(_options().parse_args(argv))
     data, recipe = Path(a["data"]), json.loads((Path(a["data"]) / "recipe.json").read_text(encoding="utf-8"))
     place, remark = choose_device(a["device"], a["device_missing"])
     metric, checkpoint = a["metric"] or ("log_loss" if recipe["classes"] else "mae"), Path(a["checkpoint"]) if a["checkpoint"] else None
@@ -1110,20 +1147,20 @@ def main(
         if ranks()[0] == 0: report(learnt, Path(a["out"]) / "learnt.json")
     return learnt
 
-# %% ../nbs/32_train.ipynb #be9a639b
+# %% ../nbs/32_train.ipynb #31056291
 def typed(text: str):
     "A value of the command line: JSON, or the text as it is."
     try: return json.loads(text)
     except ValueError: return text
 
-
+# %% ../nbs/32_train.ipynb #13b2a8ea
 def report(learnt: dict, path: Path):
     "Say what was learnt, and write it down."
     for sentence in learnt["said"]: print("!", sentence)
     for h in learnt["history"]: print(f"epoch {h['epoch']}: {learnt['measure']} train {h['train']:.6g}, valid {h['valid']:.6g}")
     atomic_write(path, json.dumps(learnt, indent=1))
 
-# %% ../nbs/32_train.ipynb #532950db
+# %% ../nbs/32_train.ipynb #04a8540f
 def draw_learning(
     ax,  # matplotlib axes
     learnt: dict,  # from `train_on`
@@ -1140,7 +1177,7 @@ def draw_learning(
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
 
-
+# %% ../nbs/32_train.ipynb #ba6f806e
 def epoch_table(
     learnt: dict,
     most: int = 15,  # rows
@@ -1151,7 +1188,7 @@ def epoch_table(
     rows = sorted({*np.linspace(0, len(h) - 1, min(most, len(h))).astype(int).tolist(), learnt["best"] - 1})
     return pd.DataFrame([{"epoch": h[i]["epoch"], "train": round(h[i]["train"], 4), "valid": round(h[i]["valid"], 4), "seconds": round(h[i]["seconds"], 2), "kept": "kept" if i == learnt["best"] - 1 else ""} for i in rows])
 
-# %% ../nbs/32_train.ipynb #e71c23b2
+# %% ../nbs/32_train.ipynb #7a647a33
 def predict_split(
     con,  # DuckDB connection that knows the table `features`
     network, encoder: Encoder, recipe: dict, split: str,
@@ -1162,7 +1199,7 @@ def predict_split(
     found = {"row_id": table["row_id"].to_numpy(), "y": table["target"].to_numpy(), "prediction": apply_network(network.finished, *inputs).numpy().astype(float)}
     return found if recipe["classes"] else {**found, "outputs": apply_network(network.quantiles, *inputs).double().numpy()}
 
-
+# %% ../nbs/32_train.ipynb #80a266a3
 def say_coverage(
     interval: dict,  # from `fit_interval`
     test: dict,  # from `predict_split`

@@ -4,6 +4,7 @@
 limits; moto takes `ml.banana`). A training job is recorded in moto and executed: its channels are downloaded as SageMaker does, /opt/ml is a mount of
 its own, the entry point is process 1 of a namespace of its own, what it prints goes to CloudWatch Logs, checkpoints are kept in step with S3,
 the status goes its way, and StopTrainingJob is SIGTERM, a while later SIGKILL. Switches: `fail`, `no_capacity`, `interrupt`, `expire`, `down`.
+`Pipelines(p)` adds what moto lacks of pipelines and tuning jobs: executions whose steps are the calls that they stand for, and trials that are training jobs.
 
     with peer() as p:
         subprocess.run([...], env={**os.environ, **p.env})        # boto3, the SageMaker SDK and pyarrow talk to it
@@ -53,8 +54,30 @@ def image(place):
     for name, module in (("pip", "pip"), ("pip3", "pip"), ("torchrun", "torch.distributed.run")):
         (home / "bin" / name).write_text(f'#!/bin/sh\nexec {home}/bin/python3 -m {module} "$@"\n')
         (home / "bin" / name).chmod(0o755)
+    (home / "bin/train").write_text(f"#!{home}/bin/python3\n{SCRIPT_MODE}")
+    (home / "bin/train").chmod(0o755)
     (home / "ready").touch()
     return home
+
+
+# What the program `train` of AWS's images does (SageMaker Training Toolkit), for a job that names no entry point of its own
+SCRIPT_MODE = '''"""Unpack the archive, install what it asks for, start its program with the hyperparameters as options."""
+import io, json, os, subprocess, sys, tarfile
+try: from sagemaker_training.cli.train import main  # the real one, where it is installed
+except ImportError: main = None
+if main: sys.exit(main())
+import boto3
+given = {k: v.strip('"') for k, v in json.load(open("/opt/ml/input/config/hyperparameters.json")).items()}
+bucket, _, key = given["sagemaker_submit_directory"].removeprefix("s3://").partition("/")
+code = "/opt/ml/code"
+tarfile.open(fileobj=io.BytesIO(boto3.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read())).extractall(code, filter="data")
+if os.path.exists(f"{code}/requirements.txt"): subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", f"{code}/requirements.txt"], check=True)
+options = [w for k, v in sorted(given.items()) if not k.startswith("sagemaker_") and k != "_tuning_objective_metric" for w in (f"--{k}", v)]
+os.chdir(code)
+done = subprocess.run([sys.executable, given["sagemaker_program"], *options])
+if done.returncode and not os.path.exists("/opt/ml/output/failure"): open("/opt/ml/output/failure", "w").write(f"ExecuteUserScriptError: {done.returncode}")
+sys.exit(done.returncode)
+'''
 
 
 class Job:
@@ -137,7 +160,12 @@ class Peer:
                 if fault["times"] and re.search(fault["on"], f"{name} {environ.get('PATH_INFO', '')}") and fault["who"] in (who, ""):
                     fault["times"] -= 1
                     fault["hits"] += 1
-                    return self.hang_up(environ, start) if fault["code"] == "hang up" else _refuse(start, service, fault["code"], fault["message"], fault["status"])
+                    if fault["code"] == "lost answer": self.served(target, environ, lambda *a: None)
+                    return self.hang_up(environ, start) if fault["code"] in ("hang up", "lost answer") else _refuse(start, service, fault["code"], fault["message"], fault["status"])
+        return self.served(target, environ, start)
+
+    def served(self, target, environ, start):
+        "A request that nothing stands in the way of."
         if target.startswith("SageMaker."): return self.sagemaker(target.partition(".")[2], environ, start)
         return self.moto(environ, start)
 
@@ -348,7 +376,7 @@ class Peer:
     # switches and looks
 
     def fail(self, on, code, message="planted by a test", status=400, times=1, who="AKIDCLIENT"):
-        "Answer the next calls whose `Service.Operation path` matches with an error; code 'hang up': not at all."
+        "Answer the next calls whose `Service.Operation path` matches with an error; code 'hang up': not at all; 'lost answer': done, but nobody hears of it."
         fault = {"on": on, "code": code, "message": message, "status": status, "times": times, "who": who, "hits": 0}
         self.faults.append(fault)
         return fault
@@ -437,3 +465,243 @@ def _empty(p):
     "A bucket that earlier tests of this process have not filled."
     s3 = p.client("s3")
     for o in s3.list_objects_v2(Bucket="shop").get("Contents", []): s3.delete_object(Bucket="shop", Key=o["Key"])
+
+
+# ---------------------------------------------------------------- pipelines and tuning jobs
+
+class Failed(Exception):
+    "A step did not succeed."
+
+
+class Pipelines:
+    "SageMaker Pipelines, as small as a test allows: steps in their order, each through the call that it stands for. Tuning jobs: trials that are training jobs."
+
+    def __init__(self, p):
+        self.p, self.executions, self.answers, self.searches, self.requests = p, {}, {}, {}, []
+        self.real, p.sagemaker, self.lock = p.sagemaker, self.answer, threading.Lock()
+        self.model = p.models["SageMaker"]
+
+    def answer(self, operation, environ, start):
+        "What moto lacks: executions that are executed, once for each token."
+        import io
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        environ["wsgi.input"], request = io.BytesIO(body), json.loads(body or b"{}")
+        shape, key = self.model.operation_model(operation).input_shape, re.search(r"Credential=(\w+)/", environ.get("HTTP_AUTHORIZATION", ""))
+        self.requests.append((operation, request, key[1] if key else ""))
+        if problems := wrong(shape, request) if shape is not None else []: return _refuse(start, "sagemaker", "ValidationException", "; ".join(problems), 400)
+        with self.lock if request.get("ClientRequestToken") else contextlib.nullcontext():
+            if (known := (operation, request.get("ClientRequestToken"))) in self.answers: return self.say(start, self.answers[known])  # sent twice
+            try: said = getattr(self, _snake(operation))(request) if hasattr(self, _snake(operation)) else None
+            except Refused as e: return _refuse(start, "sagemaker", e.args[0], e.args[1], 400)
+            if said is None and operation == "CreatePipeline": said = json.loads(b"".join(self.real(operation, environ, lambda *a: None)))
+            if said is not None and known[1] and "__type" not in said: self.answers[known] = said
+        return self.real(operation, environ, start) if said is None else self.say(start, said)
+
+    def say(self, start, said):
+        "An answer."
+        start("400 X" if "__type" in said else "200 OK", [("Content-Type", "application/x-amz-json-1.1")])
+        return [json.dumps(said).encode()]
+
+    def start_pipeline_execution(self, request):
+        "A new execution of what the pipeline is at this moment."
+        there = self.p.client("sagemaker").describe_pipeline(PipelineName=request["PipelineName"])
+        arn, definition = f"{there['PipelineArn']}/execution/{len(self.executions):012d}", json.loads(there["PipelineDefinition"])
+        types, given = {"String": str, "Integer": int, "Float": float, "Boolean": lambda v: v == "true"}, {x["Name"]: x["Value"] for x in request.get("PipelineParameters", [])}
+        if unknown := set(given) - {x["Name"] for x in definition["Parameters"]}: raise Refused("ValidationException", f"Unknown parameters: {unknown}")
+        values = {x["Name"]: types[x["Type"]](given[x["Name"]]) if x["Name"] in given else x["DefaultValue"] for x in definition["Parameters"]}
+        e = self.executions[arn] = {"definition": definition, "values": values, "steps": [], "status": "Executing", "why": "", "shown": request.get("PipelineExecutionDisplayName", ""), "begun": time.time(), "stop": False, "requests": {}, "files": {},
+                                    "role": there["RoleArn"]}
+        e["thread"] = threading.Thread(target=self.execute, args=(arn, e), daemon=True)
+        e["thread"].start()
+        return {"PipelineExecutionArn": arn}
+
+    def list_pipeline_executions(self, request):
+        "All of a pipeline."
+        return {"PipelineExecutionSummaries": [{"PipelineExecutionArn": a, "PipelineExecutionStatus": e["status"], "PipelineExecutionDisplayName": e["shown"], "StartTime": e["begun"]} for a, e in self.executions.items() if f"/{request['PipelineName']}/execution/" in a]}
+
+    def one(self, request):
+        "An execution by its ARN."
+        if request["PipelineExecutionArn"] not in self.executions: raise Refused("ResourceNotFound", f"Pipeline execution {request['PipelineExecutionArn']} does not exist")
+        return self.executions[request["PipelineExecutionArn"]]
+
+    def list_pipeline_execution_steps(self, request): return {"PipelineExecutionSteps": self.one(request)["steps"][::-1]}
+
+    def describe_pipeline_execution(self, request):
+        e = self.one(request)
+        return {"PipelineExecutionArn": request["PipelineExecutionArn"], "PipelineExecutionStatus": e["status"], "FailureReason": e["why"], "CreationTime": e["begun"]}
+
+    def describe_pipeline_definition_for_execution(self, request): return {"PipelineDefinition": json.dumps(self.one(request)["definition"])}
+
+    def stop_pipeline_execution(self, request):
+        "The job that runs is stopped, no step begins."
+        e = self.one(request)
+        if e["status"] != "Executing": raise Refused("ValidationException", f"Pipeline execution is in status {e['status']}. Only pipelines with 'Executing' status can be stopped.")
+        e.update(stop=True, status="Stopping")
+        if (job := self.p.jobs.get(e.get("job", ""))) and job.status == "InProgress":
+            job.asked = "stop"
+            job.moved("Stopping", "Stopping", "Stopping the training job")
+        return {"PipelineExecutionArn": request["PipelineExecutionArn"]}
+
+    # an execution
+
+    def execute(self, arn, e):
+        "All steps whose turn it is, until none is left or one fails."
+        try: self.branch(arn, e, e["definition"]["Steps"])
+        except Failed as failed: e["status"], e["why"] = ("Stopped", "") if e["stop"] else ("Failed", str(failed))
+        except Exception as error:
+            import traceback
+            traceback.print_exc()
+            e["status"], e["why"] = "Failed", f"the test's executor: {error}"
+        else: e["status"] = "Stopped" if e["stop"] else "Succeeded"
+
+    def branch(self, arn, e, steps):
+        "Steps in an order in which each comes after those that it waits for."
+        left, over = list(steps), {s["StepName"] for s in e["steps"]}
+        while left and not e["stop"]:
+            step = next(s for s in left if set(s.get("DependsOn", [])) <= over)
+            left.remove(step)
+            row = {"StepName": step["Name"], "StepStatus": "Executing", "StartTime": time.time(), "Metadata": {}}
+            e["steps"].append(row)
+            try: getattr(self, f"do_{step['Type'].lower()}")(arn, e, step, row)
+            except Failed as failed:
+                row.update({"StepStatus": "Stopped"} if e["stop"] else {"StepStatus": "Failed", "FailureReason": str(failed)})
+                raise
+            row["StepStatus"] = "Succeeded"
+            over.add(step["Name"])
+
+    def known(self, arn, e):
+        "What expressions give."
+        def _known(kind, what):
+            if kind == "Std:JsonGet":
+                _, step, _, name = what["PropertyFile"]["Get"].split(".")
+                value = e["files"][step, name]
+                for part in what["Path"].split("."): value = value[part]
+                return value
+            if what.startswith("Parameters."): return e["values"][what.partition(".")[2]]
+            return {"Execution.PipelineExecutionId": arn.rpartition("/")[2]}[what]
+        return _known
+
+    def filled(self, arn, e, step):
+        "The request of a step."
+        from slml_nb.pipeline import filled
+        return e["requests"].setdefault(step["Name"], filled(step["Arguments"], self.known(arn, e)))
+
+    def service(self):
+        "The client that the pipeline's role has."
+        import boto3
+        with self.p.lock: return self.p.clients.setdefault("pipeline", boto3.session.Session("AKIDPIPELINE", "test", region_name=REGION).client("sagemaker", endpoint_url=self.p.url))
+
+    def name_of(self, arn, e, step, request, word):
+        "The name of a step's job: what the arguments say is its beginning."
+        return f"{request.get(word) or 'pipelines'}-{arn.rpartition('/')[2]}-{len(e['steps'])}"
+
+    def do_training(self, arn, e, step, row):
+        request = self.filled(arn, e, step)
+        name = e["job"] = self.name_of(arn, e, step, request, "TrainingJobName")
+        row["Metadata"] = {"TrainingJob": {"Arn": f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:training-job/{name}"}}
+        self.service().create_training_job(**{**request, "TrainingJobName": name})
+        self.p.jobs[name].thread.join()
+        job = self.service().describe_training_job(TrainingJobName=name)
+        if job["TrainingJobStatus"] != "Completed" and not e["stop"]: print(*self.p.logs(name)[-40:], sep="\n")
+        if job["TrainingJobStatus"] != "Completed": raise Failed(f"ClientError: {job.get('FailureReason', job['TrainingJobStatus'])}")
+
+    def do_processing(self, arn, e, step, row):
+        request = self.filled(arn, e, step)
+        name = self.name_of(arn, e, step, request, "ProcessingJobName")
+        self.service().create_processing_job(**{**request, "ProcessingJobName": name})
+        row["Metadata"] = {"ProcessingJob": {"Arn": f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:processing-job/{name}"}}
+        ml = self.p.place / "jobs" / name
+        for folder in ("input/config", "output", "processing"): (ml / folder).mkdir(parents=True)
+        for i in request["ProcessingInputs"]: self.p.download(i["S3Input"]["S3Uri"], ml / i["S3Input"]["LocalPath"].removeprefix("/opt/ml/"))
+        env = {"PATH": f"{image(self.p.place)}/bin:/usr/bin:/bin", "HOME": "/root", "AWS_ENDPOINT_URL": self.p.url, "AWS_ACCESS_KEY_ID": "AKIDROLE", "AWS_SECRET_ACCESS_KEY": "test", "OMP_NUM_THREADS": "1", **request["Environment"]}
+        app = request["AppSpecification"]
+        done = self.p.in_namespace(ml, [*app["ContainerEntrypoint"], *app["ContainerArguments"]], env)
+        said = done.communicate()[0].decode()
+        if done.returncode: raise Failed(f"AlgorithmError: {_text(ml / 'output/message') or said[-500:]}, exit code: {done.returncode}")
+        for o in request["ProcessingOutputConfig"]["Outputs"]:
+            place, (bucket, _, prefix) = ml / o["S3Output"]["LocalPath"].removeprefix("/opt/ml/"), o["S3Output"]["S3Uri"].removeprefix("s3://").partition("/")
+            for f in [f for f in place.rglob("*") if f.is_file()]: self.p.client("s3").upload_file(str(f), bucket, f"{prefix}/{f.relative_to(place).as_posix()}")
+            for x in step.get("PropertyFiles", []):
+                if x["OutputName"] == o["OutputName"]: e["files"][step["Name"], x["PropertyFileName"]] = json.loads((place / x["FilePath"]).read_text())
+
+    def do_condition(self, arn, e, step, row):
+        from slml_nb.pipeline import filled
+        meets = {"GreaterThanOrEqualTo": lambda a, b: a >= b, "Equals": lambda a, b: a == b}
+        sides = [filled([c["LeftValue"], c["RightValue"]], self.known(arn, e)) for c in step["Arguments"]["Conditions"]]
+        met = all(meets[c["Type"]](*s) for c, s in zip(step["Arguments"]["Conditions"], sides))
+        row.update(StepStatus="Succeeded", Metadata={"Condition": {"Outcome": str(met).lower()}})
+        self.branch(arn, e, step["Arguments"]["IfSteps" if met else "ElseSteps"])
+
+    def do_registermodel(self, arn, e, step, row):
+        row["Metadata"] = {"RegisterModel": {"Arn": self.service().create_model_package(**self.filled(arn, e, step))["ModelPackageArn"]}}
+
+    def do_fail(self, arn, e, step, row):
+        row["Metadata"] = {"Fail": {"ErrorMessage": self.filled(arn, e, step)["ErrorMessage"]}}
+        raise Failed(row["Metadata"]["Fail"]["ErrorMessage"])
+
+    # a tuning job
+
+    def create_hyper_parameter_tuning_job(self, request):
+        "Trials, one after the other, with values by chance."
+        name = request["HyperParameterTuningJobName"]
+        if name in self.searches: raise Refused("ResourceInUse", "Hyper parameter tuning job names must be unique within an AWS account and region")
+        arn = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:hyper-parameter-tuning-job/{name}"
+        self.searches[name] = {"request": request, "arn": arn, "status": "InProgress", "trials": [], "stop": False, "begun": time.time()}
+        self.searches[name]["thread"] = threading.Thread(target=self.search, args=(name,), daemon=True)
+        self.searches[name]["thread"].start()
+        return {"HyperParameterTuningJobArn": arn}
+
+    def search(self, name):
+        "Every trial as a training job; its metric is what the definition's pattern finds in the log."
+        import random
+        s = self.searches[name]
+        config, definition = s["request"]["HyperParameterTuningJobConfig"], s["request"]["TrainingJobDefinition"]
+        by, objective = random.Random(config.get("RandomSeed", 0)), config["HyperParameterTuningJobObjective"]
+        metrics = {m["Name"]: m["Regex"] for m in definition["AlgorithmSpecification"]["MetricDefinitions"]}
+        for i in range(config["ResourceLimits"]["MaxNumberOfTrainingJobs"]):
+            if s["stop"]: break
+            values, job = drawn(config["ParameterRanges"], by), f"{name}-{i + 1:03d}-{by.getrandbits(32):08x}"
+            given = {k: v for k, v in definition.items() if k in ("RoleArn", "InputDataConfig", "OutputDataConfig", "ResourceConfig", "StoppingCondition", "VpcConfig", "EnableManagedSpotTraining", "CheckpointConfig", "Environment", "AlgorithmSpecification",
+                                                                 "EnableInterContainerTrafficEncryption")}
+            ran = self.p.run_job({**given, "TrainingJobName": job, "HyperParameters": {**definition["StaticHyperParameters"], **values, "_tuning_objective_metric": objective["MetricName"]}, "Tags": s["request"].get("Tags", [])})
+            s["job"] = job
+            ran.thread.join()
+            found = re.findall(metrics[objective["MetricName"]], "\n".join(self.p.logs(job)))
+            s["trials"].append({"name": job, "values": values, "status": ran.status, "value": float(found[-1]) if found else None})
+            if ran.status != "Completed": print(*self.p.logs(job)[-40:], sep="\n")
+        done = [t for t in s["trials"] if t["value"] is not None]
+        s["best"] = sorted(done, key=lambda t: t["value"] * (1 if objective["Type"] == "Minimize" else -1))[0] if done else None
+        s["status"] = "Stopped" if s["stop"] else "Completed" if done else "Failed"
+
+    def describe_hyper_parameter_tuning_job(self, request):
+        "How a search is doing."
+        if not (s := self.searches.get(request["HyperParameterTuningJobName"])): raise Refused("ResourceNotFound", "The requested resource was not found")
+        done, config = [t["status"] for t in s["trials"]], s["request"]["HyperParameterTuningJobConfig"]
+        best = {"BestTrainingJob": {"TrainingJobName": s["best"]["name"], "TrainingJobArn": s["arn"], "CreationTime": s["begun"], "TrainingJobStatus": "Completed", "TunedHyperParameters": s["best"]["values"],
+                                    "FinalHyperParameterTuningJobObjectiveMetric": {"MetricName": config["HyperParameterTuningJobObjective"]["MetricName"], "Value": s["best"]["value"]}}} if s.get("best") else {}
+        return {"HyperParameterTuningJobName": request["HyperParameterTuningJobName"], "HyperParameterTuningJobArn": s["arn"], "HyperParameterTuningJobConfig": config, "HyperParameterTuningJobStatus": s["status"], "CreationTime": s["begun"],
+                "TrainingJobStatusCounters": {"Completed": done.count("Completed"), "InProgress": int(s["status"] == "InProgress"), "RetryableError": 0, "NonRetryableError": done.count("Failed"), "Stopped": done.count("Stopped")},
+                "ObjectiveStatusCounters": {"Succeeded": done.count("Completed"), "Pending": 0, "Failed": done.count("Failed")}, **best}
+
+    def stop_hyper_parameter_tuning_job(self, request):
+        "No trial begins any more."
+        self.searches[request["HyperParameterTuningJobName"]]["stop"] = True
+        return {}
+
+
+class Refused(Exception):
+    "A request that is answered with an error: code, message."
+
+
+def drawn(ranges, by):
+    "Values by chance, as texts."
+    import math
+    out = {r["Name"]: by.choice(r["Values"]) for r in ranges.get("CategoricalParameterRanges", [])}
+    for kind, say in (("IntegerParameterRanges", lambda v: str(round(v))), ("ContinuousParameterRanges", repr)):
+        for r in ranges.get(kind, []):
+            low, high = float(r["MinValue"]), float(r["MaxValue"])
+            out[r["Name"]] = say(math.exp(by.uniform(math.log(low), math.log(high))) if r["ScalingType"] == "Logarithmic" else by.uniform(low, high))
+    return out
+
+
+def _snake(name): return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()

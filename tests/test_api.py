@@ -172,6 +172,83 @@ def test_slow_clients_and_too_many_of_them(package, good):
         assert until(lambda: call(port, good)[0] == 200, 10)
 
 
+# ---- in one piece, and in several
+
+def raw_request(body, *more) -> tuple[bytes, bytes]:
+    "Head and body of a request."
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return b"\r\n".join([b"POST /predict HTTP/1.1", b"host: a", b"content-type: application/json", b"content-length: %d" % len(body), *more, b"", b""]), body
+
+
+def answers(data: bytes) -> list[tuple[int, dict, str]]:
+    "The answers in a stream of bytes."
+    out = []
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines)
+        size = int(headers["content-length"])
+        out.append((int(first.split()[1]), headers, data[:size].decode()))
+        data = data[size:]
+    return out
+
+
+def test_a_request_in_one_piece_is_answered_like_one_in_several(port, good):
+    for body in (good, [good, good], {**good, "km": "far"}, b"{", {**good, "zone name": "\u00c5lesund"}, b'{"km": "\\ud800"}', {**good, "km": 1e9}):
+        head, body = raw_request(body, b"connection: close")
+        (whole,), (parts,) = answers(said(port, head + body)), answers(said(port, head + body[:1], then=body[1:]))
+        assert whole[0] == parts[0] and whole[2] == parts[2] and sorted(whole[1]) == sorted(parts[1]) and "date" in whole[1]
+        assert whole[1]["connection"] == parts[1]["connection"] == "close"
+    assert answers(said(port, b"".join(raw_request(good)).replace(b"HTTP/1.1", b"HTTP/1.0")))[0][1]["connection"] == "close"
+
+
+def test_requests_in_one_packet_are_answered_in_their_order(port, good):
+    packet = b"".join(b"".join(raw_request({**good, "km": float(k)})) for k in range(1, 8)) + b"GET /ping HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
+    got = answers(said(port, packet))
+    assert [json.loads(text).get("prediction") for _, _, text in got] == [3.0 * k for k in range(1, 8)] + [None] and {status for status, _, _ in got} == {200}
+
+
+def test_keys_and_rates_hold_for_requests_in_one_piece(package, good):
+    code = "from slml_nb.serve import build_app, Limits, run_app; run_app(build_app(sys.argv[2], guard=Limits(keys=('a key of some length', 'another one of its length'), rate=2)), sock)"
+    with running_code(code, package) as port:
+        for key in (b"a key of some length", b"another one of its length"):
+            packet = b"".join(raw_request(good, b"x-api-key: " + key)) * 3 + b"".join(raw_request(good, b"x-api-key: " + key, b"connection: close"))
+            assert [status for status, _, _ in answers(said(port, packet))] == [200, 200, 429, 429]
+        for more in ((), (b"x-api-key: wrong",), (b"x-forwarded-for: 10.0.0.7",), (b"x-api-key: wrong", b"x-forwarded-for: 10.0.0.7")):
+            (status, headers, text), = answers(said(port, b"".join(raw_request(good, b"connection: close", *more))))
+            assert (status, headers["www-authenticate"], sorted(json.loads(text)["error"])) == (401, "Bearer", SHAPE)
+
+
+def test_a_rate_counts_each_caller_behind_a_proxy(package, good):
+    code = "from slml_nb.serve import build_app, Limits, run_app; run_app(build_app(sys.argv[2], guard=Limits(rate=2)), sock)"
+    with running_code(code, package) as port:
+        for caller in (b"10.0.0.7", b"10.0.0.8", b""):
+            who = [b"x-forwarded-for: " + caller] if caller else []
+            packet = b"".join(raw_request(good, *who)) * 2 + b"".join(raw_request(good, b"connection: close", *who))
+            assert [status for status, _, _ in answers(said(port, packet))] == [200, 200, 429]
+
+
+def test_what_was_answered_is_in_the_log_of_a_killed_server(package, good, tmp_path):
+    from slml_nb.feedback import read_lines, read_log
+    code = "import os; from pathlib import Path; from slml_nb.cli import _noted; from slml_nb.serve import serve; Path(sys.argv[3]).write_text(str(os.getpid())); serve(sys.argv[2], sock=sock, noted=_noted(sys.argv[4], 'cab'))"
+    asked = [{**good, "km": float(k), "zone name": name} for k, name in enumerate(["Bronx", "\u00c5lesund", 'a "quote"', "two\nlines", "\u2028", "back\\slash"] * 20, 1)]
+    bodies = [json.dumps(a, indent=(None, 0, "\r\n")[i % 3], ensure_ascii=i % 2 == 0).encode() for i, a in enumerate(asked)] + [b'{"km": "\\ud800"}']
+    with running_code(code, package, tmp_path / "pid", tmp_path / "log") as port:
+        (pair,) = [call(port, asked[:2])]
+        got = []
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as c:
+            for body in bodies:
+                c.request("POST", "/predict", body, {"content-type": "application/json"})
+                reply = c.getresponse()
+                got.append((reply.status, reply.headers.get("x-prediction-id"), json.loads(reply.read())))
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    there = {r["id"]: r for f in (tmp_path / "log/segments").glob("*.jsonl") for _, r in read_lines(f)[0]}
+    assert [s for s, _, _ in got] == [200] * 120 + [422]
+    assert [(there[id]["r"], there[id]["a"], there[id]["v"], there[id]["q"]) for _, id, _ in got[:-1]] == [(a, answer, "cab", 1.0) for a, (_, _, answer) in zip(asked, got)]
+    assert [there[f"{pair[1]['x-prediction-id']}/{i}"]["r"] for i in (0, 1)] == asked[:2] and len(there) == 122
+    assert read_log(tmp_path / "log").num_rows == 122
+
+
 # ---- keys and tokens
 
 @pytest.fixture(scope="module")

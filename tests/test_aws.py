@@ -37,7 +37,8 @@ def nobody(monkeypatch):
     for name, value in dict(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_REGION=REGION, AWS_DEFAULT_REGION=REGION, AWS_EC2_METADATA_DISABLED="true").items(): monkeypatch.setenv(name, value)
 
 
-FULL = dict(kms=KEY, subnets=["subnet-1"], security_groups=["sg-1"], images={"cpu": IMAGE})
+SETS = ("run", "job", "pipeline", "pipeline-role", "doctor", "bucket")
+FULL = dict(pipeline={"cron": "0 6 * * mon-fri", "new_objects": "s3://inbox/ore/"}, kms=KEY, subnets=["subnet-1"], security_groups=["sg-1"], images={"cpu": IMAGE})
 
 
 def policies(monkeypatch, which, **head):
@@ -50,7 +51,7 @@ def policies(monkeypatch, which, **head):
 def test_the_linter_takes_the_policies(tmp_path, monkeypatch):
     "Names of actions against AWS's Service Authorization Reference, forms of resources for each action, versions, conditions: cfn-lint's rules for IAM, and the data that it ships."
     def template(policy): return {"Resources": {"P": {"Type": "AWS::IAM::ManagedPolicy", "Properties": {"PolicyDocument": policy}}, "R": {"Type": "AWS::IAM::Role", "Properties": {"AssumeRolePolicyDocument": trust_policy(NUMBER)}}}}
-    found = {f"{which}-{i}": template(policies(monkeypatch, which, **head)) for which in ("run", "job", "doctor", "bucket") for i, head in enumerate(({}, FULL))}
+    found = {f"{which}-{i}": template(policies(monkeypatch, which, **head)) for which in SETS for i, head in enumerate(({}, FULL))}
     wrong = json.loads(json.dumps(found["run-0"]).replace("s3:ListBucket", "s3:ListBuckett"))
     for name, t in {**found, "wrong": wrong}.items(): (tmp_path / f"{name}.json").write_text(json.dumps(t))
     done = subprocess.run([Path(sys.executable).with_name("cfn-lint"), "--include-checks", "I", "--regions", "eu-central-1", "--format", "json", "--", *map(str, sorted(tmp_path.glob("*.json")))], capture_output=True, text=True)
@@ -61,7 +62,7 @@ def test_the_linter_takes_the_policies(tmp_path, monkeypatch):
 
 def test_the_policies_fit_into_iam(monkeypatch):
     "6,144 characters without blanks are the limit of a managed policy, 10,240 of what a role carries itself; a use case of thirty stages is no longer."
-    for which in ("run", "job", "doctor", "bucket"): assert len(json.dumps(policies(monkeypatch, which, **FULL), separators=(",", ":"))) < 6144, which
+    for which in SETS: assert len(json.dumps(policies(monkeypatch, which, **FULL), separators=(",", ":"))) < 6144, which
 
 
 # ---------------------------------------------------------------- nothing missing, nothing superfluous
@@ -227,7 +228,7 @@ def calls_in(file):
 def test_every_call_in_the_code_is_permitted_to_somebody(module, monkeypatch):
     file = ROOT / "slml_nb" / f"{module}.py"
     if not file.exists(): pytest.skip("no such room yet")
-    everybody = set().union(*(allowed_actions(policies(monkeypatch, w, **FULL)) for w in ("run", "job", "doctor", "bucket"))) | {"ssm:GetParameter"}
+    everybody = set().union(*(allowed_actions(policies(monkeypatch, w, **FULL)) for w in SETS)) | {"ssm:GetParameter"}
     inside = {"sagemaker:DescribeUserProfile", "sagemaker:DescribeDomain"}  # asked by a notebook in Studio for its own role; Studio's role has them
     wanted = {action_of(c) for c in calls_in(file)} - {""}
     assert wanted - everybody - inside == set()
@@ -262,12 +263,14 @@ def test_moto_with_permissions_switched_on_lets_the_run_through(tmp_path, monkey
 
 @pytest.fixture
 def server():
-    import logging
+    import logging, urllib.request
     from moto.server import ThreadedMotoServer
     logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
     s = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     s.start()
-    yield "http://%s:%s" % s.get_host_and_port()
+    url = "http://%s:%s" % s.get_host_and_port()
+    urllib.request.urlopen(urllib.request.Request(f"{url}/moto-api/reset", method="POST")).close()  # moto's state is that of the process
+    yield url
     s.stop()
 
 
@@ -295,7 +298,7 @@ def test_a_run_says_what_it_costs_and_stops_above_its_budget(project, server):
     boto3.client("s3", endpoint_url=server).create_bucket(Bucket="my-bucket", CreateBucketConfiguration={"LocationConstraint": REGION})
     env = dict(AWS_ENDPOINT_URL=server, AWS_MAX_ATTEMPTS="1", SLML_CACHE=str(project.folder / "cache"), SLML_SAGEMAKER_ROLE=ROLE)
     code, out, err = project.slml("run", "params/taxi.yaml", "--dry-run", "--to", "baseline", **env)
-    assert code == 0 and "1 × ml.m5.large" in err and "About $0.24, of a budget of $1.00" in err, out + err
+    assert code == 0 and "1 × ml.m5.large" in err and "About $0.024, of a budget of $1.00, at most $0.24" in err and "a guess of 10 minutes" in err, out + err
     code, out, err = project.slml("run", "params/taxi.yaml", "--to", "baseline", "-p", "baseline.on=ml.p4d.24xlarge", **env)
     assert code != 0 and "the budget is $1.00; nothing was started" in err and not list((project.folder / "runs").rglob("run.json")), out + err
 

@@ -121,11 +121,11 @@ def noise(n=600):
     return "a,b,kind\n" + "".join(f"{r.random():.3f},{r.choice('xyz')},{r.choice(['red', 'green', 'blue'])}\n" for _ in range(n))
 
 
-def draft_and_run(project, name, content, target):
+def draft_and_run(project, name, content, target, *argv):
     project.write(f"{name}.csv", content)
     code, out, err = project.slml("new", name, "--data", f"{name}.csv", "--target", target)
     assert code == 0, err
-    return project.run(f"params/{name}.yaml")
+    return project.run(f"params/{name}.yaml", *argv)
 
 
 def test_flats_end_in_a_model_that_is_worth_having(shop):
@@ -165,13 +165,13 @@ def test_predict_answers_the_rows_of_a_file(shop):
 
 
 def test_churn_is_two_classes(shop):
-    code, r = draft_and_run(shop, "churn", churn(), "left?")
+    code, r = draft_and_run(shop, "churn", churn(), "left?", "--to", "evaluate")
     assert r["state"] == "done", r.get("error")
     assert r["verdict"]["task"] == "classification" and r["verdict"]["met"] and code == 0, r["verdict"]["sentence"]
 
 
 def test_noise_ends_in_no_model(shop):
-    code, r = draft_and_run(shop, "noise", noise(), "kind")
+    code, r = draft_and_run(shop, "noise", noise(), "kind", "--to", "evaluate")
     assert (code, r["state"], r["verdict"]["met"], r["verdict"]["candidate"]) == (3, "done", False, None), r.get("error") or r["verdict"]["sentence"]
 
 

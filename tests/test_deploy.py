@@ -1,5 +1,5 @@
 """Deploying: templates under the real linter, change sets against moto, the function's zip where nothing is installed, and the container's application."""
-import json, os, subprocess, sys, zipfile
+import contextlib, csv, json, os, socket, subprocess, sys, zipfile
 from pathlib import Path
 
 import pytest
@@ -117,6 +117,75 @@ def test_the_zip_of_a_network_fits_and_answers(tmp_path):
     zipfile.ZipFile(made["file"]).extractall(tmp_path / "task")
     answer, loaded = answer_alone(tmp_path / "task", {"km": 3.0})
     assert answer["prediction"] == pytest.approx(1.0, abs=1e-6) and loaded == ["numpy", "onnxruntime"]
+
+
+@contextlib.contextmanager
+def container(folder, **env):
+    "The application of the image in a process of its own; its port."
+    import time
+    from slml_nb.serve import listen
+    write_image(FLIGHTS, folder)
+    sock = listen(port=0)
+    port = sock.getsockname()[1]
+    sock.close()
+    (folder / "app.py").write_text((folder / "app.py").read_text().replace("/opt/slml/package", str(folder / "package")).replace('address="0.0.0.0"', 'address="127.0.0.1"'))
+    process = subprocess.Popen([sys.executable, "app.py", "serve"], cwd=folder, env={"PATH": os.environ["PATH"], "PORT": str(port), "PYTHONDONTWRITEBYTECODE": "1", **env})
+    try:
+        for _ in range(400):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1): break
+            time.sleep(0.05)
+        yield port
+    finally: process.terminate(); process.wait(30)
+
+
+def test_a_transform_job_gets_a_line_for_each_line(tmp_path):
+    """The container as a transform job starts it: pieces of a file with refused rows among them; every line has its answer or its reason, in its place."""
+    import http.client
+    from slml_nb.deploy import batch_requests
+    fields = [f["name"] for f in json.loads((FLIGHTS / "signature.json").read_text())["inputs"]]
+    good = ",".join(str(SAMPLE["request"].get(f, "")) for f in fields)
+    bad = ["", "1,2", '"' + good, good + ",9", ",".join("?" for _ in fields), "\x00"]
+    lines = [good, *(l for b in bad for l in (b, good))] * 20
+    environment = batch_requests(FLIGHTS, "s3://rows/", "s3://answers/", "i", "r")["model"]["PrimaryContainer"]["Environment"]
+    with container(tmp_path, **environment) as port:
+        def ask(body, kind="text/csv"):
+            c = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            c.request("POST", "/invocations", body.encode(), {"Content-Type": kind, "Accept": kind})
+            reply = c.getresponse()
+            return reply.status, reply.read().decode()
+        for body in ("\n".join(lines), "\n".join([",".join(fields), *lines]) + "\n"):
+            status, said = ask(body)
+            assert status == 200 and len(said.splitlines()) == len(body.removesuffix("\n").split("\n"))
+            rows = list(csv.reader(said.splitlines()))[-len(lines):]
+            for line, row in zip(lines, rows, strict=True):
+                if line == good: assert float(row[0]) == pytest.approx(SAMPLE["response"]["prediction"]) and row[-1] == ""
+                else: assert row[0] == "" and row[-1]
+        status, said = ask("\n".join([json.dumps(SAMPLE["request"]), "{", "{}", json.dumps(SAMPLE["request"])]), "application/jsonlines")
+        assert status == 200 and [bool(json.loads(l).get("error")) for l in said.splitlines()] == [False, True, True, False]
+        status, said = ask(",".join(fields[::-1]) + "\n" + good)
+        assert status == 400 and "another order" in said  # what the pieces after the first would mean nobody could know
+
+
+def test_the_outcome_of_a_transform_job(aws, tmp_path, capsys):
+    "Counted at the command line, from what lies in the bucket; moto ends a job at once and answers nothing, so the answers are put there by hand."
+    import boto3
+    from slml_nb.cli import main
+    from slml_nb.deploy import batch_requests
+    storage, sagemaker = aws[1], boto3.client("sagemaker")
+    for name in ("rows", "answers"): storage.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+    storage.put_object(Bucket="rows", Key="trips/a.csv", Body=b"1\nfar\n3\n")
+    storage.put_object(Bucket="rows", Key="trips/b.csv", Body=b"x\n")
+    asked = batch_requests(FLIGHTS, "s3://rows/trips", "s3://answers", "i", "arn:aws:iam::123456789012:role/slml")
+    (file := tmp_path / "batch.json").write_text(json.dumps(asked))
+    run_batch(sagemaker, file)
+    storage.put_object(Bucket="answers", Key="trips/a.csv.out", Body=b"1,3.0,\nfar,,\"field 'km' is 'far': send a number\"\n3,9.0,\n")
+    storage.put_object(Bucket="answers", Key="trips/old.csv.out", Body=b"1,3.0,\n")
+    assert main(["deploy", "--outcome", str(file)]) == 1  # one file has no answers
+    said = capsys.readouterr().out
+    assert "4 rows in 2 files: 2 answered, 1 refused" in said and "line 2 of a.csv: field 'km' is 'far'" in said and "1 lines have no answer" in said
+    storage.put_object(Bucket="answers", Key="trips/b.csv.out", Body=b"x,,no\n")
+    assert main(["deploy", "--outcome", str(file)]) == 0
+    assert "2 answered, 2 refused" in capsys.readouterr().out
 
 
 def test_the_container_serves_as_its_dockerfile_says(tmp_path):
@@ -247,3 +316,25 @@ def test_the_command_line_plans_a_transform_job(capsys):
     assert "s3:GetObject" in said and "s3://rows/trips to s3://answers" in said and "once, for 10,000,000 rows" in said
     assert main(["deploy", str(FLIGHTS), "--batch", "s3://rows/trips", "s3://answers", "--plan"]) != 0
     assert "--to sagemaker" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, why", [("--to lamda --plan", "did you mean 'lambda'?"), ("--plan --rps -1", "--rps is -1"), ("--plan --instance ml.m5.large", "no effect on lambda"), ("--plan --share 2", "from 0 to 1"),
+                                        ("--execute none.json", "writes deploy/batch.json"), ("--outcome none.json", "writes deploy/batch.json"), ("--to sagemaker --plan --batch s3://rows/x s3://rows/x-out", "rows of the next job")])
+def test_what_cannot_be_meant_is_said_at_once(words, why, capsys, tmp_path, monkeypatch):
+    "No plan, no call, no account: a message that names it, and the way out."
+    from slml_nb.cli import main
+    monkeypatch.chdir(tmp_path)
+    assert main(["deploy", str(FLIGHTS), *words.split()]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_other_commands_say_it_at_once(capsys, tmp_path, monkeypatch):
+    from slml_nb.cli import main
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.yaml").write_text("name: eta\nvariants: [old, new]\n")
+    (tmp_path / "odd.json").write_text("{oh")
+    (tmp_path / "a.csv").write_text("x\n1\n")
+    for words, why in ((["place", str(FLIGHTS), "--rps", "nan"], "--rps is nan"), (["place", str(FLIGHTS), "--p99", "0"], "--p99 is 0"), (["serve", "--traffic", "two.yaml", "--port", "0"], "variant 'old' of 'eta' has no package"),
+                       (["traffic", "odd.json"], "this is no JSON"), (["traffic", "two.yaml", "--picture", "x.bmp"], "not drawn as '.bmp'"), (["predict", str(FLIGHTS), "a.csv", "--out", "a.xlsx"], "--out FILE.parquet")):
+        assert main(words) == 2
+        assert why in capsys.readouterr().err, words

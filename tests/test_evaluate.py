@@ -214,15 +214,15 @@ def test_what_a_run_leaves(first):
 def test_a_champion_by_its_run_and_by_its_name(first):
     from slml_nb.registry import register
     shop, run = first
-    code, again = shop.run("params/shop.yaml", "-p", f"evaluate.champion={run['project']}/{run['run']}")
+    code, again = shop.run("params/shop.yaml", "--to", "evaluate", "-p", f"evaluate.champion={run['project']}/{run['run']}")
     c = verdict(shop, again)["champion"]
     assert c["better"] == "" and c["rows"] > 100 and "champion" in verdict(shop, again)["sentence"]
     assert c["champion"] == pytest.approx(c["challenger"], rel=1e-4)  # it is the same model, asked as a service would ask it
     register(shop.folder / run["folder"], "shop", root=shop.folder / "runs/registry")
-    code, named = shop.run("params/shop.yaml", "-p", "evaluate.champion=shop")
+    code, named = shop.run("params/shop.yaml", "--to", "evaluate", "-p", "evaluate.champion=shop")
     assert verdict(shop, named)["champion"]["name"] == "shop 1"
     register(shop.folder / run["folder"], "shop", root=shop.folder / "runs/registry")
-    code, later = shop.run("params/shop.yaml", "-p", "evaluate.champion=shop")
+    code, later = shop.run("params/shop.yaml", "--to", "evaluate", "-p", "evaluate.champion=shop")
     assert verdict(shop, later)["champion"]["name"] == "shop 2"  # a new champion: the stage runs again
 
 

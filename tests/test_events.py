@@ -323,6 +323,25 @@ def test_results_in_s3_never_start_the_function_again(tmp_path, bucket):
     assert handler(news(made, "x"))["ignored"] == 1
 
 
+def test_json_lines_are_answered_in_their_place_and_parquet_is_told_what_to_do(tmp_path, bucket):
+    import gzip
+    handler = events_handler(package(tmp_path / "p"), str(tmp_path / "out"), "", bucket)
+    put = lambda key, body: news(key, bucket.put_object(Bucket="trips", Key=key, Body=body)["ETag"])
+    said = lambda event: {k: v for k, v in handler(event).items() if v}
+    lines = b'{"km": 9}\n{"km": \n\n{"km": "far"}\n{"km": 1}\n'
+    events = [put("in/a.jsonl", lines), put("in/b.json.gz", gzip.compress(b'[{"km": 9}, {"km": 1}]')), put("in/c.PARQUET", b"PAR1"), put("in/d.csv.gz", gzip.compress(b"km\n9\n"))]
+    assert [said(e) for e in events] == [{"done": 1}, {"done": 1}, {"refused": 1}, {"done": 1}]
+    assert [said(e) for e in events] == [{"held": 1}] * 4
+    (a,), (b,), (c,), (d,) = ([p.read_text() for p in (tmp_path / "out").glob(f"{n}*")] for n in "abcd")
+    a = [json.loads(l) for l in a.splitlines()]
+    assert [(l.get("km"), l["prediction"], bool(l.get("error"))) for l in a] == [(9, "long", False), (None, None, True), ("far", None, True), (1, "short", False)]
+    assert "line 2 is not JSON" in a[1]["error"] and [json.loads(l)["prediction"] for l in b.splitlines()] == ["long", "short"] and "9,long" in d
+    assert "in/c.PARQUET" in c and "slml predict RUN FILE.parquet" in c and "*.jsonl" in c
+    assert [said(put(f"in/{n}", b"x")) for n in ("_SUCCESS", ".hidden.csv", "half.csv.part")] == [{"ignored": 1}] * 3
+    nothing = put("in/e.jsonl", b"{\n{\n")
+    with pytest.raises(SlmlError, match="1 objects failed"): handler(nothing)  # sent again, then in the queue of what failed
+
+
 # -- the function in the account: template, zip, exactly once
 
 @pytest.fixture(scope="module")
@@ -436,6 +455,15 @@ def test_a_new_object_comes_to_the_function_through_what_the_template_makes(tmp_
         assert b"9,long" in s3.get_object(Bucket=made["Inbox"], Key=answer["Key"])["Body"].read()
         targets = {t["Arn"] for r in ("News", "Look") for t in boto3.client("events").list_targets_by_rule(Rule=made[r])["Targets"]}
         assert len(targets) == 1 and made["Queue"].rpartition("/")[2] in targets.pop()
+
+
+@pytest.mark.slow
+def test_json_lines_and_parquet_by_the_zip(tmp_path, files):
+    "What is packaged reads JSON lines, and knows what to say of Parquet."
+    news = [files.put("in/a.jsonl", '{"km": 9}\n{"km": 1}\n'), files.put("in/b.parquet", "PAR1")]
+    assert files.said(files.start(*news, *news, before="os.environ.pop('SLML_SUFFIX')")) == [{"done": 1}, {"refused": 1}, {"held": 1}, {"held": 1}]
+    made = {k.rpartition(".")[2]: files.client.get_object(Bucket=files.bucket, Key=k)["Body"].read().decode() for k, _ in files.answers() if "/." not in k}
+    assert [json.loads(l)["prediction"] for l in made["jsonl"].splitlines()] == ["long", "short"] and "slml predict" in made["txt"] and len(files.answers()) == 2
 
 
 @pytest.mark.slow

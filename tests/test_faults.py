@@ -40,7 +40,7 @@ def test_interrupted(mine):
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # what a shell starts in the background ignores it
     assert until(lambda: (mine.folder / "melting").exists() or p.poll() is not None) and p.poll() is None
     p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=30)
+    out, err = p.communicate(timeout=90)
     assert p.returncode == 130 and "interrupted" in err and "Traceback" not in err, err
     assert nobody_left(mine.folder) if os.path.isdir("/proc") else True
     record = json.loads(next(mine.folder.glob("runs/mine/*/run.json")).read_text())

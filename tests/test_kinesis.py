@@ -20,11 +20,21 @@ def until(true, seconds=60):
     return found
 
 
+LOCKED = """import sys, threading
+from moto.dynamodb.responses import DynamoHandler
+from moto.server import main
+one_at_a_time, unlocked = threading.Lock(), DynamoHandler.call_action
+def locked(self):
+    with one_at_a_time: return unlocked(self)
+DynamoHandler.call_action = locked
+main(sys.argv[1:])"""  # transactions of DynamoDB are whole; those of moto are not when two come at once
+
+
 @contextlib.contextmanager
 def moto_server(port=None):
     "moto in a process of its own; its address."
     port = port or free_port()
-    p = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **KEYS})
+    p = subprocess.Popen([sys.executable, "-c", LOCKED, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **KEYS})
     def up():
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1): return True
     try: until(up); yield p, f"http://127.0.0.1:{port}"

@@ -1,151 +1,16 @@
 """A pipeline from a parameter set: rendered, created, started, executed step by step with the real containers' commands, and what it leaves."""
-import json, os, subprocess, threading, time, types
+import json, threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 import tiny
-from peer_sagemaker import ACCOUNT, REGION, image, peer, possible, wrong
+from peer_sagemaker import ACCOUNT, REGION, Pipelines, peer, possible
+from slml_nb.aws import action_of
+from test_aws import allows
 
 pytestmark = pytest.mark.skipif(bool(possible()), reason=possible() or "")
 ROLE = f"arn:aws:iam::{ACCOUNT}:role/slml"
-
-
-class Executor:
-    "SageMaker Pipelines, as small as a test allows: steps in their order, each through the call that it stands for."
-
-    def __init__(self, p):
-        import boto3
-        self.p, self.executions, self.tokens = p, {}, {}
-        self.real, p.sagemaker, self.lock = p.sagemaker, self.answer, threading.Lock()
-        self.model = boto3.client("sagemaker", region_name=REGION).meta.service_model
-
-    def answer(self, operation, environ, start):
-        "What moto lacks: executions that are executed, once for each token."
-        import io
-        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        environ["wsgi.input"], request = io.BytesIO(body), json.loads(body or b"{}")
-        if shape := self.model.operation_model(operation).input_shape: assert not wrong(shape, request), wrong(shape, request)
-        arn = request.get("PipelineExecutionArn")
-        if operation == "StartPipelineExecution": said = {"PipelineExecutionArn": self.start(request)}
-        elif operation == "ListPipelineExecutionSteps": said = {"PipelineExecutionSteps": self.executions[arn]["steps"][::-1]}
-        elif operation == "StopPipelineExecution": said = {"PipelineExecutionArn": arn, **(self.executions[arn].update(stop=True) or {})}
-        elif operation == "ListPipelineExecutions":
-            said = {"PipelineExecutionSummaries": [{"PipelineExecutionArn": a, "PipelineExecutionStatus": e["status"], "PipelineExecutionDisplayName": e["shown"], "StartTime": e["begun"]} for a, e in self.executions.items()]}
-        elif operation == "DescribePipelineExecution": said = {"PipelineExecutionArn": arn, "PipelineExecutionStatus": self.executions[arn]["status"], "FailureReason": self.executions[arn]["why"], "CreationTime": self.executions[arn]["begun"]}
-        elif operation == "DescribePipelineDefinitionForExecution": said = {"PipelineDefinition": json.dumps(self.executions[arn]["definition"])}
-        else: return self.real(operation, environ, start)
-        start("200 OK", [("Content-Type", "application/x-amz-json-1.1")])
-        return [json.dumps(said).encode()]
-
-    def start(self, request):
-        "StartPipelineExecution: the same token is the same execution."
-        with self.lock: return self.begin(request)
-
-    def begin(self, request):
-        "A new execution, unless its token is known."
-        if request["ClientRequestToken"] in self.tokens: return self.tokens[request["ClientRequestToken"]]
-        there = self.p.client("sagemaker").describe_pipeline(PipelineName=request["PipelineName"])
-        arn = f"{there['PipelineArn']}/execution/{len(self.executions):012d}"
-        self.tokens[request["ClientRequestToken"]] = arn
-        definition = json.loads(there["PipelineDefinition"])
-        types_ = {"String": str, "Integer": int, "Float": float, "Boolean": lambda v: v == "true"}
-        given = {x["Name"]: x["Value"] for x in request.get("PipelineParameters", [])}
-        values = {x["Name"]: types_[x["Type"]](given[x["Name"]]) if x["Name"] in given else x["DefaultValue"] for x in definition["Parameters"]}
-        e = self.executions[arn] = {"definition": definition, "values": values, "steps": [], "status": "Executing", "why": "", "shown": request.get("PipelineExecutionDisplayName", ""), "begun": time.time(), "stop": False, "requests": {}, "files": {}}
-        e["thread"] = threading.Thread(target=self.execute, args=(arn, e), daemon=True)
-        e["thread"].start()
-        return arn
-
-    def execute(self, arn, e):
-        "All steps whose turn it is, until none is left or one fails."
-        from slml_nb.pipeline import steps_in
-        try: self.branch(arn, e, e["definition"]["Steps"])
-        except Failed as failed: e["status"], e["why"] = "Failed", str(failed)
-        except Exception as error:
-            import traceback
-            traceback.print_exc()
-            e["status"], e["why"] = "Failed", f"the test's executor: {error}"
-        else: e["status"] = "Stopped" if e["stop"] else "Succeeded"
-
-    def branch(self, arn, e, steps):
-        "Steps in an order in which each comes after those that it waits for."
-        left, over = list(steps), {s["StepName"] for s in e["steps"]}
-        while left and not e["stop"]:
-            step = next(s for s in left if set(s.get("DependsOn", [])) <= over)
-            left.remove(step)
-            row = {"StepName": step["Name"], "StepStatus": "Executing", "StartTime": time.time(), "Metadata": {}}
-            e["steps"].append(row)
-            try: getattr(self, step["Type"].lower())(arn, e, step, row)
-            except Failed as failed:
-                row.update(StepStatus="Failed", FailureReason=str(failed))
-                raise
-            row["StepStatus"] = "Succeeded"
-            over.add(step["Name"])
-
-    def known(self, arn, e):
-        "What expressions give."
-        def _known(kind, what):
-            if kind == "Std:JsonGet":
-                _, step, _, name = what["PropertyFile"]["Get"].split(".")
-                value = e["files"][step, name]
-                for part in what["Path"].split("."): value = value[part]
-                return value
-            if what.startswith("Parameters."): return e["values"][what.partition(".")[2]]
-            return {"Execution.PipelineExecutionId": arn.rpartition("/")[2]}[what]
-        return _known
-
-    def filled(self, arn, e, step):
-        from slml_nb.pipeline import filled
-        request = filled(step["Arguments"], self.known(arn, e))
-        e["requests"][step["Name"]] = request
-        return request
-
-    def training(self, arn, e, step, row):
-        name = f"pipelines-{arn.rpartition('/')[2]}-{step['Name'].replace('_', '-')}"[:63]
-        row["Metadata"] = {"TrainingJob": {"Arn": f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:training-job/{name}"}}
-        job = self.p.run_job({**self.filled(arn, e, step), "TrainingJobName": name})
-        job.thread.join()
-        if job.status != "Completed": print(*self.p.logs(name)[-40:], sep="\n")
-        if job.status != "Completed": raise Failed(f"ClientError: {job.reason}")
-
-    def processing(self, arn, e, step, row):
-        request, name = self.filled(arn, e, step), f"pipelines-{arn.rpartition('/')[2]}-{step['Name']}"
-        assert not wrong(self.model.operation_model("CreateProcessingJob").input_shape, {**request, "ProcessingJobName": name})
-        row["Metadata"] = {"ProcessingJob": {"Arn": f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:processing-job/{name}"}}
-        ml = self.p.place / "jobs" / name
-        for folder in ("input/config", "output", "processing"): (ml / folder).mkdir(parents=True)
-        for i in request["ProcessingInputs"]: self.p.download(i["S3Input"]["S3Uri"], ml / i["S3Input"]["LocalPath"].removeprefix("/opt/ml/"))
-        env = {"PATH": f"{image(self.p.place)}/bin:/usr/bin:/bin", "HOME": "/root", "AWS_ENDPOINT_URL": self.p.url, "AWS_ACCESS_KEY_ID": "AKIDROLE", "AWS_SECRET_ACCESS_KEY": "test", "OMP_NUM_THREADS": "1", **request["Environment"]}
-        app = request["AppSpecification"]
-        done = self.p.in_namespace(ml, [*app["ContainerEntrypoint"], *app["ContainerArguments"]], env)
-        said = done.communicate()[0].decode()
-        if done.returncode: raise Failed(f"AlgorithmError: {(ml / 'output/message').read_text() if (ml / 'output/message').exists() else said[-500:]}, exit code: {done.returncode}")
-        for o in request["ProcessingOutputConfig"]["Outputs"]:
-            place, (bucket, _, prefix) = ml / o["S3Output"]["LocalPath"].removeprefix("/opt/ml/"), o["S3Output"]["S3Uri"].removeprefix("s3://").partition("/")
-            for f in [f for f in place.rglob("*") if f.is_file()]: self.p.client("s3").upload_file(str(f), bucket, f"{prefix}/{f.relative_to(place).as_posix()}")
-            for x in step.get("PropertyFiles", []):
-                if x["OutputName"] == o["OutputName"]: e["files"][step["Name"], x["PropertyFileName"]] = json.loads((place / x["FilePath"]).read_text())
-
-    def condition(self, arn, e, step, row):
-        from slml_nb.pipeline import filled
-        meets = {"GreaterThanOrEqualTo": lambda a, b: a >= b, "Equals": lambda a, b: a == b}
-        sides = [filled([c["LeftValue"], c["RightValue"]], self.known(arn, e)) for c in step["Arguments"]["Conditions"]]
-        met = all(meets[c["Type"]](*s) for c, s in zip(step["Arguments"]["Conditions"], sides))
-        row.update(StepStatus="Succeeded", Metadata={"Condition": {"Outcome": str(met).lower()}})
-        self.branch(arn, e, step["Arguments"]["IfSteps" if met else "ElseSteps"])
-
-    def registermodel(self, arn, e, step, row):
-        row["Metadata"] = {"RegisterModel": {"Arn": self.p.client("sagemaker").create_model_package(**self.filled(arn, e, step))["ModelPackageArn"]}}
-
-    def fail(self, arn, e, step, row):
-        row["Metadata"] = {"Fail": {"ErrorMessage": self.filled(arn, e, step)["ErrorMessage"]}}
-        raise Failed(row["Metadata"]["Fail"]["ErrorMessage"])
-
-
-class Failed(Exception):
-    "A step did not succeed."
 
 
 DIG = tiny.notebook("dig", "", "ore", "source: str = 'data/ore.csv'  # file\ndepth: int = 3  # metres\nnote: str = \"Ann's 100 % ore\"  # what SageMaker's driver would stumble over",
@@ -160,7 +25,7 @@ MELT = tiny.notebook("melt", "ore", "iron, verdict, package", "heat: float = 1.5
 def house():
     from slml_nb.jobs import wheel
     with peer(grace=3) as p:
-        house = Executor(p)
+        house = Pipelines(p)
         house.wheel = wheel()
         yield house
 
@@ -191,8 +56,24 @@ def over(house, arn):
     return e
 
 
+def said_by(capsys, *words):
+    "The same command in this process, which has SageMaker's SDK already."
+    from slml_nb.cli import main
+    capsys.readouterr()
+    code = main([*words])
+    return code, capsys.readouterr().out
+
+
+def typed(project, *words):
+    "A command at the shell: exit code, output and errors together."
+    code, out, err = project.slml(*words)
+    return code, out + err
+
+
 @pytest.mark.slow
 def test_pipeline_makes_what_a_run_makes(mine, house):
+    from slml_nb.aws import policy_for
+    from slml_nb.graph import plan
     from slml_nb.pipeline import create, start, status, status_text
     from slml_nb.run import execute
     params = load(pipeline={"approval": "person"})
@@ -213,6 +94,13 @@ def test_pipeline_makes_what_a_run_makes(mine, house):
     assert (said["words"], said["value"], said["interval"]) == ("13.5 kg 100 percent 5.0 were asked for.", "13.5", "1 to 2.5")
     bucket, _, key = package["InferenceSpecification"]["Containers"][0]["ModelDataUrl"].removeprefix("s3://").partition("/")
     assert house.p.client("s3").head_object(Bucket=bucket, Key=key)["ContentLength"] > 50
+    assert "waits for a person: aws sagemaker update-model-package --model-package-arn arn:" in status_text(told)
+    house.p.client("sagemaker").update_model_package(ModelPackageArn=package["ModelPackageArn"], ModelApprovalStatus="Rejected", ApprovalDescription="too hot")
+    assert "rejected (too hot)" in status_text(status(params))
+    made = [(o, r) for o, r, who in house.requests if who == "AKIDPIPELINE" and "slml-mine" in json.dumps(r)]
+    policy = policy_for(params, *plan(params), "pipeline-role")
+    assert {o for o, _ in made} == {"CreateTrainingJob", "DescribeTrainingJob", "CreateProcessingJob", "CreateModelPackage"} and missing(policy, "sagemaker", made) == []
+    assert missing(policy_for(replace(params, project="mine-2"), *plan(params), "pipeline-role"), "sagemaker", made)  # the role of another project may not
 
 
 @pytest.mark.slow
@@ -242,14 +130,21 @@ def test_failing_stage_is_named(mine, house):
 
 @pytest.mark.slow
 def test_starts_at_the_same_moment_are_one_that_can_be_stopped(mine, house):
-    from slml_nb.pipeline import create, start, status, stop
-    create(params := load())
-    said = []
-    starters = [threading.Thread(target=lambda: said.append(start(params, {"melt.heat": "7"})["arn"])) for _ in range(3)]
+    "Also when an answer is lost, so that botocore asks again with the same token; and a service that is too busy is asked again while one watches."
+    from slml_nb.pipeline import create, start, status
+    params, said = replace(load(), project="lost"), []
+    lost = [house.p.fail(f"SageMaker.{what}", "lost answer") for what in ("CreatePipeline", "StartPipelineExecution")]
+    assert create(params)["state"] == "new" and create(params)["state"] == "unchanged"
+    starters = [threading.Thread(target=lambda: said.append(start(params)["arn"])) for _ in range(3)]
     for t in starters: t.start()
     for t in starters: t.join()
-    assert len(set(said)) == 1 and stop(params) == said[0]
-    assert over(house, said[0])["status"] == "Stopped" and status(params)["state"] == "stopped"
+    arn, = {*said}
+    asked = [r for o, r, _ in house.requests if o == "StartPipelineExecution" and r["PipelineName"] == "slml-lost"]
+    assert [a for a in house.executions if "/slml-lost/" in a] == [arn] and all(f["hits"] for f in lost) and len(asked) > 1 and len({r["ClientRequestToken"] for r in asked}) == 1
+    busy = [house.p.fail(f"SageMaker.{what}", "ThrottlingException", "Rate exceeded", times=2) for what in ("DescribePipelineExecution", "ListPipelineExecutionSteps", "DescribePipelineDefinitionForExecution")]
+    assert status(params)["state"] == "running" and all(f["hits"] == 2 for f in busy)
+    assert typed(mine, "stop", arn) == (0, f"{arn} is being stopped\n")
+    assert over(house, arn)["status"] == "Stopped" and status(params)["state"] == "stopped"
 
 
 def test_what_starts_it(mine, house):
@@ -308,3 +203,121 @@ def test_the_sdk_writes_the_same(mine):
     assert Join(on="", values=["s3://shop/slml/mine/pipelines/", ExecutionVariables.PIPELINE_EXECUTION_ID, "/gate"]).expr == steps["gate"]["Arguments"]["ProcessingOutputConfig"]["Outputs"][0]["S3Output"]["S3Uri"]
     ours = StepRetryPolicy([StepExceptionTypeEnum.SERVICE_FAULT, StepExceptionTypeEnum.THROTTLING], interval_seconds=10, backoff_rate=2.0, max_attempts=5)
     assert ours.to_request() == RETRIES[0]
+
+
+LADDER = tiny.notebook("simple", "", "ladder, problem, features, recipe", "enough: bool = False", "from slml_nb.stage import Stage, artifact_path, made_in, sample_folder\nimport json\nstage = Stage('simple', run)\nfound = made_in(sample_folder())",
+                       "for name in ('problem', 'features', 'recipe'):\n    path = artifact_path(found[name])\n    stage.save(name, json.loads(path.read_text()) if path.suffix == '.json' else path)\nstage.save('ladder', {'enough': enough, 'why': 'the simple model does'})\nstage.done()")
+JUDGE = tiny.notebook("judge", "ladder", "judged", "strict: bool = False", tiny.HEAD.format(stage="judge") + "stage.save('judged', {'both': stage.has('network')})\nstage.done()", uses="network")
+
+
+@pytest.mark.slow
+def test_two_machines_train_in_a_step_and_what_is_not_needed_is_not_made(mine, house):
+    "The real train notebook under torchrun on two machines; and when the simple model is enough, neither of them begins to train."
+    from slml_nb.pipeline import create, start, status
+    from slml_nb.run import execute
+    tiny.use_case(mine, {"simple": LADDER, "judge": JUDGE}, "ladder", store="s3://shop/slml", sagemaker=json.dumps({"role": ROLE, "region": REGION}))
+    text = (mine.folder / "params/ladder.yaml").read_text().replace("  train: false\n", "") + "train: {on: ml.m5.large, instances: 2}\n"
+    mine.write("params/ladder.yaml", text)
+    from slml_nb.core import load_params
+    params = load_params("params/ladder.yaml")
+    small = {"train.epochs": "2", "train.hidden": "[16]", "train.threads": "1", "train.device": "cpu"}
+    assert create(replace(params, climb=True), small)["state"] == "new"
+    e = over(house, start(replace(params, climb=True))["arn"])
+    assert e["status"] == "Succeeded", e["why"]
+    job = house.p.jobs[e["job"]] if e["steps"][-1]["StepName"] == "train" else next(j for n, j in house.p.jobs.items() if "ladder--train" in n)
+    said = house.p.logs(job.name)
+    assert len(job.hosts) == 2 and any("--nnodes=2" in line for line in said) and [sum(f'"type": "{kind}"' in line for line in said) for kind in ("machine", "end")] == [1, 1]  # the notebook ran once
+    run = execute(replace(params, climb=True), {**small, "train.on": "here"})
+    assert set(tiny.states(run).values()) == {"reused"} and run["stages"]["train"]["metrics"]["weights"] > 0
+    assert create(params)["state"] == "changed"  # without climb: a stage of the ladder may be left out
+    e = over(house, start(params, {"simple.enough": "true"})["arn"])
+    rows = {r["step"]: r for r in status(params)["steps"]}
+    assert (e["status"], rows["train"]["state"], rows["judge"]["state"]) == ("Succeeded", "skipped", "made"), e["why"]
+    assert "not needed: the simple model does" in rows["train"]["why"]
+    run = execute(params, {"simple.enough": "true", "train.on": "here"})
+    assert tiny.states(run) == {"simple": "reused", "train": "skipped", "judge": "reused"}
+
+
+SEARCHED = tiny.notebook("melt", "ore", "iron", "heat: float = 1.5\nmarks: list[str] = ['a']", tiny.HEAD.format(stage="melt") + "from oven import melt\nkg = melt(stage.json('ore')['kg']) * heat",
+                         "stage.save('iron', {'kg': kg})\nstage.metric(valid_error=abs(kg - 20))\nstage.done()")
+
+
+@pytest.mark.slow
+def test_a_search_tries_and_the_pipeline_takes_its_best(mine, house, capsys):
+    "A tuning job of two trials, each a training job in the way of AWS's images; its best values start the pipeline, which takes from the store what the best trial made."
+    tiny.use_case(mine, {"dig": DIG, "melt": SEARCHED}, "search", store="s3://shop/slml", sagemaker=json.dumps({"role": ROLE, "region": REGION}),
+                  tune=json.dumps({"space": {"melt.heat": {"low": 0.5, "high": 4, "log": True}, "melt.marks": [["a"], ["it's"]]}, "metric": "melt.valid_error", "trials": 2, "workers": 1, "seed": 7}))
+    code, said = said_by(capsys, "pipeline", "tune", "params/search.yaml")
+    assert code == 0 and "at most 2 jobs, 1 at a time, started" in said, said
+    name, = [n for n in house.searches if n.startswith("slml-search--")]
+    search = house.searches[name]
+    search["thread"].join(240)
+    assert search["status"] == "Completed", search
+    assert [abs(9 * float(t["values"]["melt__heat"]) - 20) == pytest.approx(t["value"], rel=1e-9) for t in search["trials"]] == [True, True]  # 6 kg × 3 m / 2 × heat, wanted are 20
+    best = min(search["trials"], key=lambda t: t["value"])
+    code, said = said_by(capsys, "pipeline", "tune", "params/search.yaml")  # again: it is shown, not started
+    assert code == 0 and "done, 2 of 2 trials" in said and f"melt.heat={best['values']['melt__heat']}" in said, said
+    assert said_by(capsys, "pipeline", "create", "params/search.yaml")[0] == 0
+    code, said = said_by(capsys, "pipeline", "start", "params/search.yaml", "--tuned")
+    assert code == 0, said
+    arn, = [a for a in house.executions if "/slml-search/" in a]
+    e = over(house, arn)
+    assert e["status"] == "Succeeded", e["why"]
+    assert e["requests"]["melt"]["HyperParameters"]["p_heat"] == best["values"]["melt__heat"]
+    from slml_nb.core import load_params
+    from slml_nb.pipeline import status
+    assert {r["step"]: r["state"] for r in status(load_params("params/search.yaml"))["steps"]} == {"dig": "reused", "melt": "reused"}
+    for what in (arn, search["arn"]): assert said_by(capsys, "stop", what) == (0, f"{what} is over already\n")
+
+
+# ---------------------------------------------------------------- who may do it
+
+NAMES = {"PipelineName": "pipeline", "ModelPackageGroupName": "model-package-group", "HyperParameterTuningJobName": "hyper-parameter-tuning-job", "TrainingJobName": "training-job", "ProcessingJobName": "processing-job"}
+
+
+def needs(service, operation, given):
+    "What IAM asks for a call: (action, resource, context)."
+    def here(rest): return f"arn:aws:{service}:{REGION}:{ACCOUNT}:{rest}"
+    name = next((n for n in NAMES if n in given), "")
+    if service == "s3": what = f"arn:aws:s3:::{given['Bucket']}" + (f"/{given['Key']}" if "Key" in given else "")
+    elif service == "iam": what = f"arn:aws:iam::{ACCOUNT}:role/{given['RoleName']}"
+    elif service in ("scheduler", "events"): what = here(f"schedule/default/{given['Name']}" if service == "scheduler" else f"rule/{given.get('Name') or given['Rule']}")
+    else: what = given.get("PipelineExecutionArn") or given.get("ModelPackageName") or here(f"{NAMES[name]}/{given[name]}")
+    found = [(action_of(f"{service}:{operation}"), what, {"s3:prefix": given.get("Prefix", "")})]
+    if given.get("Tags"): found.append((f"{service}:{'TagRole' if service == 'iam' else 'AddTags'}", what, {}))
+    roles = [given.get("RoleArn"), given.get("TrainingJobDefinition", {}).get("RoleArn")] + [t.get("RoleArn") for t in [given.get("Target", {}), *given.get("Targets", [])]]
+    return found + [("iam:PassRole", r, {"iam:PassedToService": f"{service}.amazonaws.com"}) for r in roles if r]
+
+
+def missing(policy, service, calls): return sorted({(a, r) for o, given in calls for a, r, c in needs(service, o, given) if a and not allows(policy, a, r, c)})
+
+
+def test_whoever_starts_pipelines_may_do_what_that_takes_and_no_more(mine, house, monkeypatch):
+    "Created twice, started, watched, stopped; searched; by a timetable and by new objects: every call that was made, against the policy."
+    from botocore.client import BaseClient
+    from slml_nb.aws import policy_for
+    from slml_nb.graph import plan
+    from slml_nb.pipeline import _searched, create, start, status, stop
+    house.p.client("s3").create_bucket(Bucket="arrivals")
+    params = replace(load(pipeline={"cron": "0 6 * * *", "new_objects": "s3://arrivals/ore/"}), project="allowed", tune={"space": {"dig.depth": {"low": 1, "high": 9}}, "metric": {"dig.depth": "maximise"}, "trials": 2})
+    monkeypatch.setattr(house, "execute", lambda arn, e: None), monkeypatch.setattr(house, "search", lambda name: None)  # nothing runs
+    made, real = [], BaseClient._make_api_call
+    def call(self, operation, given):
+        if self._request_signer._credentials.access_key == "AKIDCLIENT": made.append((self.meta.service_model.service_name, operation, given))
+        return real(self, operation, given)
+    monkeypatch.setattr(BaseClient, "_make_api_call", call)
+    create(params), create(params, {"melt.heat": "2"})
+    arn = start(params)["arn"]
+    group = house.p.client("sagemaker").create_model_package(ModelPackageGroupName="slml-allowed", ModelApprovalStatus="Approved", InferenceSpecification={"Containers": [{"Image": "x"}], "SupportedContentTypes": ["text/csv"], "SupportedResponseMIMETypes": ["text/csv"]})
+    house.executions[arn]["steps"].append({"StepName": "register", "StepStatus": "Succeeded", "StartTime": 0, "Metadata": {"RegisterModel": {"Arn": group["ModelPackageArn"]}}})
+    assert status(params)["steps"][-2]["approval"] == "approved" and stop(params)[0] == arn
+    for _ in range(2): _searched(params, {}, False)
+    from slml_nb.pipeline import stop_by_arn
+    stop_by_arn(next(s["arn"] for n, s in house.searches.items() if "allowed" in n))
+    policy = policy_for(params, *plan(params), "pipeline")
+    assert [m for s in sorted({s for s, *_ in made}) for m in missing(policy, s, [(o, g) for x, o, g in made if x == s])] == []
+    used = {a for s, o, g in made for a, *_ in needs(s, o, g)}
+    extra = {a for x in policy["Statement"] for a in x["Action"]} - used
+    assert extra <= {"s3:AbortMultipartUpload", "s3:DeleteObject", "s3:GetObject", "s3:ListBucket", "iam:GetRole"}, extra  # the store's own, of its retries, and to be told 404 and not 403 of what is not there; a role that is there
+    other = policy_for(replace(params, project="allowed-2"), *plan(params), "pipeline")
+    assert {o for o, _ in [(o, 0) for s, o, g in made if s == "sagemaker" and missing(other, s, [(o, g)])]} == {o for s, o, g in made if s == "sagemaker"}  # none of it is another project's

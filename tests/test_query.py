@@ -137,7 +137,7 @@ def test_killed_and_interrupted(asked):
         until(lambda: list(asked.folder.glob(".*kept.csv")) or p.poll() is not None)
         time.sleep(0.3)
         p.send_signal(sign)
-        out, err = p.communicate(timeout=30)
+        out, err = p.communicate(timeout=90)
         if sign == signal.SIGINT: assert p.returncode == 130 and "interrupted" in err and not list(asked.folder.glob(".*kept.csv")), err
         assert (asked.folder / "kept.csv").read_text() == "before\n"
     for f in asked.folder.glob(".*kept.csv"): f.unlink()

@@ -110,7 +110,7 @@ def locked(path):
 
 
 @linux
-@pytest.mark.parametrize("number, seed", [(8, 1), pytest.param(50, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number, seed", [(8, 1), pytest.param(30, 2, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(project, number, seed):
     n = kills(project, number, seed)
     artifacts(project)  # all whole
@@ -177,7 +177,7 @@ def test_a_notebook_that_leaks_processes(project, then, cold):
     assert r["state"] == ("done" if then == "pass" else "failed")
     if "9" in then: assert "killed by SIGKILL" in r["stages"]["dig"]["error"]["message"]
     pids = leaked(project)
-    assert len(pids) == 7 and until(lambda: not any(map(running, pids)), 5), [p for p in pids if running(p)]
+    assert len(pids) == 7 and until(lambda: not any(map(running, pids)), 20), [p for p in pids if running(p)]
     assert nobody_left(project.folder)
 
 
@@ -190,9 +190,9 @@ def test_interrupted(project, sign, cold):
     p = start(project, use, cold=cold)
     assert until(lambda: (project.folder / "ready").exists() or p.poll() is not None) and p.poll() is None
     (os.killpg if sign == signal.SIGINT else os.kill)(p.pid, sign)
-    out, err = p.communicate(timeout=30)
+    out, err = p.communicate(timeout=90)
     assert p.returncode == 130 and "Traceback" not in err, err
-    assert until(lambda: not any(map(running, leaked(project))), 5) and nobody_left(project.folder)
+    assert until(lambda: not any(map(running, leaked(project))), 20) and nobody_left(project.folder)
     record = json.loads(next(project.folder.glob("runs/mine/*/run.json")).read_text())
     assert record["state"] == "interrupted" and record["finished"] and record["seconds"] >= 0
 
@@ -207,7 +207,7 @@ def test_interrupted_at_any_moment(project, cold):
         until(lambda: list(project.folder.glob("runs/mine/*/run.json")) and len(list(project.folder.glob("runs/mine/*/run.json"))) > i)
         time.sleep(draw.uniform(0.1, 1.5 if cold else 0.9))
         os.killpg(p.pid, signal.SIGINT)
-        _, err = p.communicate(timeout=30)
+        _, err = p.communicate(timeout=90)
         assert p.returncode in (130, 0, -2) and nobody_left(project.folder), err
         newest = max(project.folder.glob("runs/mine/*/run.json"), key=lambda f: f.stat().st_mtime_ns)
         assert json.loads(newest.read_text())["state"] in ("interrupted", "done")
@@ -222,7 +222,7 @@ def test_killed_runner_takes_everything_with_it(project):
     p = start(project, use)
     assert until(lambda: (project.folder / "ready").exists() or p.poll() is not None) and p.poll() is None
     p.kill(), p.communicate()
-    assert until(lambda: not any(map(running, leaked(project))), 10), [x for x in leaked(project) if running(x)]
+    assert until(lambda: not any(map(running, leaked(project))), 20), [x for x in leaked(project) if running(x)]
     assert nobody_left(project.folder)
 
 
@@ -303,7 +303,7 @@ def flipped(tmp_path_factory):
     return project
 
 
-@pytest.mark.parametrize("seed", [0, *[pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6)]])
+@pytest.mark.parametrize("seed", [0, *[pytest.param(s, marks=pytest.mark.slow) for s in (1, 2, 3)]])
 @pytest.mark.parametrize("name", IN_STORE)
 def test_a_bit_flips_in_the_store(flipped, name, seed):
     file, = [f for f in (flipped.folder / "runs/.store").glob(f"mine/*/*/{name}") if (f.parents[name.count("/")] / "rows.parquet").exists()]
@@ -316,7 +316,7 @@ def test_a_bit_flips_in_the_store(flipped, name, seed):
     drive(flipped, flipped.use)
 
 
-@pytest.mark.parametrize("seed", [0, *[pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6)]])
+@pytest.mark.parametrize("seed", [0, *[pytest.param(s, marks=pytest.mark.slow) for s in (1, 2, 3)]])
 def test_bits_flip_in_a_run(flipped, seed):
     for name in IN_RUN if seed else IN_RUN[:3]:
         again = drive(flipped, flipped.use, start="many")
@@ -435,7 +435,7 @@ ENDS = {
 
 
 @linux
-@warm_and_cold
+@pytest.mark.parametrize("cold", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["warm", "cold"])
 def test_ends_of_all_kinds(project, cold):
     "Each of them is told as what it was, with the outputs that were there before; those beside it end well."
     def stage(name, cell, front): return notebook(name, "", f"of_{name}", "n: int = 1", HEAD.format(stage=name) + f"print('before')\nstage.save('of_{name}', {{}})\nstage.done()", cell, **front)
@@ -654,7 +654,7 @@ SECRET_ENDS = {"well": "key", "error": "raise ValueError('bad ' + key + quoted)"
                "slml": "from slml_nb.core import SlmlError\nraise SlmlError('no door opens with ' + key, quoted, lines)"}
 
 
-@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
+@pytest.mark.parametrize("cold", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["warm", "cold"])
 def test_a_planted_secret_is_nowhere(project, cold):
     "A notebook tells it in every way there is, and ends in every way there is; then every byte that the run has left is searched."
     parameters = "key: str = ''\nquoted: str = ''\nlines: str = ''"

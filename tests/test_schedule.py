@@ -84,7 +84,7 @@ def test_workers_are_used(workers, tasks):
     meet = threading.Barrier(together)
     real = room.run_task
     def run_task(runner, task, inputs):
-        if int(task.id) < together: meet.wait(10)  # BrokenBarrierError if they are not at work at the same time
+        if int(task.id) < together: meet.wait(60)  # BrokenBarrierError if they are not at work at the same time
         return {}
     room.run_task = run_task
     record, ended = SimpleNamespace(record={"stages": {}}, elapsed=lambda: 1.0, folder=Path("x")), []
@@ -105,7 +105,7 @@ def test_stages_elsewhere_take_no_place_here():
     def run_task(runner, task, inputs):
         i = int(task.id)
         if i % 2: at_work.add(i), most.append(len(at_work))
-        if i != 3: meet.wait(10)  # 0, 2 and 4 elsewhere and 1 here are all at work before any of them ends
+        if i != 3: meet.wait(60)  # 0, 2 and 4 elsewhere and 1 here are all at work before any of them ends
         at_work.discard(i)
         return {}
     real, room.run_task = room.run_task, run_task

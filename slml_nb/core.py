@@ -58,12 +58,13 @@ def suggest(
     if close: return f"did you mean '{close}'?"
     return f"there is {', '.join(valid[:12])}{', …' if len(valid) > 12 else ''}" if valid else "there are none"
 
-# %% ../nbs/00_core.ipynb #74506b6c
+# %% ../nbs/00_core.ipynb #79cb0b62
 def canonical_json(
     value,  # anything JSON can hold; dates and paths are written as text
+    sort: bool = True,  # keys of mappings; False: their order counts
 ) -> str:  # one spelling for equal values
     "JSON with sorted keys and no spaces: equal values give equal text."
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return json.dumps(value, sort_keys=sort, separators=(",", ":"), ensure_ascii=False, default=str)
 
 # %% ../nbs/00_core.ipynb #92c7ce6d
 def sha256_text(

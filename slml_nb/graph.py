@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['memo', 'Node', 'read_stage', 'stages_of', 'Graph', 'normal_code', 'counting_code', 'executed_code', 'imports_of',
-           'Memo', 'closure', 'key_parts', 'imports_of_stage', 'key_of', 'what_changed', 'plan', 'climbing']
+           'Memo', 'closure', 'parameter_hash', 'key_parts', 'imports_of_stage', 'key_of', 'what_changed', 'plan',
+           'climbing']
 
 # %% ../nbs/07_graph.ipynb #da192b6b
 import ast, contextlib, difflib, functools, importlib.metadata, json, re, sys
@@ -248,7 +249,14 @@ def _version(module: str) -> str:
     try: return importlib.metadata.version({"sklearn": "scikit-learn", "yaml": "PyYAML", "dateutil": "python-dateutil"}.get(module, module))
     except importlib.metadata.PackageNotFoundError: return ""
 
-# %% ../nbs/07_graph.ipynb #d7cd8f55
+# %% ../nbs/07_graph.ipynb #95ca6357
+def parameter_hash(
+    value,  # a parameter; a secret counts by its name
+) -> str:  # 16 hex digits
+    "What a parameter is in a key."
+    return sha256_text(canonical_json(named(value), sort=False))[:16]
+
+# %% ../nbs/07_graph.ipynb #3b82a132
 def key_parts(
     node: Node,
     parameters: dict,  # resolved, as the stage will see them
@@ -258,7 +266,7 @@ def key_parts(
     "Everything that decides what a stage makes."
     modules, versions = node.imports
     return {"cells": node.code, "modules": modules, "inputs": inputs, "outside": outside,
-            "parameters": {k: sha256_text(canonical_json(named(v)))[:16] for k, v in parameters.items()},
+            "parameters": {k: parameter_hash(v) for k, v in parameters.items()},
             "versions": {**versions, "python": ".".join(map(str, sys.version_info[:2]))},
             "shown": {"stage": node.stage, "parameters": {k: _short(v) for k, v in parameters.items()}}}
 

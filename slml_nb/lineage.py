@@ -7,11 +7,11 @@ __all__ = ['SHAPES', 'MODELS', 'PRODUCER', 'OPENLINEAGE', 'FACETS', 'LINEAGE_CSS
            'walk', 'history', 'resolve_thing', 'described', 'lineage', 'lineage_text', 'openlineage_events',
            'write_events', 'send_events', 'run_parts', 'layers_of', 'lineage_svg']
 
-# %% ../nbs/51_lineage.ipynb #baf38282
+# %% ../nbs/51_lineage.ipynb #338b8e1b
 import collections, datetime as dt, hashlib, html, json, os, re, urllib.parse, uuid
 from pathlib import Path
 from .core import SlmlError, atomic_write, canonical_json, project_root, read_front_matter, read_notebook, read_parameters, sealed, sha256_file, sha256_text, suggest
-from .graph import key_of
+from .graph import key_of, parameter_hash
 from .run import load_run
 from .stage import shipped_notebooks
 
@@ -317,13 +317,13 @@ def _maker(graph, node) -> dict:
     made = [r for r in runs if r["record"].get("stages", {}).get(node["stage"], {}).get("state") == "made"]
     return next((r for r in runs if named and named in r["name"].split("/")), None) or (made or runs or [{"name": "", "record": {}}])[-1]
 
-# %% ../nbs/51_lineage.ipynb #c31d7bbc
+# %% ../nbs/51_lineage.ipynb #b02e56ed
 def _parameters(node, record) -> tuple[dict, list]:
     "{parameter: its value as short text}, and the names of those that are not what the notebook's default is."
     hashes = node["parts"].get("parameters", {})
     told = record.get("parameters", {}).get(node["stage"]) or node["parts"].get("shown", {}).get("parameters") or {}
     texts = {n: told[n] if isinstance(told.get(n), str) else json.dumps(told[n], ensure_ascii=False, default=str) if n in told else f"({h})" for n, h in hashes.items()}
-    try: defaults = {n: sha256_text(canonical_json(p.default))[:16] for n, p in read_parameters(read_notebook(Path(node["place"]) / "notebook.ipynb")).items()}
+    try: defaults = {n: parameter_hash(p.default) for n, p in read_parameters(read_notebook(Path(node["place"]) / "notebook.ipynb")).items()}
     except (SlmlError, SyntaxError, KeyError, TypeError): return texts, []
     return texts, [n for n in texts if n in defaults and defaults[n] != hashes[n]]
 

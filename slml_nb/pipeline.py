@@ -20,13 +20,13 @@ __all__ = ['KINDS', 'LONGEST', 'MOST', 'EXECUTION', 'HEAVIEST', 'TOLD', 'FOLDERS
            'trial_job', 'make_trial', 'search_status', 'search_text', 'best_values', 'rendered_text', 'created_text',
            'pipeline_do']
 
-# %% ../nbs/63_pipeline.ipynb #afc1abcf
+# %% ../nbs/63_pipeline.ipynb #595b2581
 import io, json, os, re, shutil, sys, tarfile, tempfile, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from .aws import Account, account_of, asked, aws_errors, fitting_type, job_stem, name_part, role_of, tags_of
 from .core import (ParamSet, Param, Refused, Secret, SlmlError, atomic_write, canonical_json, coerce, every, load_params, project_root, read_json, seal, sealed, sha256_text, suggest)
-from .graph import Graph, climbing, key_of, key_parts, plan
+from .graph import Graph, climbing, key_of, key_parts, parameter_hash, plan
 from .jobs import START, as_job, assist, image_of, instance_gpus, job_runner, mirror_checkpoints, print_event, put_once, request_of, requirements_of, specification, tell_progress, together, wheel
 from .keep import hold
 from .run import Run, Task, environment, not_needed, on_record, outside_data, run_task, stops_kernels
@@ -184,7 +184,7 @@ def no_secrets(params: ParamSet, values: dict):
                 raise SlmlError(f"{stage}.{name} is the secret {hidden[0].name}, and a pipeline has nobody who could type it", params.lines.get((stage, name), params.file),
                                 "give the pipeline's role the permission instead, or run it from here: slml run --on sagemaker")
 
-# %% ../nbs/63_pipeline.ipynb #1706f456
+# %% ../nbs/63_pipeline.ipynb #5226b530
 def set_of(
     params: ParamSet,
     graph: Graph,
@@ -194,7 +194,7 @@ def set_of(
     "A parameter set as it travels."
     own = {s: place_in_bundle(graph.nodes[s].notebook) for s in params.stages if s in graph.nodes}
     out = {s: False for s in [*shipped_notebooks(), *(s for s, p in params.stages.items() if p is False)] if s not in graph.nodes}
-    given = {s: {n: values[s][n] for n, p in graph.nodes[s].schema.items() if n in values[s] and (p.required or canonical_json(values[s][n]) != canonical_json(p.default))} for s in graph.order}
+    given = {s: {n: values[s][n] for n, p in graph.nodes[s].schema.items() if n in values[s] and (p.required or parameter_hash(values[s][n]) != parameter_hash(p.default))} for s in graph.order}
     return {"project": params.project, "about": params.about, "values": {s: g for s, g in given.items() if g or s in params.values}, "stages": own | out,
             "versions": {s: json.loads(canonical_json(graph.nodes[s].imports)) for s in graph.order}, "gates": climbing(graph, params, overrides), "order": graph.order}
 

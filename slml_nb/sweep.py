@@ -156,11 +156,11 @@ def points_of(
     distinct(m, points)
     return points
 
-# %% ../nbs/50_sweep.ipynb #2b2cfb87
+# %% ../nbs/50_sweep.ipynb #b5cd5c08
 def distinct(m: Matrix, points: list[dict]):
     "Complain about a point that is there twice."
-    for i, n in Counter(canonical_json(named(p)) for p in points).items():
-        if n > 1: m.fail(f"the point {_said(next(p for p in points if canonical_json(named(p)) == i))} is there {n} times", (), "a value is listed twice, or include repeats what the lists make already")
+    for i, n in Counter(canonical_json(named(p), sort=False) for p in points).items():
+        if n > 1: m.fail(f"the point {_said(next(p for p in points if canonical_json(named(p), sort=False) == i))} is there {n} times", (), "a value is listed twice, or include repeats what the lists make already")
 
 # %% ../nbs/50_sweep.ipynb #ee40da0f
 @dataclass
@@ -244,7 +244,7 @@ def sweep_plan(
     graph, base = plan(params, {**(overrides or {}), **points[0]})
     return SweepPlan(graph, points, *_executions(graph, base, points))
 
-# %% ../nbs/50_sweep.ipynb #b76fed69
+# %% ../nbs/50_sweep.ipynb #e5797e65
 def _executions(graph: Graph, base: dict, points: list[dict]):
     "The distinct executions, and the way of each point through them."
     before = {s: graph.before(s) for s in graph.order}
@@ -255,17 +255,17 @@ def _executions(graph: Graph, base: dict, points: list[dict]):
             stage, parameter = name.split(".", 1)
             over.setdefault(stage, {})[parameter] = value
         for stage in graph.order:
-            mark = (stage, canonical_json(named(over[stage])) if stage in over else "", *(way[b] for b in before[stage]))
+            mark = (stage, canonical_json(named(over[stage]), sort=False) if stage in over else "", *(way[b] for b in before[stage]))
             if mark not in known: known[mark] = _execution(nodes, stage, {**base[stage], **over.get(stage, {})}, [way[b] for b in before[stage]])
             way[stage] = known[mark]
             nodes[way[stage]].points.append(i)
         ways.append(way)
     return nodes, ways
 
-# %% ../nbs/50_sweep.ipynb #6f847d7e
+# %% ../nbs/50_sweep.ipynb #2f069a80
 def _execution(nodes: dict, stage: str, parameters: dict, after: list[str]) -> str:
     "Enter an execution; its name ends with a hash of what it is, longer where the first eight digits are taken."
-    whole = sha256_text(canonical_json([stage, named(parameters), after]))
+    whole = sha256_text(canonical_json([stage, named(parameters), after], sort=False))
     name = next(n for k in (8, 16, 64) if (n := f"{stage}-{whole[:k]}") not in nodes)
     nodes[name] = Execution(name, stage, parameters, after, [])
     return name

@@ -409,14 +409,14 @@ class StudyRecord(SweepRecord):
             if made := read_json(place / "made.json"):
                 self.nodes[place.name] = {"stage": made["stage"], "state": "made", "metrics": made["metrics"], "seconds": read_json(place / "meter.json", {}).get("seconds") or 0, "began": "before"}
 
-# %% ../nbs/57_tune.ipynb #65b44fc7
+# %% ../nbs/57_tune.ipynb #99c15858
 def add(self: StudyRecord, number: int, values: dict) -> int:
     "Enter a point, with the executions that it comes down to; its place in the list."
     i, way = len(self.points), {}
     for stage in self.sweep.graph.order:
         parameters = {**self.search.base[stage], **{n.split(".", 1)[1]: v for n, v in values.items() if n.split(".", 1)[0] == stage}}
         after = [way[b] for b in self.sweep.graph.before(stage)]
-        way[stage] = name = f"{stage}-{sha256_text(canonical_json([stage, named(parameters), after]))[:16]}"
+        way[stage] = name = f"{stage}-{sha256_text(canonical_json([stage, named(parameters), after], sort=False))[:16]}"
         self.sweep.nodes.setdefault(name, Execution(name, stage, parameters, after, [])).points.append(i)
         self.nodes.setdefault(name, {"stage": stage, "state": "waiting"})
         self.place(name).mkdir(parents=True, exist_ok=True)

@@ -842,7 +842,7 @@ def link(region: str, job: str, kind: str = "training") -> str:
     "The page of a job in AWS's console."
     return f"https://{region}.console.aws.amazon.com/sagemaker/home?region={region}#/{'jobs' if kind == 'training' else 'processing-jobs'}/{job}" if job else ""
 
-# %% ../nbs/63_pipeline.ipynb #5efc354c
+# %% ../nbs/63_pipeline.ipynb #3ffad683
 def status(
     params: ParamSet,
     execution: str = "",  # its ARN or its id; "": the newest
@@ -859,6 +859,7 @@ def status(
     by = {s["StepName"]: s for s in steps}
     rows = [step_row(n, by.get(n, {}), record_of(store, params.project, short, n) or {}, account.region) for n in order]
     for r in rows: r |= approval_of(client, r["package"]) if r["package"] else {}
+    if told["PipelineExecutionStatus"] in ("Succeeded", "Failed", "Stopped"): rows = [{**r, "state": "not run"} if r["state"] == "waiting" else r for r in rows]
     return {"arn": arn, "id": short, "name": name, "state": WORDS_OF.get(told["PipelineExecutionStatus"], told["PipelineExecutionStatus"].lower()), "why": told.get("FailureReason", ""), "started": str(told.get("CreationTime", "")), "steps": rows}
 
 # %% ../nbs/63_pipeline.ipynb #2091c95d

@@ -260,9 +260,10 @@ class InputError(SlmlError):
         shown = "is missing" if value is None else f"is {value!r:.80}"
         super().__init__(f"field '{field}' {shown}", f"request {row + 1}" if row else "request", f"send {allowed}")
 
-# %% ../nbs/22_recipe.ipynb #96228df5
+# %% ../nbs/22_recipe.ipynb #1e905d5e
 def _int(v):
     "A whole number; 7.0 and '7' are one, True is none."
+    if v.__class__ is int and -2**63 < v < 2**63: return v
     if isinstance(v, str): v = int(v) if v.strip().lstrip("+-").isdigit() else float(v)
     if isinstance(v, bool) or v != int(v) or abs(v) >= 2**63: raise ValueError
     return int(v)
@@ -270,6 +271,7 @@ def _int(v):
 
 def _float(v):
     "A number; one that is not finite is missing."
+    if v.__class__ is float: return v if math.isfinite(v) else None
     if isinstance(v, bool): raise ValueError
     v = float(v)
     return v if math.isfinite(v) else None
@@ -283,6 +285,7 @@ def _bool(v):
 
 def _str(v):
     "A text that can be written as UTF-8; a whole number is taken for its digits."
+    if v.__class__ is str and v.isascii(): return v
     if isinstance(v, int) and not isinstance(v, bool): v = str(v)
     if not isinstance(v, str): raise ValueError
     if not v.isascii(): v.encode()
@@ -310,7 +313,7 @@ def _time(v):
 READ = {"BIGINT": (_int, "a whole number"), "DOUBLE": (_float, "a number"), "BOOLEAN": (_bool, "true or false"), "VARCHAR": (_str, "text"),
         "TIMESTAMP": (_timestamp, "a time like 2024-05-01T08:30:00"), "DATE": (_date, "a date like 2024-05-01"), "TIME": (_time, "a time of day like 08:30:00")}
 
-# %% ../nbs/22_recipe.ipynb #eff2c870
+# %% ../nbs/22_recipe.ipynb #d50113df
 class FeatureFunction:
     "The recipe as a function: requests in, feature columns out. Safe to share between threads."
 
@@ -327,7 +330,7 @@ class FeatureFunction:
         self._known, self._optional = {i["name"] for i in self.inputs}, [i["name"] for i in self.inputs if not i["required"]]
         self.function = RowFunction(program, [i["name"] for i in self.inputs if i["required"]], True, str(folder / "features.json"))
         if self.function.features != self.names: raise SlmlError("features.json and recipe.json do not belong together", str(folder), "make the package again")
-        self._lookups = [_lookup(folder, look) for look in self.recipe["lookups"]]
+        self._lookups = [_lookup(folder, look, self._known) for look in self.recipe["lookups"]]
         self._stored = {i["name"]: READ[i["type"]][0] for i in self.inputs if i.get("online")} if known else {}
         self._ask = known
 
@@ -338,20 +341,19 @@ class FeatureFunction:
 
     def __repr__(self): return f"FeatureFunction({len(self.inputs)} fields -> {len(self.names)} features)"
 
-# %% ../nbs/22_recipe.ipynb #04837cba
-def _lookup(folder, look) -> tuple:
+# %% ../nbs/22_recipe.ipynb #8a338713
+def _lookup(folder, look, fields) -> tuple:
     "A packaged table, by its keys: the fields that are keys, the fields it fills in, nothing for an unknown key, and the rows."
     keys, types, columns = read_lookup(folder / "lookups" / look["file"])
-    new = [n for n in types if n in look["columns"]]
-    return list(look["on"]), new, [None] * len(new), dict(zip(zip(*columns[:keys]), zip(*columns[keys:])))
+    new = {n: c for n, c in zip([n for n in types if n in look["columns"]], columns[keys:]) if n in fields}
+    return list(look["on"]), list(new), [None] * len(new), dict(zip(zip(*columns[:keys]), zip(*new.values()) if new else [()] * len(columns[0])))
 
-# %% ../nbs/22_recipe.ipynb #2903aa0c
+# %% ../nbs/22_recipe.ipynb #7934953d
 def _complete(self: FeatureFunction, values: dict, request: dict):
     "Fill in what the packaged tables know and the request does not say."
     for on, new, nothing, table in self._lookups:
-        found = table.get(tuple(values[k] for k in on), nothing)
-        for name, value in zip(new, found):
-            if name in values and name not in request: values[name] = value
+        found = zip(new, table.get(tuple([values[k] for k in on]), nothing))
+        values.update(found if request.keys().isdisjoint(new) else [(name, value) for name, value in found if name not in request])
 
 # %% ../nbs/22_recipe.ipynb #dc3b64e7
 def read_request(

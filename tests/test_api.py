@@ -113,10 +113,10 @@ def test_what_is_fine_is_answered(port, good):
 
 def test_bodies_that_are_no_requests(port, good):
     line = json.dumps(good)
-    for body, kind, status in ((b"", "", 400), (b"{", "", 400), (b"\xff\xfe", "", 400), (b"null", "", 400), (b'"text"', "", 400), (b"[1]", "", 422), (b"[" * 100_000, "", 400), (b'{"km": ' + b"[" * 980 + b"]" * 980 + b"}", "", 400),
+    for body, kind, status in ((b"", "", 400), (b"{", "", 400), (b"\xff\xfe", "", 400), (b"null", "", 400), (b'"text"', "", 400), (b"[1]", "", 422), (b"[" * 100_000, "", 400), (b'{"km": ' + b"[" * 980 + b"]" * 980 + b"}", "", (400, 422)),  # it depends on what else is on the stack whether that is too deep to be read
                                (b'{"km": "\\ud800"}', "", 422), (b'{"km": 1e999}', "", 422), (b'{"km": NaN}', "", 422), (line, "text/plain", 415), (line, "application/xml", 415), (b"a=b", "application/x-www-form-urlencoded", 415),
                                (b"km\n1\n", "text/csv", 400), (b'"', "text/csv", 400), (b"{}\n{", "application/jsonlines", 400), (b" " * 10_000_000, "", 413)):
-        assert refused(call(port, body, content_type=kind) if kind else call(port, body))[0] == status, (body[:40], kind)
+        assert refused(call(port, body, content_type=kind) if kind else call(port, body))[0] in (status if isinstance(status, tuple) else (status,)), (body[:40], kind)
     assert refused(call(port, line, content_encoding="gzip"))[0] == 415
     chunks = (b" " * 100_000 for _ in range(100))  # ten megabytes whose length nobody tells
     assert refused(call(port, chunks))[0] == 413

@@ -84,7 +84,7 @@ def test_pipeline_makes_what_a_run_makes(mine, house):
     told = status(params)
     print(status_text(told))
     assert (e["status"], told["state"]) == ("Succeeded", "done"), e["why"]
-    assert {r["step"]: r["state"] for r in told["steps"]} == {"dig": "made", "melt": "made", "gate": "done", "met": "met", "register": "done", "not-met": "waiting"}
+    assert {r["step"]: r["state"] for r in told["steps"]} == {"dig": "made", "melt": "made", "gate": "done", "met": "met", "register": "done", "not-met": "not run"}
     run = execute(params)  # on this machine, with the same store
     assert tiny.states(run) == {"dig": "reused", "melt": "reused"}
     assert {s: v["key"] for s, v in run["stages"].items()} == {r["step"]: r["key"] for r in told["steps"] if r["key"]}
@@ -112,7 +112,7 @@ def test_gate_not_met(mine, house):
     e = over(house, start(params, {"melt.limit": "99", "depth": "2"})["arn"])
     assert (e["status"], e["why"]) == ("Failed", "The gate was not met: 9.0 kg (100 %), 99.0 were asked for.")
     rows = {r["step"]: r for r in status(params)["steps"]}
-    assert [rows[n]["state"] for n in ("dig", "melt", "met", "register")] == ["reused", "made", "not met", "waiting"] and rows["not-met"]["why"] == e["why"]
+    assert [rows[n]["state"] for n in ("dig", "melt", "met", "register")] == ["reused", "made", "not met", "not run"] and rows["not-met"]["why"] == e["why"]
     assert e["requests"]["melt"]["HyperParameters"]["p_limit"] == "99.0"
 
 
@@ -123,7 +123,7 @@ def test_failing_stage_is_named(mine, house):
     e = over(house, start(params, {"breaks": "yes"})["arn"])
     told = status(params)
     rows = {r["step"]: r for r in told["steps"]}
-    assert (e["status"], rows["melt"]["state"], rows["gate"]["state"]) == ("Failed", "failed", "waiting")
+    assert (e["status"], rows["melt"]["state"], rows["gate"]["state"]) == ("Failed", "failed", "not run")
     text = status_text(told)
     assert "ValueError: the oven is cold" in text and "melt, cell" in rows["melt"]["why"] + text and "aws logs tail /aws/sagemaker/TrainingJobs --log-stream-name-prefix " + rows["melt"]["job"] in text
 

@@ -470,7 +470,7 @@ def good_keys() -> tuple:
                                                                   f"such as {secrets.token_urlsafe(24)}")
     return keys
 
-# %% ../nbs/41_serve.ipynb #dc5666df
+# %% ../nbs/41_serve.ipynb #a658fc3c
 def limits_for(
     host: str,  # to which the server is bound
     anyone: bool = False,  # public without keys: something in front of it asks who calls
@@ -479,6 +479,7 @@ def limits_for(
 ) -> Limits:
     "Open on this machine, locked where others can reach it."
     import secrets
+    if rate is not None and not 0 <= rate < math.inf: raise SlmlError(f"--rate {rate}", "serve", "requests a second of one caller, such as 20; 0 sets no limit")
     keys, jwt = good_keys(), jwt or os.environ.get("SLML_JWT", "").strip()
     if is_public(host) and not (keys or jwt or anyone):
         raise SlmlError(f"{host} can be reached from outside, and nobody is asked for a key", "serve",
@@ -775,7 +776,7 @@ def build_app(
     predictor.warm()
     return Guard(Service(predictor, bool(limits.keys or limits.tokens), note, 0 if "://" in online else SMALL), limits)
 
-# %% ../nbs/41_serve.ipynb #a32e44bc
+# %% ../nbs/41_serve.ipynb #9650461c
 def listen(
     host: str = "127.0.0.1",
     port: int = 8000,  # 0: any that is free
@@ -789,7 +790,7 @@ def listen(
     try: sock.bind((host, port))
     except (OSError, OverflowError) as e:
         sock.close()
-        raise SlmlError(f"port {port} of {host} cannot be used ({getattr(e, 'strerror', None) or e})", "serve", f"choose another: --port {port + 1}") from None
+        raise SlmlError(f"port {port} of {host} cannot be used ({getattr(e, 'strerror', None) or e})", "serve", f"choose another: --port {port + 1 if port < 65535 else 8000}") from None
     return sock
 
 # %% ../nbs/41_serve.ipynb #e37cff76

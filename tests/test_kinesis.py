@@ -304,7 +304,7 @@ def test_from_the_command_line(tmp_path, aws, capsys):
     stream_of(aws, "typed")
     spec = {k: v for k, v in spec_in(tmp_path, "typed", aws).items() if k != "stream"}
     (tmp_path / "cab.json").write_text(json.dumps(spec))
-    traffic, log = _variants(str(tmp_path / "cab.json"), {}, "kinesis://typed")
+    traffic, log = _variants(str(tmp_path / "cab.json"), {f"cab.{v}": tmp_path for v in spec["variants"]}, "kinesis://typed")
     assert (log.spec["stream"], str(log.folder)) == ("kinesis://typed", str(tmp_path / "log"))
     log.feedback("ride 1", 1.0)
     log.close(); traffic.close()

@@ -1,11 +1,12 @@
 """What the tests share: a project folder of one's own, and the real command."""
-import json, os, subprocess, sys
+import json, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
 
 root = Path(__file__).resolve().parent.parent
 os.environ.setdefault("SLML_TRACKING", "off")  # the tests of tracking switch it on
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell starts what runs behind it: the commands under test would not hear Ctrl-C
 
 
 class Project:

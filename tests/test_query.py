@@ -134,10 +134,12 @@ def test_killed_and_interrupted(asked):
     asked.write("kept.csv", "before\n")
     for sign in (signal.SIGINT, signal.SIGKILL):
         p = subprocess.Popen(asked.command("sql", "select count(*) from range(100000000) a, range(100000) b where a.range % 7 = b.range % 11", "-o", "kept.csv"), cwd=asked.folder, env=asked.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        until(lambda: list(asked.folder.glob(".*kept.csv")) or p.poll() is not None)
-        time.sleep(0.3)
-        p.send_signal(sign)
-        out, err = p.communicate(timeout=90)
+        try:
+            until(lambda: list(asked.folder.glob(".*kept.csv")) or p.poll() is not None)
+            time.sleep(0.3)
+            p.send_signal(sign)
+            out, err = p.communicate(timeout=90)
+        finally: p.kill()  # it would count for hours
         if sign == signal.SIGINT: assert p.returncode == 130 and "interrupted" in err and not list(asked.folder.glob(".*kept.csv")), err
         assert (asked.folder / "kept.csv").read_text() == "before\n"
     for f in asked.folder.glob(".*kept.csv"): f.unlink()

@@ -479,6 +479,7 @@ class Pipelines:
     def __init__(self, p):
         self.p, self.executions, self.answers, self.searches, self.requests = p, {}, {}, {}, []
         self.real, p.sagemaker, self.lock = p.sagemaker, self.answer, threading.Lock()
+        self.held = False  # no step but the first of an execution begins, until it is stopped
         self.model = p.models["SageMaker"]
 
     def answer(self, operation, environ, start):
@@ -560,6 +561,8 @@ class Pipelines:
         while left and not e["stop"]:
             step = next(s for s in left if set(s.get("DependsOn", [])) <= over)
             left.remove(step)
+            while self.held and over and not e["stop"]: time.sleep(0.05)
+            if e["stop"]: break
             row = {"StepName": step["Name"], "StepStatus": "Executing", "StartTime": time.time(), "Metadata": {}}
             e["steps"].append(row)
             try: getattr(self, f"do_{step['Type'].lower()}")(arn, e, step, row)

@@ -8,14 +8,14 @@ __all__ = ['WAYS_OUT', 'WORDS', 'FACTS', 'CALLS', 'LOGS', 'ECR', 'SETS', 'BLOCKE
            'session_region', 'role_of', 'caller_of', 'number_of', 'name_part', 'job_stem', 'job_name', 'tags_of',
            'sagemaker_model', 'quiet_sdk', 'instance', 'usd_per_hour', 'training_types', 'fitting_type', 'action_of',
            'Scope', 'run_statements', 'job_statements', 'doctor_statements', 'bucket_statements', 'pipeline_statements',
-           'pipeline_role_statements', 'scope_of', 'policy_for', 'trust_policy', 'only_tls', 'encryption_of', 'asked',
+           'pipeline_role_statements', 'scope_of', 'policy_for', 'trust_policy', 'only_tls', 'encryption_of',
            'bucket_settings', 'lacks', 'make_bucket', 'Line', 'look', 'check_caller', 'check_bucket', 'check_role',
            'quotas_wanted', 'check_quotas', 'check_types', 'check_images', 'check_key', 'check_network', 'doctor',
            'doctor_text', 'Idle', 'idle_endpoints', 'idle_notebooks', 'idle_apps', 'idle_pools', 'idle_uploads', 'idle',
            'idle_text', 'volume_usd', 'machine_usd', 'probes', 'likenesses', 'expect', 'estimate_stage', 'estimate',
            'estimate_text', 'Purse', 'job_bill', 'Money', 'cost_first', 'away_machines', 'examine', 'printed_policy']
 
-# %% ../nbs/61_aws.ipynb #5dbfbd99
+# %% ../nbs/61_aws.ipynb #57d772da
 import contextlib, datetime as dt, functools, json, math, os, re, threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from .core import ParamSet, Refused, Secret, SlmlError, atomic_write, cache_fold
 from .cost import MONTH, billed, billed_text, dollars, instance_usd, load_prices, needs_of, price_warnings, read_meter, s3_usd, smallest, table_text
 from .meter import megabytes
 from .run import learned_peaks
-from .store import aws_environment, aws_errors as errors_in_words, aws_session, client_of, error_code, read_address
+from .store import aws_environment, aws_errors as errors_in_words, aws_session, client_of, error_code, if_there, read_address
 
 # %% ../nbs/61_aws.ipynb #66b8be0f
 WAYS_OUT = {
@@ -515,28 +515,14 @@ def encryption_of(account: Account) -> dict:
     how = {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": account.kms} if account.kms else {"SSEAlgorithm": "AES256"}
     return {"Rules": [{"ApplyServerSideEncryptionByDefault": how, "BucketKeyEnabled": bool(account.kms)}]}
 
-# %% ../nbs/61_aws.ipynb #3f71e39b
-def asked(
-    call,  # a method of a client
-    absent=(),  # AWS's codes for: there is no such thing
-    words: str = "",  # and what the message says then, where the code says too little
-    **how,  # its arguments
-):
-    "AWS's answer; None when there is no such thing."
-    import botocore.exceptions
-    try: return call(**how)
-    except botocore.exceptions.ClientError as e:
-        if error_code(e) in absent and re.search(words, str(e), re.I): return None
-        raise
-
-# %% ../nbs/61_aws.ipynb #3e54a45a
+# %% ../nbs/61_aws.ipynb #37afc046
 def bucket_settings(s3, bucket: str, owner: str = "") -> dict:  # blocked, encryption, policy, lifecycle; as AWS tells them, None where there is none
     "What a bucket is set to."
     who = {"Bucket": bucket, **({"ExpectedBucketOwner": owner} if owner else {})}
-    blocked = asked(s3.get_public_access_block, ["NoSuchPublicAccessBlockConfiguration"], **who)
-    encryption = asked(s3.get_bucket_encryption, ["ServerSideEncryptionConfigurationNotFoundError"], **who)
-    policy = asked(s3.get_bucket_policy, ["NoSuchBucketPolicy"], **who)
-    rules = asked(s3.get_bucket_lifecycle_configuration, ["NoSuchLifecycleConfiguration"], **who)
+    blocked = if_there(s3.get_public_access_block, ["NoSuchPublicAccessBlockConfiguration"], **who)
+    encryption = if_there(s3.get_bucket_encryption, ["ServerSideEncryptionConfigurationNotFoundError"], **who)
+    policy = if_there(s3.get_bucket_policy, ["NoSuchBucketPolicy"], **who)
+    rules = if_there(s3.get_bucket_lifecycle_configuration, ["NoSuchLifecycleConfiguration"], **who)
     return {"blocked": blocked and blocked["PublicAccessBlockConfiguration"], "encryption": encryption and encryption["ServerSideEncryptionConfiguration"]["Rules"],
             "policy": policy and json.loads(policy["Policy"]), "lifecycle": rules["Rules"] if rules else []}
 
@@ -649,14 +635,14 @@ def check_caller(account: Account) -> list[Line]:
 # %% ../nbs/61_aws.ipynb #542ac989
 NEEDS = {"public": "public access is not blocked", "encryption": "objects are not encrypted as the parameter set says", "tls": "requests without TLS are not refused", "parts": "uploads that are broken off stay and cost"}
 
-# %% ../nbs/61_aws.ipynb #da8e9d67
+# %% ../nbs/61_aws.ipynb #607057f4
 def check_bucket(account: Account, params: str = "PARAMS") -> list[Line]:
     "The store: a bucket of this account, in its region, private and encrypted."
     make = f"slml doctor {params} --on sagemaker --make-bucket"
     if not account.bucket: return [Line("store", account.store or "a folder of this machine", "missing", "set  store: s3://BUCKET/slml  in the parameter set, or --store s3://…, then " + make)]
     import botocore.exceptions
     s3, owner = account.client("s3"), account.owner or number_of(account)
-    try: there = asked(s3.head_bucket, ["404", "NoSuchBucket"], Bucket=account.bucket, ExpectedBucketOwner=owner)
+    try: there = if_there(s3.head_bucket, ["404", "NoSuchBucket"], Bucket=account.bucket, ExpectedBucketOwner=owner)
     except botocore.exceptions.ClientError as e:
         if error_code(e) not in ("403", "AccessDenied"): raise
         return [Line("store", f"{account.bucket} is no bucket of account {owner}, or it is closed to you", "missing", "another name (everybody on AWS shares them): --store s3://OTHER/slml; another account's on purpose: s3://…?owner=NUMBER; your own, closed: " + POLICY)]
@@ -669,7 +655,7 @@ def check_bucket(account: Account, params: str = "PARAMS") -> list[Line]:
         lines.append(Line("versions", "every overwritten object is kept and paid for", "missing", f"aws s3api put-bucket-versioning --bucket {account.bucket} --versioning-configuration Status=Suspended"))
     return lines
 
-# %% ../nbs/61_aws.ipynb #b838f2e8
+# %% ../nbs/61_aws.ipynb #62c6bfa9
 def check_role(account: Account, policy: dict | None = None, params: str = "PARAMS") -> list[Line]:
     "The role: there, trusted by SageMaker, and permitted what jobs need."
     name = (account.role or f"slml-{account.project}").split("/")[-1]
@@ -680,7 +666,7 @@ def check_role(account: Account, policy: dict | None = None, params: str = "PARA
         if e.__cause__ and "Denied" in error_code(e.__cause__): raise
         return [Line("role", e.what, "missing", make + ("" if account.role else f"; then SLML_SAGEMAKER_ROLE={name}"))]
     iam = account.client("iam")
-    if (found := asked(iam.get_role, ["NoSuchEntity"], RoleName=arn.split("/")[-1])) is None: return [Line("role", f"there is no role {arn}", "missing", make)]
+    if (found := if_there(iam.get_role, ["NoSuchEntity"], RoleName=arn.split("/")[-1])) is None: return [Line("role", f"there is no role {arn}", "missing", make)]
     lines = [Line("role", arn)]
     if not _trusts(found["Role"]["AssumeRolePolicyDocument"]):
         lines.append(Line("trust", "SageMaker may not take the role", "missing", f"{ask} trust > trust.json; aws iam update-assume-role-policy --role-name {name} --policy-document file://trust.json"))
@@ -756,32 +742,32 @@ def check_images(account: Account, images: list[str]) -> list[Line]:
         else: lines += look(f"image {m['name']}", lambda: _image_line(account, image, m))
     return lines
 
-# %% ../nbs/61_aws.ipynb #6cb6946f
+# %% ../nbs/61_aws.ipynb #f78db080
 def _image_line(account: Account, image: str, m) -> list[Line]:
     "One image in ECR."
     which = {"imageDigest": m["digest"]} if m["digest"] else {"imageTag": m["tag"] or "latest"}
-    got = asked(account.client("ecr").batch_get_image, ["RepositoryNotFoundException"], registryId=m["number"], repositoryName=m["name"], imageIds=[which])
+    got = if_there(account.client("ecr").batch_get_image, ["RepositoryNotFoundException"], registryId=m["number"], repositoryName=m["name"], imageIds=[which])
     if got and got["images"]: return [Line("image", image)]
     if m["number"] != number_of(account): return [Line("image", f"{image} was not shown by the registry of {m['number']}, which is not this account's", "unknown")]
     return [Line("image", f"there is no {image}", "missing", f"docker push {image}, or another tag under  sagemaker: {{images: …}}")]
 
-# %% ../nbs/61_aws.ipynb #121583ee
+# %% ../nbs/61_aws.ipynb #2d313383
 def check_key(account: Account) -> list[Line]:
     "The key, where one is named."
     if not account.kms: return []
-    found = asked(account.client("kms").describe_key, ["NotFoundException"], KeyId=account.kms)
+    found = if_there(account.client("kms").describe_key, ["NotFoundException"], KeyId=account.kms)
     state = found["KeyMetadata"]["KeyState"] if found else "not there"
     return [Line("key", account.kms) if state == "Enabled" else Line("key", f"{account.kms} is {state}", "missing", "aws kms list-aliases shows those there are;  sagemaker: {kms: …}")]
 
-# %% ../nbs/61_aws.ipynb #235d8a26
+# %% ../nbs/61_aws.ipynb #875e4930
 def check_network(account: Account) -> list[Line]:
     "Subnets and security groups, where they are named: both, and of one VPC."
     a = account
     if not (a.subnets or a.security_groups): return []
     if not (a.subnets and a.security_groups): return [Line("vpc", "subnets and security groups go together", "missing", "sagemaker: {subnets: […], security_groups: […]}")]
     ec2, absent = a.client("ec2"), ["InvalidSubnetID.NotFound", "InvalidGroup.NotFound", "InvalidGroupId.Malformed"]
-    subnets = asked(ec2.describe_subnets, absent, SubnetIds=a.subnets)
-    groups = asked(ec2.describe_security_groups, absent, GroupIds=a.security_groups)
+    subnets = if_there(ec2.describe_subnets, absent, SubnetIds=a.subnets)
+    groups = if_there(ec2.describe_security_groups, absent, GroupIds=a.security_groups)
     if subnets is None or groups is None: return [Line("vpc", f"there is no {' or '.join(a.subnets if subnets is None else a.security_groups)}", "missing", "aws ec2 describe-subnets; aws ec2 describe-security-groups")]
     vpcs = {s["VpcId"] for s in subnets["Subnets"]} | {g["VpcId"] for g in groups["SecurityGroups"]}
     return [Line("vpc", vpcs.pop()) if len(vpcs) == 1 else Line("vpc", f"subnets and groups are of {len(vpcs)} VPCs: {', '.join(sorted(vpcs))}", "missing", "name those of one VPC")]

@@ -16,13 +16,13 @@ __all__ = ['ARRAYS', 'FILES', 'CUT', 'LAMBDA_ROOTS', 'EDGE_ROOTS', 'ZIP_MB', 'UN
            'plan_batch', 'deploy_batch', 'batch_file', 'run_batch', 'undo_batch', 'lines_in', 'refused_as', 'outcome',
            'counted', 'outcome_text', 'place', 'place_text']
 
-# %% ../nbs/43_deploy.ipynb #f6056d41
+# %% ../nbs/43_deploy.ipynb #fa9ce160
 import hashlib, json, math, os, platform, re, subprocess, sys, time, zipfile
 from pathlib import Path
 from .core import SlmlError, atomic_write, load_yaml, sha256_file, suggest
 from .package import PLAIN, check_seal, load_package, package_key, seal
 from .query import prices_file
-from .store import aws_errors, client_of
+from .store import aws_errors, client_of, if_there
 
 # %% ../nbs/43_deploy.ipynb #6eee49cd
 _LOOK = """import json, sys, time
@@ -1179,7 +1179,7 @@ def deploy_batch(
     return {"stack": role, "changeset": "", "file": str(file), "notes": [*filter(None, [note]), f"{file} holds the two requests"],
             "changes": [("Create", asked["model"]["ModelName"], "SageMaker model", False), ("Create", asked["job"]["TransformJobName"], "SageMaker transform job", False)]}
 
-# %% ../nbs/43_deploy.ipynb #2603f3c2
+# %% ../nbs/43_deploy.ipynb #c024517c
 def batch_file(file) -> dict:  # model, job: the two requests
     "The requests that `deploy --batch` has written."
     try: found = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -1200,11 +1200,7 @@ def run_batch(client, file) -> str:  # name of the job
 
 def _model_there(client, name: str) -> bool:
     "Was the first of the two calls made before?"
-    from botocore.exceptions import ClientError
-    try: return bool(client.describe_model(ModelName=name))
-    except ClientError as e:
-        if e.response["Error"]["Code"] in ("ValidationException", "ResourceNotFound"): return False
-        raise
+    return if_there(client.describe_model, ["ValidationException", "ResourceNotFound"], ModelName=name) is not None
 
 # %% ../nbs/43_deploy.ipynb #cfd2cd05
 def _job_words(name: str, file):  # a context

@@ -67,13 +67,16 @@ def _sync_folder(folder):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/45_feedback.ipynb #be142a5a
+# %% ../nbs/45_feedback.ipynb #bba91329
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str, check_circular=False).encode  # made once: that is half the time
+
+
+def _line_of(record) -> bytes: return (_encode(record) + "\n").encode("utf-8", "replace")
 
 
 def append(self: Segment, record: dict) -> int:
     "Hand one record to the operating system; gives a number to wait for."
-    return self.append_line((_encode(record) + "\n").encode("utf-8", "replace"))
+    return self.append_line(_line_of(record))
 
 
 def append_line(self: Segment, line: bytes) -> int:
@@ -191,10 +194,10 @@ def shadow(self: FeedbackLog, choice: Choice, variant: str, answer, ms: float | 
     "Keep what a shadow said."
     self._put({"k": "s", "id": choice.id, "t": time.time(), "v": variant, "a": answer, "ms": ms})
 
-# %% ../nbs/45_feedback.ipynb #e7bdd742
+# %% ../nbs/45_feedback.ipynb #87a54e54
 def _put(self: FeedbackLog, record):
     "A line, or one more that is lost: predictions go on."
-    self._put_line((_encode(record) + "\n").encode("utf-8", "replace"))
+    self._put_line(_line_of(record))
 
 
 def _put_line(self: FeedbackLog, line: bytes):
@@ -566,7 +569,7 @@ def _log_status(self: FeedbackLog) -> dict:
 
 FeedbackLog._sync_on, FeedbackLog._learn_on, FeedbackLog.learner, FeedbackLog.close, FeedbackLog.status = _sync_on, _learn_on, property(_learner), _close_log, _log_status
 
-# %% ../nbs/45_feedback.ipynb #af830fd0
+# %% ../nbs/45_feedback.ipynb #9665b605
 STREAMS = {"kinesis": (500, 5 * 2**20, 2**20), "firehose": (500, 4 * 2**20, 1000 * 1024)}  # records, bytes, bytes of one record in a call: AWS' quotas
 PART = 240_000  # characters of a part of a long line, of up to four bytes each
 
@@ -582,9 +585,6 @@ def stream_records(
     text = _encode(record)
     parts = [text[i:i + PART] for i in range(0, len(text), PART)]
     return [(key, _line_of({"n": name, "part": i, "of": len(parts), "text": part})) for i, part in enumerate(parts)]
-
-
-def _line_of(record) -> bytes: return (_encode(record) + "\n").encode("utf-8", "replace")
 
 # %% ../nbs/45_feedback.ipynb #c7a501f0
 class Stream:

@@ -12,11 +12,11 @@ __all__ = ['START', 'RUNNER_NEEDS', 'DISTRIBUTIONS', 'LOOSE', 'NOT_THERE', 'MARK
            'until_over', 'endure', 'Away', 'away', 'stays', 'make', 'money', 'say_cost', 'begin', 'submit', 'create',
            'together', 'code', 'collect', 'meter_of', 'failed', 'jobs_of', 'stop', 'dockerfile', 'write_job_image']
 
-# %% ../nbs/62_jobs.ipynb #886754d4
+# %% ../nbs/62_jobs.ipynb #cda43454
 import base64, contextlib, dataclasses, functools, hashlib, importlib.metadata, io, json, os, re, shutil, signal, sys, tempfile, threading, time, zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from .aws import Account, Money, account_of, asked, aws_errors, fitting_type, instance, job_name, quiet_sdk, role_of, tags_of
+from .aws import Account, Money, account_of, aws_errors, fitting_type, instance, job_name, quiet_sdk, role_of, tags_of
 from .cost import dollars
 from .core import ParamSet, Secret, SlmlError, atomic_write, canonical_json, every, project_root, read_json, resolve, sha256_text
 from .graph import Node, _local_module, executed_code, read_stage
@@ -24,7 +24,7 @@ from .keep import DAY, hold, let_go
 from .meter import term_is_interrupt
 from .run import Kernels, Runner, StageFailed, Task, _make, _store_key, environment, find_run, load_run, on_record, stored, stops_kernels
 from .stage import Stage, list_runs, made_in, notebooks_folder
-from .store import S3Store, client_of, error_code, open_store
+from .store import S3Store, client_of, error_code, if_there, open_store
 
 # %% ../nbs/62_jobs.ipynb #bcd22531
 def wheel_files() -> dict[str, Path]:  # {name in the wheel: file}
@@ -531,13 +531,13 @@ def _machine(account: Account, machine: dict, configs) -> dict:
 # %% ../nbs/62_jobs.ipynb #be5fe3ce
 OVER = ("Completed", "Failed", "Stopped")
 
-# %% ../nbs/62_jobs.ipynb #40ef124a
+# %% ../nbs/62_jobs.ipynb #fb880d0d
 def describe(
     client,  # of SageMaker
     name: str,
 ) -> dict | None:  # None when there is none of this name
     "What SageMaker knows of a job."
-    return asked(client.describe_training_job, ["ValidationException", "ResourceNotFound", "ValidationError"], "not found|could not find", TrainingJobName=name)
+    return if_there(client.describe_training_job, ["ValidationException", "ResourceNotFound", "ValidationError"], "not found|could not find", TrainingJobName=name)
 
 # %% ../nbs/62_jobs.ipynb #1b6c2761
 def newest_job(client, project: str, stage: str, key: str) -> tuple[int, dict | None]:

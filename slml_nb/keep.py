@@ -589,7 +589,7 @@ def _garbage(store: Path, references: References, keep: float, now: float) -> li
     inputs = with_inputs(kept, rest)
     return [k for k in rest if k not in inputs and now - newest(k.path) > keep and not FolderStore(k.path.parents[2]).holder(f"{k.project}/{k.name[:2]}/{k.name}")]
 
-# %% ../nbs/53_keep.ipynb #1a30371a
+# %% ../nbs/53_keep.ipynb #f2aa278c
 def gc(
     root=None,  # folder of the runs; runs/ of the project when None
     keep: str = "30d",  # what is younger stays
@@ -603,7 +603,7 @@ def gc(
     root = Path(root or project_root() / "runs")
     far = store is not None and "://" in str(store)
     place = (root / ".store" if store is None or far else Path(store)).resolve()
-    cache = Path(cache or cache_folder())
+    bucket, cache = open_store(store) if far else None, Path(cache or cache_folder())
     _check_layout(root, place)
     roots, mine = other_roots(root), place.is_relative_to(root.resolve())
     if not dry_run:
@@ -613,7 +613,7 @@ def gc(
     garbage = _garbage(place, _referred(roots, going), keep_s, now) if mine and place.is_dir() else []  # reading all references first: when one cannot be read, nothing is freed
     freed = [*_sweep("run", going, dry_run, f"older than {keep}"), *_sweep_keys(garbage, roots, going, dry_run, f"no run names it, older than {keep}"),
              *_sweep("leftover", leftovers(root, place, now), dry_run, "left by a killed process"), *_sweep("cache", old_copies(cache, keep_s, now), dry_run, f"not used for {keep}"),
-             *([*_sweep_bucket(open_store(store), dry_run), *_sweep_jobs(open_store(store), dry_run, max(keep_s, DAY))] if far else [])]
+             *([*_sweep_bucket(bucket, dry_run), *_sweep_jobs(bucket, dry_run, max(keep_s, DAY))] if bucket else [])]
     return {"dry_run": dry_run, "keep": keep, "count": len(freed), "bytes": sum(f["bytes"] for f in freed), "old_runs": 0 if runs else len(old), "freed": freed}
 
 # %% ../nbs/53_keep.ipynb #ec2629a1

@@ -46,7 +46,7 @@ def _bytes(self: Wire, n: int) -> bytes:
 
 Wire._bytes = _bytes
 
-# %% ../nbs/05_kernel.ipynb #5e6fb2cb
+# %% ../nbs/05_kernel.ipynb #ac41b068
 class Printed(io.TextIOBase):
     "`sys.stdout` or `sys.stderr` of a cell."
     encoding, errors = "UTF-8", "replace"
@@ -54,9 +54,17 @@ class Printed(io.TextIOBase):
     def __init__(self, wire: Wire, name: str):
         self.wire, self.name, self.pid, self.parts, self.size, self.lock, self.later = wire, name, os.getpid(), [], 0, threading.RLock(), False
 
-    def fileno(self): return 1 if self.name == "stdout" else 2
-    def isatty(self): return False
-    def writable(self): return True
+    def fileno(self):
+        "As the process's own."
+        return 1 if self.name == "stdout" else 2
+
+    def isatty(self):
+        "Nobody types here."
+        return False
+
+    def writable(self):
+        "It is there to be written to."
+        return True
 
 # %% ../nbs/05_kernel.ipynb #4cac61fa
 def _write(self: Printed, text):

@@ -343,13 +343,13 @@ def machine() -> dict:  # of plain values, for run.json; what cannot be asked is
              "python": f"{platform.python_implementation()} {platform.python_version()}, {platform.python_compiler()}", "blas": _blas()}
     return {k: v for k, v in found.items() if v not in ("", None)}
 
-# %% ../nbs/04_meter.ipynb #c6825d21
+# %% ../nbs/04_meter.ipynb #8d9ca58f
 def _cpu() -> tuple[str, set]:
     "Model and instruction sets, as Linux tells them; elsewhere only the model."
     try: text = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError: return platform.processor(), set()
-    def field(names): return (m := re.search(rf"^(?:{names})\s*:\s*(.+)$", text, re.M)) and m[1] or ""
-    return field("model name|Model|CPU part"), set(field("flags|Features").split())
+    def _field(names): return (m := re.search(rf"^(?:{names})\s*:\s*(.+)$", text, re.M)) and m[1] or ""
+    return _field("model name|Model|CPU part"), set(_field("flags|Features").split())
 
 # %% ../nbs/04_meter.ipynb #48152c85
 def _blas() -> list[str]:

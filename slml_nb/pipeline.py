@@ -20,18 +20,18 @@ __all__ = ['KINDS', 'LONGEST', 'MOST', 'EXECUTION', 'HEAVIEST', 'TOLD', 'FOLDERS
            'trial_job', 'make_trial', 'search_status', 'search_text', 'best_values', 'rendered_text', 'created_text',
            'pipeline_do']
 
-# %% ../nbs/63_pipeline.ipynb #595b2581
+# %% ../nbs/63_pipeline.ipynb #ddea9bf9
 import io, json, os, re, shutil, sys, tarfile, tempfile, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from .aws import Account, account_of, asked, aws_errors, fitting_type, job_stem, name_part, role_of, tags_of
+from .aws import Account, account_of, aws_errors, fitting_type, job_stem, name_part, role_of, tags_of
 from .core import (ParamSet, Param, Refused, Secret, SlmlError, atomic_write, canonical_json, coerce, every, load_params, project_root, read_json, seal, sealed, sha256_text, suggest)
 from .graph import Graph, climbing, key_of, key_parts, parameter_hash, plan
 from .jobs import START, as_job, assist, image_of, instance_gpus, job_runner, mirror_checkpoints, print_event, put_once, request_of, requirements_of, specification, tell_progress, together, wheel
 from .keep import hold
 from .run import Run, Task, environment, not_needed, on_record, outside_data, run_task, stops_kernels
 from .stage import artifact_path, shipped_notebooks
-from .store import client_of, error_code, open_store, read_address
+from .store import client_of, error_code, if_there, open_store, read_address
 
 # %% ../nbs/63_pipeline.ipynb #cbfa24f8
 KINDS = {"int": "Integer", "float": "Float", "bool": "Boolean"}  # of pipeline parameters; everything else is a String
@@ -726,10 +726,10 @@ def token(*what) -> str:  # 64 characters
 
 NOT_THERE = ("ResourceNotFound", "ResourceNotFoundException", "ValidationException", "NoSuchEntity")
 
-# %% ../nbs/63_pipeline.ipynb #353edb8b
+# %% ../nbs/63_pipeline.ipynb #5112669b
 def kept_pipeline(client, name: str) -> dict | None:
     "What SageMaker has under the name of a pipeline; None when there is nothing."
-    return asked(client.describe_pipeline, NOT_THERE, "not find|not exist|not found", PipelineName=name)
+    return if_there(client.describe_pipeline, NOT_THERE, "not find|not exist|not found", PipelineName=name)
 
 # %% ../nbs/63_pipeline.ipynb #9822cd18
 DIRECT = 100_000  # bytes of a definition that travels in the request; a larger one goes by way of the store
@@ -1139,7 +1139,7 @@ def make_trial(
     print(f"{SAID} {metric}={said['metrics'][name]:.12g}", flush=True)
     return said["metrics"][name]
 
-# %% ../nbs/63_pipeline.ipynb #bfdbb093
+# %% ../nbs/63_pipeline.ipynb #eef1cce9
 TRIED = {"InProgress": "running", "Completed": "done", "Failed": "failed", "Stopping": "stopping", "Stopped": "stopped"}
 
 
@@ -1150,7 +1150,7 @@ def search_status(
     "How the search that a set asks for is doing."
     request, client = tuning_request(params, None, overrides), account_of(params).client("sagemaker")
     name, config = request["HyperParameterTuningJobName"], request["HyperParameterTuningJobConfig"]
-    with aws_errors(f"tuning job {name}"): told = asked(client.describe_hyper_parameter_tuning_job, NOT_THERE, "not find|not exist|not found", HyperParameterTuningJobName=name) or {}
+    with aws_errors(f"tuning job {name}"): told = if_there(client.describe_hyper_parameter_tuning_job, NOT_THERE, "not find|not exist|not found", HyperParameterTuningJobName=name) or {}
     done, best = told.get("TrainingJobStatusCounters", {}), told.get("BestTrainingJob", {})
     return {"name": name, "arn": told.get("HyperParameterTuningJobArn", ""), "state": TRIED.get(told.get("HyperParameterTuningJobStatus", ""), ""), "why": told.get("FailureReason", ""), "trials": sum(done.get(k, 0) for k in ("Completed", "Stopped", "NonRetryableError")),
             "failed": done.get("NonRetryableError", 0), "of": config["ResourceLimits"]["MaxNumberOfTrainingJobs"], "metric": config["HyperParameterTuningJobObjective"]["MetricName"], "job": best.get("TrainingJobName", ""),
@@ -1216,7 +1216,7 @@ def _rendered(params: ParamSet, overrides, out: str) -> tuple[str, dict, bool]:
     kept = pipeline_parameters(*graph, params, {s: "" for s in graph[0].order})[1]
     return "\n".join([rendered_text(definition, site, kept), *(f"wrong: {w}" for w in wrong)]), definition, bool(wrong)
 
-# %% ../nbs/63_pipeline.ipynb #770f137a
+# %% ../nbs/63_pipeline.ipynb #3f72d3a6
 def _searched(params: ParamSet, overrides, dry: bool) -> tuple[str, dict, bool]:
     "SageMaker's own search: shown when it is there, else started, or only said."
     there = search_status(params, overrides)
@@ -1224,7 +1224,7 @@ def _searched(params: ParamSet, overrides, dry: bool) -> tuple[str, dict, bool]:
     request = tuning_request(params, None, overrides, dry)
     most = request["HyperParameterTuningJobConfig"]["ResourceLimits"]
     if not dry:
-        with aws_errors(f"tuning job {there['name']}"): asked(account_of(params).client("sagemaker").create_hyper_parameter_tuning_job, ["ResourceInUse"], **request)  # somebody has just asked for the same
+        with aws_errors(f"tuning job {there['name']}"): if_there(account_of(params).client("sagemaker").create_hyper_parameter_tuning_job, ["ResourceInUse"], **request)  # somebody has just asked for the same
     return f"{there['name']}: at most {most['MaxNumberOfTrainingJobs']} jobs, {most['MaxParallelTrainingJobs']} at a time, {'would be started' if dry else f'started; slml pipeline tune {params.file}  shows how it is doing'}", request, False
 
 # %% ../nbs/63_pipeline.ipynb #b4ae193a

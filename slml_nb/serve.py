@@ -850,12 +850,11 @@ def wait_for_head(self: Connection, more: int):
     self.read, self.late = self.read + more, self.loop.call_later(self.head_seconds, self.transport.close)
     if self.read > self.head_bytes: self.tell(431, refusal(f"the head of the request is larger than {self.head_bytes:,} bytes", "fewer and shorter headers"))
 
-# %% ../nbs/41_serve.ipynb #85488bd3
+# %% ../nbs/41_serve.ipynb #c7e35bc3
 def tell(self: Connection, status: int, value: dict):
     "An answer before there is a request."
     text = written(value).encode()
-    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: {MEDIA['json']}\r\ncontent-length: {len(text)}\r\nconnection: close\r\n\r\n"
-    self.transport.write(head.encode() + text)
+    self.transport.write(head_of(status, [], {"content-type": MEDIA["json"]}, len(text), False) + text)
     self.transport.close()
 
 

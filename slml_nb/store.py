@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WAYS_OUT', 'PART', 'PIECE', 'LINES', 'FolderStore', 'read_address', 'below', 'aws_errors', 'aws_environment',
-           'aws_session', 'client_of', 'S3Store', 'broken_uploads', 'abort_uploads', 'evict', 'open_store', 'writable',
-           'Claim', 'put_folder', 'folder_of']
+           'aws_session', 'if_there', 'client_of', 'S3Store', 'broken_uploads', 'abort_uploads', 'evict', 'open_store',
+           'writable', 'Claim', 'put_folder', 'folder_of']
 
-# %% ../nbs/01_store.ipynb #990d7f63
-import atexit, contextlib, datetime as dt, email.utils, errno, functools, getpass, hashlib, io, json, os, random, shutil, socket, tempfile, threading, time
+# %% ../nbs/01_store.ipynb #4384c3eb
+import atexit, contextlib, datetime as dt, email.utils, errno, functools, getpass, hashlib, io, json, os, random, re, shutil, socket, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qsl, quote
@@ -264,6 +264,20 @@ def _new_session(known: tuple, pid: int):
 def aws_session():
     "The session of boto3 for what the environment says now."
     with _opening: return _new_session(aws_environment(), os.getpid())
+
+# %% ../nbs/01_store.ipynb #3862297e
+def if_there(
+    call,  # a method of a client
+    absent=(),  # AWS's codes for: there is no such thing
+    words: str = "",  # and what the message says then, where the code says too little
+    **how,  # its arguments
+):
+    "AWS's answer; None when there is no such thing."
+    import botocore.exceptions
+    try: return call(**how)
+    except botocore.exceptions.ClientError as e:
+        if error_code(e) in absent and re.search(words, str(e), re.I): return None
+        raise
 
 # %% ../nbs/01_store.ipynb #273c1b2b
 def client_of(

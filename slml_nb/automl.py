@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['WIDE', 'LINEAR_INPUTS', 'LINEAR_ROWS', 'NETWORK', 'TRIES', 'SPACE', 'USUAL', 'FLAML_METRICS', 'score_of', 'best_of',
-           'greedy_weights', 'start_of', 'Ensemble', 'save_ensemble', 'rename', 'Clock', 'ticking', 'deal_folds',
-           'Rows', 'fold_rows', 'held_rows', 'folds_fit', 'encoded', 'linear_rows', 'try_linear', 'grow', 'try_trees',
-           'try_network', 'portfolio', 'neighbour', 'Search', 'attempt', 'learn', 'affordable', 'search', 'choose',
-           'finished', 'finish', 'narrowed', 'tells', 'closeness', 'run_automl', 'check_task', 'flaml_settings',
-           'from_flaml', 'settings_text', 'leaderboard', 'too_good', 'edge_of', 'draw_tries', 'draw_search', 'remarks',
-           'read_any', 'read_table', 'as_features', 'guess_task', 'score_interval', 'conformal_margin', 'AutoML',
-           'number_or_gap', 'label', 'known_rows', 'table_problem', 'split_table', 'last_fifth', 'moments', 'automl',
-           'together', 'look_up', 'given_tries', 'split_by_time']
+           'best_first', 'start_of', 'added', 'greedy_weights', 'Ensemble', 'save_ensemble', 'rename', 'Clock',
+           'ticking', 'deal_folds', 'Rows', 'fold_rows', 'held_rows', 'folds_fit', 'encoded', 'linear_rows',
+           'linear_room', 'try_linear', 'grow', 'tree_plan', 'try_trees', 'try_network', 'tree_settings', 'portfolio',
+           'neighbour', 'Search', 'attempt', 'learn', 'affordable', 'search', 'choose', 'finished', 'finish',
+           'narrowed', 'tells', 'closeness', 'run_automl', 'check_task', 'flaml_settings', 'from_flaml',
+           'settings_text', 'leaderboard', 'too_good', 'edge_of', 'draw_kind', 'draw_tries', 'draw_mixture',
+           'draw_search', 'remarks', 'read_any', 'read_table', 'as_features', 'guess_task', 'score_interval',
+           'conformal_margin', 'AutoML', 'number_or_gap', 'label', 'known_rows', 'target_numbers', 'table_problem',
+           'split_table', 'last_fifth', 'moments', 'together', 'automl', 'look_up', 'given_tries', 'split_by_time']
 
-# %% ../nbs/35_automl.ipynb #d32a44ec
+# %% ../nbs/35_automl.ipynb #d7be4f1e
 import json, math, os, shutil, time
 from pathlib import Path
 import numpy as np
 from .core import SlmlError, atomic_write, suggest
 from .frame import check_metric
 from .model import KINDS, Encoder, Model, better, direction, fit_encoding, kinds_of, length, load_model, metrics_of, read_columns, save_model, save_trees
-from .baseline import boost, fit_linear, tree_parameters
+from .baseline import boost, fit_linear, one_thread, tree_parameters
 
 # %% ../nbs/35_automl.ipynb #8e44e24d
 def score_of(
@@ -42,32 +43,14 @@ def best_of(
         if better(metric, v, values[place]): place = i
     return place
 
-# %% ../nbs/35_automl.ipynb #f1971e02
-def greedy_weights(
-    predictions: list,  # one a model: (n,) numbers or (n, k) probabilities of the same rows
-    y,  # (n,)
-    task: str, metric: str,
-    members: int = 8,  # different models at most
-    steps: int = 24,  # models that are added, repetitions included
-    more=lambda: True,  # asked before each step: is there time?
-) -> np.ndarray:  # one weight a model, 0 for most; they sum to 1
-    "Which models to mix, and how much of each (Caruana and others, 2004)."
-    score = lambda p: score_of(task, metric, y, p)
-    alone = [score(p) for p in predictions]
-    order = sorted(range(len(alone)), key=lambda i: (alone[i] != alone[i], alone[i] if direction(metric) == "minimise" else -alone[i]))
-    order = order[:25]
-    counts, kept = start_of(predictions, order[:members], metric, score)
-    for _ in range(steps):
-        if not more(): break
-        total = sum(c * predictions[i] for i, c in counts.items())
-        allowed = order if len(counts) < members else list(counts)
-        found = [score((total + predictions[i]) / (sum(counts.values()) + 1)) for i in allowed]
-        added = best_of(metric, found)
-        counts[allowed[added]] = counts.get(allowed[added], 0) + 1
-        if better(metric, found[added], kept[0]): kept = found[added], dict(counts)
-    weights = np.zeros(len(predictions))
-    for i, c in kept[1].items(): weights[i] = c / sum(kept[1].values())
-    return weights
+# %% ../nbs/35_automl.ipynb #edceb870
+def best_first(
+    scores: list[float],
+    metric: str,
+    most: int = 25,
+) -> list[int]:  # places of the best scores
+    "Places in order, the best first; what has no score comes last."
+    return sorted(range(len(scores)), key=lambda i: (scores[i] != scores[i], scores[i] if direction(metric) == "minimise" else -scores[i]))[:most]
 
 # %% ../nbs/35_automl.ipynb #359b261e
 def start_of(
@@ -82,7 +65,42 @@ def start_of(
     counts = dict.fromkeys(order[:n + 1], 1)
     return counts, (values[n], dict(counts))
 
-# %% ../nbs/35_automl.ipynb #52983560
+# %% ../nbs/35_automl.ipynb #76594a78
+def added(
+    predictions: list,
+    counts: dict[int, int],  # model -> times; gets one more
+    allowed: list[int],  # who may be added
+    metric: str, score,
+) -> float:  # the value of the mean
+    "Add the model that helps most."
+    total, n = sum(c * predictions[i] for i, c in counts.items()), sum(counts.values())
+    found = [score((total + predictions[i]) / (n + 1)) for i in allowed]
+    best = best_of(metric, found)
+    counts[allowed[best]] = counts.get(allowed[best], 0) + 1
+    return found[best]
+
+# %% ../nbs/35_automl.ipynb #94775e80
+def greedy_weights(
+    predictions: list,  # one a model: (n,) numbers or (n, k) probabilities of the same rows
+    y,  # (n,)
+    task: str, metric: str,
+    members: int = 8,  # different models at most
+    steps: int = 24,  # models that are added, repetitions included
+    more=lambda: True,  # asked before each step: is there time?
+) -> np.ndarray:  # one weight a model, 0 for most; they sum to 1
+    "Which models to mix, and how much of each (Caruana and others, 2004)."
+    score = lambda p: score_of(task, metric, y, p)
+    order = best_first([score(p) for p in predictions], metric)
+    counts, kept = start_of(predictions, order[:members], metric, score)
+    for _ in range(steps):
+        if not more(): break
+        value = added(predictions, counts, order if len(counts) < members else list(counts), metric, score)
+        if better(metric, value, kept[0]): kept = value, dict(counts)
+    weights = np.zeros(len(predictions))
+    for i, c in kept[1].items(): weights[i] = c / sum(kept[1].values())
+    return weights
+
+# %% ../nbs/35_automl.ipynb #e360c584
 class Ensemble(Model):
     "A weighted mean of other models."
 
@@ -90,16 +108,21 @@ class Ensemble(Model):
         "Open the members."
         self.members = [(m["weight"], load_model(self.folder / m["folder"], self.threads)) for m in self.spec["members"]]
 
-    def one(self, columns: dict) -> np.ndarray:
-        "Predict for one row."
-        return sum(w * m.one(columns).reshape(1, -1) for w, m in self.members)
-
-    def many(self, columns: dict) -> np.ndarray:
-        "Predict for arrays."
-        return sum(w * m.many(columns).reshape(length(columns), -1) for w, m in self.members)
-
 
 KINDS["ensemble"] = Ensemble
+
+# %% ../nbs/35_automl.ipynb #b39aee42
+def _one(self: Ensemble, columns: dict) -> np.ndarray:
+    "Predict for one row."
+    return sum(w * m.one(columns).reshape(1, -1) for w, m in self.members)
+
+
+def _many(self: Ensemble, columns: dict) -> np.ndarray:
+    "Predict for arrays."
+    return sum(w * m.many(columns).reshape(length(columns), -1) for w, m in self.members)
+
+
+Ensemble.one, Ensemble.many = _one, _many
 
 # %% ../nbs/35_automl.ipynb #459087c1
 def save_ensemble(
@@ -127,7 +150,7 @@ def rename(
     atomic_write(folder / "model.json", json.dumps({**spec, "name": name}, indent=1, ensure_ascii=False, allow_nan=False))
     return folder
 
-# %% ../nbs/35_automl.ipynb #566e3b05
+# %% ../nbs/35_automl.ipynb #afb0fd69
 class Clock:
     "Seconds that run out."
 
@@ -143,13 +166,18 @@ class Clock:
         "Seconds since the start."
         return self.now() - self.start
 
-    def left(self) -> float:
-        "Seconds for the search."
-        return self.seconds * (1 - self.reserve) - self.spent()
+# %% ../nbs/35_automl.ipynb #cd06c3d0
+def _search_time(self: Clock) -> float:
+    "Seconds for the search."
+    return self.seconds * (1 - self.reserve) - self.spent()
 
-    def end(self) -> float:
-        "Seconds until everything must be done."
-        return self.seconds - self.spent()
+
+def _end(self: Clock) -> float:
+    "Seconds until everything must be done."
+    return self.seconds - self.spent()
+
+
+Clock.left, Clock.end = _search_time, _end
 
 # %% ../nbs/35_automl.ipynb #966d27f5
 def ticking(step: float):
@@ -171,7 +199,7 @@ def deal_folds(
     out[order] = piles
     return out
 
-# %% ../nbs/35_automl.ipynb #73ef5556
+# %% ../nbs/35_automl.ipynb #c2aa26b6
 class Rows:
     "The rows of a search: who learns from which, who is judged by which."
 
@@ -188,9 +216,13 @@ class Rows:
         self.again = len(parts) > 1 or not np.array_equal(np.sort(parts[0][0]), np.sort(self.final))  # must models learn once more?
         self.cache = {}
 
-    def take(self, rows) -> tuple[dict, np.ndarray]:
-        "Columns and y of some rows."
-        return {k: v[rows] for k, v in self.columns.items()}, self.y[rows]
+# %% ../nbs/35_automl.ipynb #30bfacf7
+def _take(self: Rows, rows) -> tuple[dict, np.ndarray]:
+    "Columns and y of some rows."
+    return {k: v[rows] for k, v in self.columns.items()}, self.y[rows]
+
+
+Rows.take = _take
 
 # %% ../nbs/35_automl.ipynb #6b89ac86
 def fold_rows(
@@ -254,7 +286,17 @@ def linear_rows(
     one = 600 * max(1, 2 * numeric + texts) * classes if classes else 7 * (2 * numeric + texts + 1) ** 2  # operations a row
     return max(1000, min(LINEAR_ROWS, int(seconds * 5e8 / one)))
 
-# %% ../nbs/35_automl.ipynb #f648346b
+# %% ../nbs/35_automl.ipynb #f2f558ff
+def linear_room(
+    kinds: dict[str, str],  # feature -> kind
+) -> int:  # categories of each feature that may have an input of their own
+    "Share out the inputs of a linear model among its categories."
+    texts = sum(k != "numeric" for k in kinds.values())
+    room = LINEAR_INPUTS - 2 * (len(kinds) - texts)
+    if room < 2 * texts or room < 0: raise SlmlError(f"{len(kinds):,} features are too many for a linear model", "automl", f"it reads about {LINEAR_INPUTS:,} inputs at most")
+    return min(100, room // max(1, texts))
+
+# %% ../nbs/35_automl.ipynb #06a59c03
 def try_linear(
     rows: Rows, spec: dict, part,  # as for `encoded`
     settings: dict,  # alpha; constant: true reads nothing at all
@@ -269,9 +311,7 @@ def try_linear(
     most = linear_rows(len(kinds) - texts, texts, len(spec["classes"]), seconds / 5)
     if len(learn) > most: learn = np.random.default_rng(0).permutation(learn)[:most]
     columns, y = rows.take(learn)
-    room = LINEAR_INPUTS - 2 * (len(kinds) - texts)
-    if room < 2 * texts or room < 0: raise SlmlError(f"{len(kinds):,} features are too many for a linear model", "automl", f"it reads about {LINEAR_INPUTS:,} inputs at most")
-    about = {**{k: spec[k] for k in ("task", "target", "classes")}, "features": list(kinds), "encoding": fit_encoding(columns, kinds, min(100, room // max(1, texts)))}
+    about = {**{k: spec[k] for k in ("task", "target", "classes")}, "features": list(kinds), "encoding": fit_encoding(columns, kinds, linear_room(kinds))}
     predict = fit_linear(folder, about, (columns, y), spec["metric"], settings.get("alpha", 1.0))
     return predict, lambda to: shutil.copytree(folder, to, dirs_exist_ok=True), len(y)
 
@@ -296,7 +336,18 @@ def grow(
     booster, _ = boost(x, y, check if len(check[1]) else None, parameters, categorical, measure, rounds, 0, [watch])
     return booster, max(1, best[1])
 
-# %% ../nbs/35_automl.ipynb #e59a1b1c
+# %% ../nbs/35_automl.ipynb #1cc1f93a
+def tree_plan(
+    spec: dict, settings: dict,  # as for `try_trees`
+    rows: int, columns: int,
+) -> tuple[dict, str, int, int]:  # LightGBM's parameters, what is watched, trees at most, patience
+    "What LightGBM is told."
+    own, classes = dict(settings), spec["classes"]
+    loss, rounds, patience = own.pop("loss", "l2"), own.pop("rounds", 3000), own.pop("patience", 40)
+    measure = ("binary_logloss" if len(classes) == 2 else "multi_logloss") if classes else "l1" if spec["metric"] == "mae" else "l2"
+    return tree_parameters(spec["task"], classes, loss, rows, columns, num_threads=spec["threads"], **own), measure, rounds, patience
+
+# %% ../nbs/35_automl.ipynb #57a8e246
 def try_trees(
     rows: Rows, spec: dict, part,
     settings: dict,  # loss, rounds, patience, and LightGBM's own
@@ -306,10 +357,8 @@ def try_trees(
 ) -> tuple:  # predict, save, trees
     "Boosted trees."
     have = encoded(rows, spec, part)
-    encoder, classes, own = have["encoder"], spec["classes"], dict(settings)
-    loss, rounds, patience = own.pop("loss", "l2"), own.pop("rounds", 3000), own.pop("patience", 40)
-    measure = ("binary_logloss" if len(classes) == 2 else "multi_logloss") if classes else "l1" if spec["metric"] == "mae" else "l2"
-    parameters = tree_parameters(spec["task"], classes, loss, *have["x"].shape, num_threads=spec["threads"], **own)
+    encoder, classes = have["encoder"], spec["classes"]
+    parameters, measure, rounds, patience = tree_plan(spec, settings, *have["x"].shape)
     codes = list(range(len(encoder.names), len(encoder.features)))
     booster, trees = grow(have["x"], have["y"], have["check"], parameters, codes, measure, length or rounds, patience, seconds)
     def predict(c):
@@ -317,7 +366,7 @@ def try_trees(
         x = encoder.raw(c) if encoder.features else np.zeros((len(c["target"]), 1))
         p = booster.predict(x, num_iteration=trees)
         return np.column_stack([1 - p, p]) if len(classes) == 2 else p
-    trained = {"rows": len(have["y"]), "loss": measure if classes else loss, "rounds": trees, "library": "lightgbm"}
+    trained = {"rows": len(have["y"]), "loss": measure if classes else settings.get("loss", "l2"), "rounds": trees, "library": "lightgbm"}
     return predict, lambda to: save_trees(to, {**have["spec"], "trained": trained}, booster.model_to_string(num_iteration=trees)), trees
 
 # %% ../nbs/35_automl.ipynb #5143937e
@@ -341,15 +390,15 @@ NETWORK = {"batch": 1024, "epochs": 0, "hidden": [128, 64], "dropout": 0.1, "bin
            "max_seconds": 0, "max_categories": 100, "seed": 0}
 TRIES = {"linear": try_linear, "trees": try_trees, "network": try_network}
 
-# %% ../nbs/35_automl.ipynb #1bae7050
-def portfolio(
-    task: str, metric: str,
+# %% ../nbs/35_automl.ipynb #2125ca3f
+def tree_settings(
+    metric: str,
     rows: int,  # to learn from
-) -> list[tuple[str, dict]]:  # kind, settings
-    "What to try, in this order."
+) -> list[dict]:
+    "Trees that are known to be good and unlike each other."
     first, other = ("l1", "l2") if metric == "mae" else ("l2", "l2")
     leaf = lambda n: max(1, min(n, rows // 20))
-    trees = [
+    return [
         dict(loss=other, num_leaves=31, learning_rate=0.1),
         dict(loss=first, num_leaves=63, learning_rate=0.05, feature_fraction=0.7, bagging_fraction=0.8, bagging_freq=1, lambda_l2=1.0),
         dict(loss="best", num_leaves=7, learning_rate=0.1, feature_fraction=0.6, min_data_in_leaf=leaf(20)),
@@ -357,9 +406,16 @@ def portfolio(
         dict(loss="best", num_leaves=31, learning_rate=0.05, extra_trees=True, feature_fraction=0.9, min_data_in_leaf=leaf(10)),
         dict(loss="best", num_leaves=15, learning_rate=0.05, feature_fraction=0.4, bagging_fraction=0.6, bagging_freq=1, min_data_in_leaf=leaf(50), cat_smooth=50.0),
     ]
+
+# %% ../nbs/35_automl.ipynb #5fcfe844
+def portfolio(
+    task: str, metric: str,
+    rows: int,  # to learn from
+) -> list[tuple[str, dict]]:  # kind, settings
+    "What to try, in this order."
     linear = [("linear", {"alpha": a}) for a in (1.0, 30.0, 1000.0, 0.01)]
     network = [("network", {}), ("network", {"hidden": [64], "dropout": 0.0, "bins": 16, "lr": 0.01}), ("network", {"hidden": [256, 128], "dropout": 0.25, "weight_decay": 0.05})]
-    grown = [("trees", t if task == "regression" else {k: v for k, v in t.items() if k != "loss"}) for t in trees]
+    grown = [("trees", t if task == "regression" else {k: v for k, v in t.items() if k != "loss"}) for t in tree_settings(metric, rows)]
     return [("linear", {"constant": True}), linear[0], *grown[:2], network[0], *grown[2:5], linear[1], grown[5], *linear[2:], *network[1:]]
 
 # %% ../nbs/35_automl.ipynb #74b7a9e5
@@ -383,7 +439,7 @@ def neighbour(
     if losses and rng.random() < 0.2: out["loss"] = str(rng.choice(losses))
     return out
 
-# %% ../nbs/35_automl.ipynb #f7677341
+# %% ../nbs/35_automl.ipynb #7d18fdd1
 class Search:
     "What has been tried so far."
 
@@ -400,9 +456,13 @@ class Search:
         self.rows, self.spec, self.clock, self.folder, self.seed, self.most, self.members = rows, spec, clock, Path(folder), seed, tries, members
         self.tries, self.notes = [], []
 
-    def good(self) -> list[dict]:
-        "The tries that have a score."
-        return [t for t in self.tries if t["score"] == t["score"]]
+# %% ../nbs/35_automl.ipynb #1cf3259e
+def _good(self: Search) -> list[dict]:
+    "The tries that have a score."
+    return [t for t in self.tries if t["score"] == t["score"]]
+
+
+Search.good = _good
 
 # %% ../nbs/35_automl.ipynb #253ed40b
 def _left(self: Search) -> float:
@@ -422,7 +482,14 @@ def _best(self: Search, kind: str = "") -> dict | None:
 
 Search.best = _best
 
-# %% ../nbs/35_automl.ipynb #ff786447
+# %% ../nbs/35_automl.ipynb #15ba641a
+def _score(self: Search, entry: dict):
+    "Judge a try; one that has no score has failed, and why is said."
+    entry["score"] = score_of(self.spec["task"], self.spec["metric"], self.rows.truth, entry["said"])
+    if entry["score"] == entry["score"]: return
+    entry["state"] = f"failed: {self.spec['metric']} is not defined on these rows" if np.isfinite(entry["said"]).all() else "failed: it predicted what is no number"
+
+# %% ../nbs/35_automl.ipynb #5b855d88
 def attempt(
     self: Search,
     kind: str,  # linear, trees or network
@@ -437,24 +504,21 @@ def attempt(
     try: entry.update(self.learn(kind, own, entry["name"]))
     except TimeoutError as e: entry["state"] = f"left out: {e}"
     except Exception as e: entry["state"] = f"failed: {str(e).splitlines()[0] if str(e) else type(e).__name__}"[:200]
-    if entry["state"].startswith("scored"):
-        entry["score"] = score_of(self.spec["task"], self.spec["metric"], self.rows.truth, entry["said"])
-        if entry["score"] != entry["score"]: entry["state"] = f"failed: {self.spec['metric']} is not defined on these rows" if np.isfinite(entry["said"]).all() else "failed: it predicted what is no number"
+    if entry["state"].startswith("scored"): _score(self, entry)
     entry["seconds"] = self.clock.spent() - started
     return entry
 
 
 Search.attempt = attempt
 
-# %% ../nbs/35_automl.ipynb #9fbc3d95
+# %% ../nbs/35_automl.ipynb #167d8e76
 def learn(
     self: Search,
     kind: str, settings: dict,
     name: str,
 ) -> dict:  # said: predictions of the judged rows; length of each part; made: (predict, save) when nothing has to be learnt again; state
     "Learn from every part and predict its judging rows, in two fifths of the time that is left at most."
-    said, lengths, made, stopped, parts = [], [], None, 0, len(self.rows.parts)
-    end = self.clock.spent() + 0.4 * self.left()
+    said, lengths, made, stopped, parts, end = [], [], None, 0, len(self.rows.parts), self.clock.spent() + 0.4 * self.left()
     for i, (_, judge) in enumerate(self.rows.parts):
         started = self.clock.spent()
         share = (end - started) / (parts - i)
@@ -484,26 +548,40 @@ def affordable(
 
 Search.affordable = affordable
 
-# %% ../nbs/35_automl.ipynb #88d64c54
+# %% ../nbs/35_automl.ipynb #ae7c4095
+def _left_out(self: Search, kind: str, settings: dict):
+    "A line of the leaderboard for what there was no time for."
+    self.tries.append({"name": f"{kind}_{len(self.tries) + 1:02d}", "kind": kind, "settings": settings, "at": self.clock.spent(), "seconds": 0.0, "score": math.nan,
+                       "state": "left out: there was no time for it", "length": [], "made": None})
+
+# %% ../nbs/35_automl.ipynb #2243046b
+def _full(self: Search) -> bool:
+    "Have as many been tried as were asked for?"
+    return bool(self.most) and len(self.tries) >= self.most
+
+# %% ../nbs/35_automl.ipynb #6335c1ab
+def _refine(self: Search):
+    "Draw settings near the best trees, nearer and nearer while nothing better is found."
+    rng, step = np.random.default_rng(self.seed), 0.15
+    losses = ["l1", "l2"] if self.spec["metric"] == "mae" else []
+    while not _full(self) and self.affordable("trees") and (best := self.best("trees")):
+        found = self.attempt("trees", neighbour(best["settings"], step, rng, losses))
+        step = min(0.2, step * 1.5) if better(self.spec["metric"], found["score"], best["score"]) else max(0.03, step * 0.9)
+        if found["state"].startswith("failed"): break
+
+# %% ../nbs/35_automl.ipynb #ce0b8741
 def search(
     self: Search,
     plan: list[tuple],  # from `portfolio`
     refine: bool = True,  # go on around the best trees
 ):
     "Try the portfolio, then go on around the best trees."
-    full = lambda: bool(self.most) and len(self.tries) >= self.most
     for kind, settings in plan:
-        if full(): break
+        if _full(self): break
         if settings.get("loss") == "best": settings = {**settings, "loss": (self.best("trees") or {"settings": {}})["settings"].get("loss", "l2")}
         if self.affordable(kind): self.attempt(kind, settings)
-        else: self.tries.append({"name": f"{kind}_{len(self.tries) + 1:02d}", "kind": kind, "settings": settings, "at": self.clock.spent(), "seconds": 0.0, "score": math.nan,
-                                 "state": "left out: there was no time for it", "length": [], "made": None})
-    rng, step = np.random.default_rng(self.seed), 0.15
-    losses = ["l1", "l2"] if self.spec["metric"] == "mae" else []
-    while refine and not full() and self.affordable("trees") and (best := self.best("trees")):
-        found = self.attempt("trees", neighbour(best["settings"], step, rng, losses))
-        step = min(0.2, step * 1.5) if better(self.spec["metric"], found["score"], best["score"]) else max(0.03, step * 0.9)
-        if found["state"].startswith("failed"): break
+        else: _left_out(self, kind, settings)
+    if refine: _refine(self)
 
 
 Search.search = search
@@ -557,17 +635,22 @@ def _finished_members(self: Search, chosen: list[tuple]) -> list[tuple]:  # weig
         kept.append((weight, entry, *self.finished(entry, max(0.2, share))))
     return kept
 
-# %% ../nbs/35_automl.ipynb #cae615ca
+# %% ../nbs/35_automl.ipynb #bc1f484b
+def _finished_best(self: Search, fallback: dict) -> tuple:  # predict, save
+    "The best single model, or the heaviest member when there is no time to finish the best."
+    best = self.best()
+    if "final" not in best and not best["made"] and self.clock.end() < best["seconds"] / len(self.rows.parts): best = fallback
+    return self.finished(best, max(0.2, self.clock.end()))
+
+# %% ../nbs/35_automl.ipynb #0b09fd14
 def finish(
     self: Search,
     chosen: list[tuple[float, dict]],  # from `choose`
     folder: Path,  # gets automl/ and automl_best/
 ) -> dict:  # candidate -> predict, as the training libraries compute it
     "Save the mixture and the best single model."
-    kept, best = _finished_members(self, chosen), self.best()
-    if "final" not in best and not best["made"] and self.clock.end() < best["seconds"] / len(self.rows.parts): best = kept[0][1]  # no time to finish it
-    spec = {k: self.spec[k] for k in ("task", "target", "classes")}
-    predict, save = self.finished(best, max(0.2, self.clock.end()))
+    kept, spec = _finished_members(self, chosen), {k: self.spec[k] for k in ("task", "target", "classes")}
+    predict, save = _finished_best(self, kept[0][1])
     save(folder / "automl_best")
     rename(folder / "automl_best", "automl_best")
     total, scratch, parts = sum(k[0] for k in kept), self.folder / "members", []
@@ -575,7 +658,7 @@ def finish(
         save(scratch / str(i))
         entry["weight"] = weight / total
         parts.append((weight / total, scratch / str(i)))
-    trained = {"rows": len(self.rows.final), "tries": len(self.tries), "seconds": round(self.clock.spent(), 1), "judged_by": len(self.rows.truth)}
+    trained = {"rows": len(self.rows.final), "tries": len(self.tries), "judged_by": len(self.rows.truth)}
     save_ensemble(folder / "automl", {**spec, "name": "automl", "trained": trained}, parts)
     says = [(w / total, p) for w, _, p, _ in kept]
     return {"automl": lambda c: sum(w * p(c) for w, p in says), "automl_best": predict}
@@ -583,7 +666,7 @@ def finish(
 
 Search.finish = finish
 
-# %% ../nbs/35_automl.ipynb #a3010885
+# %% ../nbs/35_automl.ipynb #123fbdc6
 def narrowed(
     rows: Rows, spec: dict,
     most: int = WIDE,
@@ -595,7 +678,7 @@ def narrowed(
     y = rows.y[part]
     goals = [y] if not spec["classes"] else [y == c for c in range(len(spec["classes"]))]
     goals = np.array([(g - g.mean()) / (g.std() or 1.0) for g in goals])
-    close = {n: closeness(rows.columns[n][part], k, goals, y) for n, k in spec["kinds"].items()}
+    with one_thread(): close = {n: closeness(rows.columns[n][part], k, goals, y) for n, k in spec["kinds"].items()}
     kept = set(sorted(close, key=lambda n: -close[n])[:most])
     return {**spec, "kinds": {n: k for n, k in spec["kinds"].items() if n in kept}}, f"{len(close):,} features: only the {most:,} that go with the target most closely were read"
 
@@ -622,7 +705,12 @@ def closeness(column, kind: str, goals, y) -> float:
     x = np.nan_to_num(x - np.nanmean(x)) if np.isfinite(x).any() else np.zeros(len(x))
     return float(np.abs(goals @ x).max() / (len(x) * (x.std() or 1.0)))
 
-# %% ../nbs/35_automl.ipynb #51471624
+# %% ../nbs/35_automl.ipynb #b85ce606
+def _take_over(job: Search, given: list[dict]):
+    "Tries that others have made cost nothing, and are scored like every other."
+    for g in given: job.tries.append({"at": 0.0, "seconds": 0.0, "state": "scored", "length": [], **g, "score": score_of(job.spec["task"], job.spec["metric"], job.rows.truth, g["said"])})
+
+# %% ../nbs/35_automl.ipynb #3418e37e
 def run_automl(
     rows: Rows,
     spec: dict,  # task, metric, target, classes, kinds, threads
@@ -642,7 +730,7 @@ def run_automl(
     with tempfile.TemporaryDirectory(prefix="slml_automl_") as scratch:
         job = Search(rows, spec, clock, Path(scratch), seed, tries, members)
         if note: job.notes.append(("warn", note))
-        for g in given: job.tries.append({"at": 0.0, "seconds": 0.0, "state": "scored", "length": [], **g, "score": score_of(spec["task"], spec["metric"], rows.truth, g["said"])})
+        _take_over(job, given)
         _search_with(job, engine, kinds)
         says = job.finish(job.choose(), Path(folder))
     return says, job
@@ -742,7 +830,24 @@ def edge_of(
     worst = scores.max() if direction(metric) == "minimise" else scores.min()
     return float(edge if better(metric, edge, worst) and edge != best else worst)
 
-# %% ../nbs/35_automl.ipynb #5e8f00a4
+# %% ../nbs/35_automl.ipynb #1e886728
+def draw_kind(
+    ax,  # matplotlib axes
+    tries: list[dict],  # of one kind
+    metric: str,
+    edge: float,  # from `edge_of`
+    colour: str, label: str,
+):
+    "Points for what lies in the picture, triangles for what lies outside, crosses for what failed."
+    done = lambda t: t["at"] + t["seconds"]
+    good = [t for t in tries if t["score"] == t["score"]]
+    here, far = ([t for t in good if better(metric, edge, t["score"]) == outside] for outside in (False, True))
+    if here: ax.plot([done(t) for t in here], [t["score"] for t in here], "o", markersize=5, color=colour, label=label)
+    ax.plot([done(t) for t in far], [edge] * len(far), "^" if direction(metric) == "minimise" else "v", markersize=6, color=colour)
+    failed = [t for t in tries if t["state"].startswith("failed")]
+    ax.plot([done(t) for t in failed], [edge] * len(failed), "x", markersize=6, color=colour)
+
+# %% ../nbs/35_automl.ipynb #d55ef906
 def draw_tries(
     ax,  # matplotlib axes
     job: Search,
@@ -752,19 +857,24 @@ def draw_tries(
     "Score against seconds, one mark a try."
     metric, good = job.spec["metric"], sorted(job.good(), key=lambda t: t["at"] + t["seconds"])
     edge, done = edge_of(metric, [t["score"] for t in good]), lambda t: t["at"] + t["seconds"]
-    outside = lambda t: better(metric, edge, t["score"])
-    for kind, colour in colours.items():
-        here = [t for t in good if t["kind"] == kind and not outside(t)]
-        if here: ax.plot([done(t) for t in here], [t["score"] for t in here], "o", markersize=5, color=colour, label=kind)
-        far = [t for t in good if t["kind"] == kind and outside(t)]
-        ax.plot([done(t) for t in far], [edge] * len(far), "^" if direction(metric) == "minimise" else "v", markersize=6, color=colour)
-        failed = [t for t in job.tries if t["kind"] == kind and t["state"].startswith("failed")]
-        ax.plot([done(t) for t in failed], [edge] * len(failed), "x", markersize=6, color=colour)
+    for kind, colour in colours.items(): draw_kind(ax, [t for t in job.tries if t["kind"] == kind], metric, edge, colour, kind)
     so_far = [good[best_of(metric, [t["score"] for t in good[:i + 1]])]["score"] for i in range(len(good))]
     shown = [i for i, s in enumerate(so_far) if not better(metric, edge, s)]
     ax.step([done(good[i]) for i in shown] + [job.clock.seconds], [so_far[i] for i in shown] + [so_far[-1]], where="post", color=grey, linewidth=1.2, label="best so far")
 
-# %% ../nbs/35_automl.ipynb #323d0590
+# %% ../nbs/35_automl.ipynb #b8e68bc0
+def draw_mixture(
+    ax,  # matplotlib axes
+    inside: list[dict],  # tries with a weight, the lightest first
+    colour: dict,  # kind -> colour
+):
+    "Who is in the mixture, how heavy, and how good alone."
+    bars = ax.barh([t["name"] for t in inside], [100 * t["weight"] for t in inside], height=min(0.7, 0.2 * len(inside)), color=[colour[t["kind"]] for t in inside])
+    ax.bar_label(bars, [f"{t['score']:.4g}" for t in inside], padding=3, fontsize=8)
+    ax.set(xlabel="weight, % (beside the bar: its score alone)", title="The mixture", xlim=(0, 118 * max(t["weight"] for t in inside)), ylim=(-0.6, len(inside) - 0.4))
+    ax.grid(False, axis="y")
+
+# %% ../nbs/35_automl.ipynb #ab9d8a85
 def draw_search(
     axes,  # two matplotlib axes
     job: Search,
@@ -779,11 +889,7 @@ def draw_search(
     left.axhline(score_of(job.spec["task"], job.spec["metric"], job.rows.truth, mixed), color=colours[3], linestyle="--", label="the mixture")
     left.set(xlabel="seconds", ylabel=label, title=f"{len(job.good())} models in {job.clock.seconds:g} seconds")
     left.legend(loc="best")
-    inside = sorted((t for t in job.tries if t.get("weight")), key=lambda t: t["weight"])
-    bars = right.barh([t["name"] for t in inside], [100 * t["weight"] for t in inside], height=min(0.7, 0.2 * len(inside)), color=[colour[t["kind"]] for t in inside])
-    right.bar_label(bars, [f"{t['score']:.4g}" for t in inside], padding=3, fontsize=8)
-    right.set(xlabel="weight, % (beside the bar: its score alone)", title="The mixture", xlim=(0, 118 * max(t["weight"] for t in inside)), ylim=(-0.6, len(inside) - 0.4))
-    right.grid(False, axis="y")
+    draw_mixture(right, sorted((t for t in job.tries if t.get("weight")), key=lambda t: t["weight"]), colour)
 
 # %% ../nbs/35_automl.ipynb #2c0bd3dc
 def remarks(
@@ -946,7 +1052,23 @@ def known_rows(
     if not known.all(): notes.append(("warn", f"{(~known).sum():,} rows without a target are left out"))
     return known
 
-# %% ../nbs/35_automl.ipynb #5edcbf78
+# %% ../nbs/35_automl.ipynb #34007d77
+def target_numbers(
+    values,  # (n,) the target, none missing
+    target: str, task: str,
+) -> tuple[np.ndarray, list[str]]:  # (n,) numbers or class indices; the classes
+    "The target as models want it; one that nothing can be learnt from is refused."
+    if task == "regression":
+        if values.dtype.kind not in "fiub": raise SlmlError(f"the target '{target}' is no number", "automl", "choose another target, or task='classification'")
+        return values.astype(float), []
+    labels = [label(v) for v in values.tolist()]
+    classes = sorted(set(labels))
+    if len(classes) < 2: raise SlmlError(f"the target '{target}' has one class only", "automl", "choose another target, or read more rows")
+    if len(classes) > 100: raise SlmlError(f"the target '{target}' has {len(classes):,} classes", "automl", "choose another target, or put rare classes together")
+    place = {c: float(i) for i, c in enumerate(classes)}
+    return np.array([place[v] for v in labels]), classes
+
+# %% ../nbs/35_automl.ipynb #cf5aa27a
 def table_problem(
     columns: dict,  # from `read_any`
     target: str, task: str, metric: str,
@@ -963,13 +1085,7 @@ def table_problem(
     for name in [n for n, k in kinds.items() if k == "categorical" and len(values) > 20 and len(set(features[n])) == len(values)]:
         notes.append(("info", f"'{name}' names every row and is left out"))
         kinds.pop(name), features.pop(name)
-    labels = [label(v) for v in values.tolist()] if task == "classification" else []
-    classes = sorted(set(labels))
-    place = {c: i for i, c in enumerate(classes)}
-    if task == "regression" and values.dtype.kind not in "fiub": raise SlmlError(f"the target '{target}' is no number", "automl", "choose another target, or task='classification'")
-    if task == "classification" and len(classes) < 2: raise SlmlError(f"the target '{target}' has one class only", "automl", "choose another target, or read more rows")
-    if len(classes) > 100: raise SlmlError(f"the target '{target}' has {len(classes):,} classes", "automl", "choose another target, or put rare classes together")
-    y = np.array([place[v] for v in labels], float) if classes else values.astype(float)
+    y, classes = target_numbers(values, target, task)
     return {"task": task, "metric": metric or ("log_loss" if classes else "mae"), "target": target, "classes": classes, "kinds": kinds, "threads": 0}, {**features, "target": y}, y
 
 # %% ../nbs/35_automl.ipynb #16929a7b
@@ -1009,7 +1125,35 @@ def moments(
     if order.dtype.kind != "f": raise SlmlError(f"column '{time}' is text, neither moments nor numbers", "automl: time", "give it as a date, a timestamp or a number")
     return order
 
-# %% ../nbs/35_automl.ipynb #ac3391e2
+# %% ../nbs/35_automl.ipynb #ace82908
+def together(
+    a: dict, b: dict,  # columns of two tables
+) -> dict:
+    "One table under the other; a column that one of them lacks is an error."
+    if lacks := set(a) ^ set(b): raise SlmlError(f"column '{sorted(lacks)[0]}' is in only one of the two tables", "automl: test", "give both the same columns")
+    return {k: np.concatenate([np.asarray(v), np.asarray(b[k])]) for k, v in a.items()}
+
+# %% ../nbs/35_automl.ipynb #310a963c
+def _both_tables(data, test) -> tuple:  # columns; (n,) booleans: the rows of the second table, or None
+    "The table, and below it the one whose rows judge."
+    columns = read_any(data)
+    if test is None: return columns, None
+    first = length(columns)
+    columns = together(columns, read_any(test))
+    return columns, np.arange(length(columns)) >= first
+
+# %% ../nbs/35_automl.ipynb #b4837dcb
+def _asked(data, test, target: str, task: str, metric: str, time: str, notes: list) -> tuple:  # spec, features, y, what rows follow each other by, rows of the test table
+    "What is to be learnt, from which rows."
+    columns, aside = _both_tables(data, test)
+    known = known_rows(columns, target, notes)
+    spec, features, y = table_problem({k: np.asarray(v)[known] for k, v in columns.items()}, target, task, metric, notes)
+    if len(y) < 5: raise SlmlError(f"{len(y)} rows are too few to learn from and to judge by", "automl", "give it more rows")
+    order = moments(features, time)
+    for name in (time, f"{time}: day"): spec["kinds"].pop(name, None)
+    return spec, features, y, order, None if aside is None else aside[known]
+
+# %% ../nbs/35_automl.ipynb #77b545b7
 def automl(
     data,  # DataFrame, or path of a CSV or Parquet file
     target: str,  # column to predict
@@ -1028,16 +1172,10 @@ def automl(
     "Find a good model for a table, within some seconds."
     import tempfile
     clock, notes = Clock(seconds), []
-    columns, aside = _both_tables(data, test)
-    known = known_rows(columns, target, notes)
-    spec, features, y = table_problem({k: np.asarray(v)[known] for k, v in columns.items()}, target, task, metric, notes)
-    spec["threads"] = threads
-    if len(y) < 5: raise SlmlError(f"{len(y)} rows are too few to learn from and to judge by", "automl", "give it more rows")
-    order = moments(features, time)
-    for name in (time, f"{time}: day"): spec["kinds"].pop(name, None)  # the test has other moments than the training
-    rows, aside = split_table(features, y, order, seconds, len(spec["kinds"]), None if aside is None else aside[known], seed)
+    spec, features, y, order, aside = _asked(data, test, target, task, metric, time, notes)
+    rows, aside = split_table(features, y, order, seconds, len(spec["kinds"]), aside, seed)
     out = Path(folder or tempfile.mkdtemp(prefix="automl_"))
-    says, job = run_automl(rows, spec, out, clock, seed, kinds=kinds, engine=engine, tries=tries)
+    says, job = run_automl(rows, {**spec, "threads": threads}, out, clock, seed, kinds=kinds, engine=engine, tries=tries)
     return _judged(out, job, says["automl"]({k: v[aside] for k, v in features.items()}), y[aside], notes)
 
 # %% ../nbs/35_automl.ipynb #9f40c458
@@ -1046,23 +1184,6 @@ def _judged(out: Path, job: Search, said, truth, notes: list) -> AutoML:
     task, metric = job.spec["task"], job.spec["metric"]
     score, interval = score_of(task, metric, truth, said), score_interval(task, metric, truth, said)
     return AutoML(out, job.spec, job, score, interval, math.nan if job.spec["classes"] else conformal_margin(truth, said), len(truth), notes + remarks(job))
-
-# %% ../nbs/35_automl.ipynb #f340ac53
-def together(
-    a: dict, b: dict,  # columns of two tables
-) -> dict:
-    "One table under the other; a column that one of them lacks is an error."
-    if lacks := set(a) ^ set(b): raise SlmlError(f"column '{sorted(lacks)[0]}' is in only one of the two tables", "automl: test", "give both the same columns")
-    return {k: np.concatenate([np.asarray(v), np.asarray(b[k])]) for k, v in a.items()}
-
-
-def _both_tables(data, test) -> tuple:  # columns; (n,) booleans: the rows of the second table, or None
-    "The table, and below it the one whose rows judge."
-    columns = read_any(data)
-    if test is None: return columns, None
-    first = length(columns)
-    columns = together(columns, read_any(test))
-    return columns, np.arange(length(columns)) >= first
 
 # %% ../nbs/35_automl.ipynb #acd9a9d4
 def look_up(

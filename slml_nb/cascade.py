@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAULTY', 'BLAMELESS', 'ADAPTERS', 'Refused', 'Said', 'fill', 'pick', 'HttpApi', 'post', 'amazon', 'Rekognition',
-           'picture_of', 'Comprehend', 'Model', 'Breaker', 'begin', 'end', 'Purse', 'Kept', 'ended', 'ask', 'answer',
-           'waiting', 'totals', 'Step', 'Cascade', 'answer_one', 'Rows', 'outcome', 'levels', 'pareto', 'frontier',
-           'choose', 'judge', 'draw_frontier', 'gather', 'open_cascade', 'cascade_text', 'read_labelled',
-           'cascade_report']
+           'picture_of', 'Comprehend', 'Model', 'Breaker', 'begin', 'end', 'Purse', 'Kept', 'keep', 'said',
+           'forget_silence', 'end_with', 'ended', 'ask', 'answer', 'waiting', 'totals', 'Step', 'Cascade', 'answer_one',
+           'Rows', 'outcome', 'levels', 'pareto', 'frontier', 'choose', 'judge', 'draw_frontier', 'gather',
+           'open_cascade', 'cascade_text', 'read_labelled', 'cascade_report']
 
 # %% ../nbs/47_cascade.ipynb #7954afc3
 import base64, contextlib, json, math, os, re, threading, time, uuid
@@ -107,7 +107,18 @@ def _no_redirects():
         def redirect_request(self, *args): return None
     return urllib.request.build_opener(Stay)
 
-# %% ../nbs/47_cascade.ipynb #453e44b2
+# %% ../nbs/47_cascade.ipynb #1f62429f
+def _read_within(r, until: float, timeout_s: float, limit_mb: float) -> bytes:
+    "An answer, piece by piece, as long as there is time and it is not too large."
+    data = b""
+    while (left := until - time.monotonic()) > 0:
+        if sock := getattr(getattr(getattr(r, "fp", None), "raw", None), "_sock", None): sock.settimeout(left)  # what the pieces before have taken is gone
+        if not (chunk := r.read1(65536)): return data
+        data += chunk
+        if len(data) > limit_mb * 1e6: raise ValueError(f"an answer of more than {limit_mb:g} MB")
+    raise TimeoutError(f"no whole answer in {timeout_s:g} s")
+
+# %% ../nbs/47_cascade.ipynb #0d23c2fb
 def post(
     url: str,
     body: bytes,
@@ -119,22 +130,18 @@ def post(
     import urllib.error, urllib.request
     until = time.monotonic() + timeout_s
     try:
-        with _no_redirects().open(urllib.request.Request(url, body, headers), timeout=timeout_s) as r:
-            data = b""
-            while chunk := r.read1(65536):
-                data += chunk
-                if time.monotonic() > until: raise TimeoutError(f"no whole answer in {timeout_s:g} s")
-                if len(data) > limit_mb * 1e6: raise ValueError(f"an answer of more than {limit_mb:g} MB")
-            return data
+        with _no_redirects().open(urllib.request.Request(url, body, headers), timeout=timeout_s) as r: return _read_within(r, until, timeout_s, limit_mb)
     except urllib.error.HTTPError as e:
         with e: said = e.read(200).decode("utf-8", "replace")
         if e.code in FAULTY: raise Refused(f"HTTP {e.code}: {said}") from None
         raise OSError(f"HTTP {e.code}: {said}") from None
 
-# %% ../nbs/47_cascade.ipynb #75264743
+# %% ../nbs/47_cascade.ipynb #f0bf2d5d
 def _http_ask(self: HttpApi, request: dict, candidates: dict) -> dict:
     "Scores of the labels."
-    answer = json.loads(post(self.url, json.dumps(fill(self.send, request)).encode(), self._headers, self.timeout_s, self.limit_mb))
+    try: body = json.dumps(fill(self.send, request), allow_nan=False).encode()
+    except (TypeError, ValueError) as e: raise Refused(f"the request cannot be sent as JSON ({e})") from None
+    answer = json.loads(post(self.url, body, self._headers, self.timeout_s, self.limit_mb))
     try:
         scores = pick(answer, self.scores)
         pairs = scores.items() if isinstance(scores, dict) else zip(pick(answer, self.labels), scores, strict=True)
@@ -143,11 +150,11 @@ def _http_ask(self: HttpApi, request: dict, candidates: dict) -> dict:
 
 HttpApi.ask = _http_ask
 
-# %% ../nbs/47_cascade.ipynb #fe2831ef
+# %% ../nbs/47_cascade.ipynb #f37056c5
 BLAMELESS = ("InvalidImageFormatException", "ImageTooLargeException", "InvalidS3ObjectException", "InvalidParameterException", "TextSizeLimitExceededException",
              "UnsupportedLanguageException", "InvalidRequestException", "ValidationException")
 
-
+# %% ../nbs/47_cascade.ipynb #dd1c19a5
 def amazon(service: str, timeout_s: float, client=None):
     "A client that neither waits long nor tries again."
     if client: return client
@@ -156,7 +163,7 @@ def amazon(service: str, timeout_s: float, client=None):
     from botocore.config import Config
     return boto3.client(service, config=Config(connect_timeout=timeout_s, read_timeout=timeout_s, retries={"total_max_attempts": 1}))
 
-
+# %% ../nbs/47_cascade.ipynb #b6e6aad2
 @contextlib.contextmanager
 def _blame():
     "Tell a fault of the request from a fault of the service."
@@ -233,7 +240,7 @@ class Model:
         total = sum(p[c] for c in among)
         return _scored({c: min(p[c] / total, 1.0) for c in among} if len(among) > 1 and total > 0 else p)
 
-# %% ../nbs/47_cascade.ipynb #f1c85493
+# %% ../nbs/47_cascade.ipynb #f1e7051d
 class Breaker:
     "Stops asking somebody who does not answer, and finds out when they do again."
 
@@ -246,17 +253,19 @@ class Breaker:
         probes: int = 2,  # good ones that close it
         clock=time.monotonic,
     ):
-        if not 1 <= most <= window or probes < 1 or rest_s <= 0: raise SlmlError(f"{most} failures of {window} calls can not be", "breaker", "most: from 1 to window")
+        if not 1 <= most <= window: raise SlmlError(f"{most} failures of {window} calls can not be", "breaker", "most: from 1 to window")
+        if probes < 1 or not rest_s > 0: raise SlmlError(f"a rest of {rest_s:g} s and {probes} probes make no breaker", "breaker", "rest_s: above 0, probes: 1 or more")
         self.most, self.rest_s, self.rest_most_s, self.probes, self.clock = most, rest_s, rest_most_s, probes, clock
         self._lock, self._last, self._turn, self._rest = threading.Lock(), deque(maxlen=window), 1, rest_s
         self.state, self.trips, self._until, self._good, self._probing = "closed", 0, 0.0, 0, None
 
     def __repr__(self): return f"Breaker({self.state}, tripped {self.trips} times)"
 
-    def _to(self, state):
-        "A new state; calls that are under way belong to the old one."
-        self.state, self._turn, self._good, self._probing = state, self._turn + 1, 0, None
-        self._last.clear()
+# %% ../nbs/47_cascade.ipynb #97657126
+def _to(self: Breaker, state):
+    "A new state; calls that are under way belong to the old one."
+    self.state, self._turn, self._good, self._probing = state, self._turn + 1, 0, None
+    self._last.clear()
 
 # %% ../nbs/47_cascade.ipynb #09bfa9d6
 def begin(self: Breaker) -> int | None:  # a ticket for `end`; None: do not call
@@ -282,19 +291,24 @@ def end(self: Breaker, ticket: int, good: bool) -> None:
             self._good, self._probing = self._good + 1, None
             if self._good >= self.probes: self._to("closed")
 
-# %% ../nbs/47_cascade.ipynb #2390b94f
+# %% ../nbs/47_cascade.ipynb #bb300666
 def _open(self: Breaker, rest):
     "Ask nobody for a while."
     self._to("open")
     self.trips, self._rest, self._until = self.trips + 1, rest, self.clock() + rest
 
-Breaker.begin, Breaker.end, Breaker._open = begin, end, _open
+Breaker._to, Breaker.begin, Breaker.end, Breaker._open = _to, begin, end, _open
 
-# %% ../nbs/47_cascade.ipynb #31ddca67
+# %% ../nbs/47_cascade.ipynb #0bbb78c5
+def _amount(value) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
 class Purse:
     "Money for the next requests."
 
     def __init__(self, usd_per_1000: float | None = None, burst: int = 100):
+        wrong = f"usd_per_1000 is {usd_per_1000!r}" if usd_per_1000 is not None and not _amount(usd_per_1000) else f"burst is {burst!r}" if not _amount(burst) or burst < 1 else ""
+        if wrong: raise SlmlError(wrong, "cascade", "usd_per_1000: dollars, burst: 1 or more requests")
         self.share, self.burst, self._lock = math.inf if usd_per_1000 is None else usd_per_1000 / 1000, burst, threading.Lock()
         self.left, self.spent = self.share * burst, 0.0
 
@@ -320,7 +334,7 @@ create table if not exists ended (id text primary key, at real, result text) wit
 create table if not exists questions (id text primary key, at real, request text, candidates text, state text, label text, who text, answered real);
 create index if not exists waiting on questions (state, at)"""
 
-# %% ../nbs/47_cascade.ipynb #7399cb52
+# %% ../nbs/47_cascade.ipynb #f6f6a45e
 class Kept(SqliteEvents):
     "Answers, costs and questions, in a SQLite file."
 
@@ -328,21 +342,31 @@ class Kept(SqliteEvents):
         super().__init__(path)
         with self.errors(): self.db.executescript(_TABLES)
 
-    def keep(self, id: str, said: Said) -> None:
-        "What a step said; the first that it said stays."
-        with self.errors(): self.db.execute("insert or ignore into said values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                                            [id, said.step, time.time(), said.label, said.confidence, json.dumps(said.scores), said.usd, said.ms, said.why])
+# %% ../nbs/47_cascade.ipynb #9193ab80
+def keep(self: Kept, id: str, said: Said) -> None:
+    "What a step said; the first that it said stays."
+    with self.errors(): self.db.execute("insert or ignore into said values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                                        [id, said.step, time.time(), said.label, said.confidence, json.dumps(said.scores), said.usd, said.ms, said.why])
 
-    def said(self, id: str) -> list[Said]:
-        "What was said about a request."
-        with self.errors(): rows = self.db.execute("select step, label, confidence, scores, usd, ms, why from said where id = ? order by at", [id]).fetchall()
-        return [Said(*r[:3], json.loads(r[3]), *r[4:]) for r in rows]
 
-    def end(self, id: str, result: dict) -> None:
-        "How a request ended."
-        with self.errors(): self.db.execute("insert or ignore into ended values (?, ?, ?)", [id, time.time(), json.dumps(result)])
+def said(self: Kept, id: str) -> list[Said]:
+    "What was said about a request."
+    with self.errors(): rows = self.db.execute("select step, label, confidence, scores, usd, ms, why from said where id = ? order by at", [id]).fetchall()
+    return [Said(*r[:3], json.loads(r[3]), *r[4:]) for r in rows]
 
-# %% ../nbs/47_cascade.ipynb #bd98611b
+
+def forget_silence(self: Kept, id: str) -> None:
+    "Let those be asked again who said nothing."
+    with self.errors(): self.db.execute("delete from said where id = ? and label is null", [id])
+
+Kept.keep, Kept.said, Kept.forget_silence = keep, said, forget_silence
+
+# %% ../nbs/47_cascade.ipynb #ea20585c
+def end_with(self: Kept, id: str, result: dict) -> None:
+    "How a request ended."
+    with self.errors(): self.db.execute("insert or ignore into ended values (?, ?, ?)", [id, time.time(), json.dumps(result)])
+
+
 def ended(self: Kept, id: str) -> dict | None:
     "How a request ended; with the label of the person, when there is one by now."
     with self.errors():
@@ -367,7 +391,7 @@ def _shown(value):
     "Bytes do not go into the file: what they are is written."
     return f"{len(value):,} bytes" if isinstance(value, (bytes, bytearray)) else str(value)
 
-# %% ../nbs/47_cascade.ipynb #f9138ab8
+# %% ../nbs/47_cascade.ipynb #f7b2df25
 def answer(self: Kept, id: str, label: str, who: str = "") -> bool:  # False: somebody answered before, or nobody asked
     "What a person says; the first answer stays."
     if not isinstance(label, str) or not label: raise SlmlError(f"{label!r} is no label", f"question {id}", "say it as a text")
@@ -375,19 +399,19 @@ def answer(self: Kept, id: str, label: str, who: str = "") -> bool:  # False: so
         return self.db.execute("update questions set state = 'answered', label = ?, who = ?, answered = ? where id = ? and state = 'waiting'",
                                [label, who, time.time(), id]).rowcount == 1
 
-
+# %% ../nbs/47_cascade.ipynb #179b9e99
 def waiting(self: Kept, most: int = 100) -> list[dict]:  # id, at, request, candidates
     "The questions without an answer, the oldest first."
     with self.errors(): rows = self.db.execute("select id, at, request, candidates from questions where state = 'waiting' order by at, id limit ?", [most]).fetchall()
     return [{"id": i, "at": at, "request": json.loads(r), "candidates": json.loads(c)} for i, at, r, c in rows]
 
-
+# %% ../nbs/47_cascade.ipynb #de931560
 def totals(self: Kept) -> dict:  # {step: {asked, answered, usd}}
     "Who was asked how often and what it cost."
     with self.errors(): rows = self.db.execute("select step, count(*), count(label), sum(usd) from said group by step order by step").fetchall()
     return {s: {"asked": n, "answered": k, "usd": usd} for s, n, k, usd in rows}
 
-Kept.ended, Kept.ask, Kept.answer, Kept.waiting, Kept.totals = ended, ask, answer, waiting, totals
+Kept.end, Kept.ended, Kept.ask, Kept.answer, Kept.waiting, Kept.totals = end_with, ended, ask, answer, waiting, totals
 
 # %% ../nbs/47_cascade.ipynb #9d1ce071
 @dataclass
@@ -397,7 +421,7 @@ class Step:
     accept: float  # confidence from which its answer is taken
     breaker: Breaker = field(default_factory=Breaker)
 
-# %% ../nbs/47_cascade.ipynb #dbabd104
+# %% ../nbs/47_cascade.ipynb #31ed1956
 class Cascade:
     "Steps that are asked one after the other until one is sure. Safe to share between threads."
 
@@ -414,24 +438,28 @@ class Cascade:
         self.steps, self.kept, self.people_usd, self.purse = steps, Kept(kept), people_usd, Purse(usd_per_1000, burst)
         self.lost, self.problem, self._busy, self._lock = 0, "", {}, threading.Lock()
 
-    @contextlib.contextmanager
-    def _alone(self, id):
-        "One at a time for each id."
-        with self._lock: mine = self._busy.setdefault(id, [threading.Lock(), 0]); mine[1] += 1
-        try:
-            with mine[0]: yield
-        finally:
-            with self._lock:
-                mine[1] -= 1
-                if not mine[1]: del self._busy[id]
+# %% ../nbs/47_cascade.ipynb #f92f84d3
+@contextlib.contextmanager
+def _alone(self: Cascade, id):
+    "One at a time for each id."
+    with self._lock: mine = self._busy.setdefault(id, [threading.Lock(), 0]); mine[1] += 1
+    try:
+        with mine[0]: yield
+    finally:
+        with self._lock:
+            mine[1] -= 1
+            if not mine[1]: del self._busy[id]
 
-    def _try(self, work, *args, default=None):
-        "Something with the file; when it is away, requests go on and what is lost is counted."
-        try: return work(*args)
-        except SlmlError as e: self.lost, self.problem = self.lost + 1, str(e)
-        return default
+# %% ../nbs/47_cascade.ipynb #14fdb373
+def _try(self: Cascade, work, *args, default=None):
+    "Something with the file; when it is away, requests go on and what is lost is counted."
+    try: return work(*args)
+    except SlmlError as e: self.lost, self.problem = self.lost + 1, str(e)
+    return default
 
-# %% ../nbs/47_cascade.ipynb #5bcd63af
+Cascade._alone, Cascade._try = _alone, _try
+
+# %% ../nbs/47_cascade.ipynb #8181d2c0
 def _ask(self: Cascade, step: Step, id: str, request: dict, candidates: dict, purse: Purse) -> Said:
     "What a step says, or why it says nothing."
     name, price, start = step.adapter.name, step.adapter.price(request), time.perf_counter()
@@ -450,10 +478,10 @@ def _ask(self: Cascade, step: Step, id: str, request: dict, candidates: dict, pu
     label = max(scores, key=scores.get)
     return Said(name, label, scores[label], scores, usd, 1000 * (time.perf_counter() - start))
 
-
+# %% ../nbs/47_cascade.ipynb #15c4a029
 def _timed_out(e) -> bool: return "Timeout" in type(e).__name__ or isinstance(getattr(e, "reason", None), TimeoutError)
 
-# %% ../nbs/47_cascade.ipynb #9ef21280
+# %% ../nbs/47_cascade.ipynb #5ca7b9ba
 def _said(self: Cascade, id, request, purse):
     "What the steps say, one after the other, with what was said before."
     before, candidates = {s.step: s for s in self._try(self.kept.said, id, default=[])}, {}
@@ -465,7 +493,7 @@ def _said(self: Cascade, id, request, purse):
         candidates = candidates or said.scores
         yield step, said
 
-
+# %% ../nbs/47_cascade.ipynb #c53db1e8
 def answer_one(
     self: Cascade,
     request: dict,
@@ -491,15 +519,15 @@ def _walk(self: Cascade, id, request) -> dict:
     self._try(self.kept.end, id, out)
     return out
 
-# %% ../nbs/47_cascade.ipynb #a6a8d2bc
+# %% ../nbs/47_cascade.ipynb #c1fb5082
 def _to_people(self: Cascade, id, request, said) -> bool:
     "Ask a person, if there are people and money."
     if self.people_usd is None or not self.purse.take(self.people_usd): return False
     candidates = {}
     for s in said: candidates |= {n: max(v, candidates.get(n, 0.0)) for n, v in s.scores.items()}
-    asked = self._try(self.kept.ask, id, request, candidates, default=False)
-    if not asked: self.purse.back(self.people_usd)
-    return asked
+    asked = self._try(self.kept.ask, id, request, candidates)
+    if not asked: self.purse.back(self.people_usd)  # nobody could be asked; or somebody was, by a process that died since, and that was paid
+    return asked is not None
 
 Cascade._ask, Cascade._said, Cascade.answer, Cascade._walk, Cascade._to_people = _ask, _said, answer_one, _walk, _to_people
 
@@ -528,7 +556,7 @@ def outcome(
         right, who = np.where(taken, s.right, right), np.where(taken, i, who)
     return right, usd + people_usd * (who == len(steps)), who
 
-# %% ../nbs/47_cascade.ipynb #3bb5bd75
+# %% ../nbs/47_cascade.ipynb #bef0dfd7
 def levels(
     confidence,  # (rows,)
     most: int = 1000,
@@ -539,7 +567,7 @@ def levels(
     if len(there) > most: there = np.unique(np.quantile(there, np.linspace(0, 1, most), method="lower"))
     return np.r_[there, np.inf]
 
-
+# %% ../nbs/47_cascade.ipynb #343b8963
 def pareto(
     usd,  # (points,)
     accuracy,  # (points,)
@@ -627,7 +655,7 @@ def draw_frontier(
     ax.set(xlabel="USD for 1,000 requests", ylabel="right, %", title="What accuracy costs")
     ax.legend(loc="lower right")
 
-# %% ../nbs/47_cascade.ipynb #b17b5bea
+# %% ../nbs/47_cascade.ipynb #16642d6a
 def gather(
     cascade: Cascade,
     requests: list[dict],
@@ -639,7 +667,9 @@ def gather(
     free, out = Purse(), []
     for request, truth in zip(requests, truths):
         id = f"row {sha256_text(canonical_json(json.loads(json.dumps(request, default=_shown))))[:32]}"
-        with cascade._alone(id): out.append([(s.confidence if s.label is not None else -1.0, float(s.label == truth), s.usd) for _, s in cascade._said(id, request, free)])
+        with cascade._alone(id):
+            cascade._try(cascade.kept.forget_silence, id)
+            out.append([(s.confidence if s.label is not None else -1.0, float(s.label == truth), s.usd) for _, s in cascade._said(id, request, free)])
     table = np.array(out).reshape(len(out), len(cascade.steps), 3)
     return [Rows(*table[:, i].T) for i in range(len(cascade.steps))]
 
@@ -647,12 +677,14 @@ def gather(
 ADAPTERS = {"http": HttpApi, "rekognition": Rekognition, "comprehend": Comprehend, "package": Model}
 _KNOWN = ("steps", "kept", "people_usd", "usd_per_1000", "burst")
 
-# %% ../nbs/47_cascade.ipynb #8c24bb47
+# %% ../nbs/47_cascade.ipynb #38110685
 def _step(said: dict) -> Step:
     "A step of a file."
+    if not isinstance(said, dict): raise SlmlError(f"{said!r} is no step", "cascade", "such as {kind: package, package: packages/pets, accept: 0.8}")
     said = dict(said)
     kind, accept, breaker = said.pop("kind", ""), said.pop("accept", 0.9), said.pop("breaker", {})
     if kind not in ADAPTERS: raise SlmlError(f"no step is of kind '{kind}'", "cascade", suggest(kind, ADAPTERS))
+    if not _amount(accept) and accept != math.inf or 1 < accept < math.inf: raise SlmlError(f"accept is {accept!r}", f"a step of kind {kind}", "a confidence from 0 to 1; .inf: it is never believed")
     try: return Step(ADAPTERS[kind](**said), float(accept), Breaker(**breaker))
     except TypeError as e: raise SlmlError(f"a step of kind {kind} cannot be made ({e})", "cascade", f"it takes {', '.join(_takes(ADAPTERS[kind]))}") from None
 
@@ -661,7 +693,7 @@ def _takes(adapter) -> list[str]:
     import inspect
     return [n for n in inspect.signature(adapter).parameters if n != "client"]
 
-# %% ../nbs/47_cascade.ipynb #c9ce648d
+# %% ../nbs/47_cascade.ipynb #5c52372c
 def open_cascade(
     spec,  # a dictionary, or the path of a JSON or YAML file
 ) -> Cascade:
@@ -671,6 +703,7 @@ def open_cascade(
         spec = load_yaml(Path(spec))[0]
     for name in spec.keys() - set(_KNOWN): raise SlmlError(f"a cascade has no '{name}'", "cascade", suggest(name, _KNOWN))
     if not spec.get("steps") or not spec.get("kept"): raise SlmlError("a cascade needs steps: and kept:", "cascade", "see the notebook 47_cascade")
+    if (usd := spec.get("people_usd")) is not None and not _amount(usd): raise SlmlError(f"people_usd is {usd!r}", "cascade", "dollars for one answer; null: there are no people")
     return Cascade([_step(s) for s in spec["steps"]], **{k: v for k, v in spec.items() if k != "steps"})
 
 # %% ../nbs/47_cascade.ipynb #b66cc730
@@ -702,7 +735,7 @@ def read_labelled(
     if len(rows) < 20: raise SlmlError(f"{len(rows)} rows are too few to choose by", str(file), "give 20, better a few hundred")
     return [{k: v for k, v in r.items() if k and k != truth and v not in ("", None)} for r in rows], [r[truth] for r in rows]
 
-# %% ../nbs/47_cascade.ipynb #04f46ae2
+# %% ../nbs/47_cascade.ipynb #9b4b6466
 def cascade_report(
     cascade: Cascade,  # of one or two steps
     requests: list[dict],
@@ -710,7 +743,7 @@ def cascade_report(
     usd_per_1000: float | None = None,  # at most; None with no accuracy: the most accurate
     accuracy: float | None = None,  # at least
     picture: str = "",  # file to draw the frontier into
-) -> tuple[str, dict]:  # for people; {accept, judged, frontier}
+) -> tuple[str, dict]:  # for people; {accept, judged, frontier, silent: {step: rows about which it said nothing}}
     "Thresholds chosen on every second row and judged on the others."
     if len(cascade.steps) > 2: raise SlmlError(f"thresholds are found for one or two steps, there are {len(cascade.steps)}", "cascade", "leave a step out, or set accept: by hand")
     rows = gather(cascade, requests, truths)
@@ -721,7 +754,9 @@ def cascade_report(
     chosen = choose(front, usd_per_1000, accuracy)
     judged, names = judge(half(1), chosen["accept"], **people), [s.adapter.name for s in cascade.steps]
     if picture: _draw_file(picture, front, chosen, half(0), names, people)
-    return cascade_text(front, chosen, judged, names), {"accept": dict(zip(names, chosen["accept"])), "judged": judged, "frontier": front}
+    silent = {n: int((r.confidence < 0).sum()) for n, r in zip(names, rows)}
+    text = cascade_text(front, chosen, judged, names) + "".join(f"\n{n} said nothing about {k:,} of {len(truths):,} rows: the same command again asks it anew" for n, k in silent.items() if k)
+    return text, {"accept": dict(zip(names, chosen["accept"])), "judged": judged, "frontier": front, "silent": silent}
 
 # %% ../nbs/47_cascade.ipynb #7e02e714
 def _draw_file(file, front, chosen, rows, names, people):

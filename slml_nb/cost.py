@@ -22,7 +22,7 @@ from .query import athena_usd, prices_file
 from .run import load_run
 from .stage import list_runs
 
-# %% ../nbs/54_cost.ipynb #073d5006
+# %% ../nbs/54_cost.ipynb #17d842ab
 SERVICES = {"lambda": ("usd_per_gb_second_x86", "usd_per_gb_second_arm", "usd_per_million_requests", "min_mb", "max_mb", "max_seconds", "mb_per_vcpu"),
             "fargate": ("usd_per_vcpu_hour", "usd_per_gb_hour", "min_seconds"),
             "s3": ("usd_per_gb_month",), "athena": ("usd_per_tb", "min_mb"), "volume": ("usd_per_gb_month",), "http_api": ("usd_per_million",),
@@ -31,12 +31,13 @@ TABLES = {"sagemaker": "SageMaker instances", "ec2": "EC2 instances"}
 INSTANCE = ("vcpu", "memory_gb", "gpus", "usd_per_hour")  # of every instance type; those with a GPU have gpu_gb too, of all its GPUs
 ABOUT = {"date": dt.date, "region": str, "source": str}
 
-
+# %% ../nbs/54_cost.ipynb #1dc07eea
 def _number(value, name: str, where: str):
+    "A price, or a size, that can be counted with."
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise SlmlError(f"{name} is {value!r}", where, "give a number, in US dollars where it is a price")
 
-
+# %% ../nbs/54_cost.ipynb #1826ce70
 def _fields(entry, names: tuple, optional: tuple, path: tuple, at):
     "Check one mapping of the list: nothing missing, nothing unknown, only numbers."
     if not isinstance(entry, dict): raise SlmlError(f"{'.'.join(path)} is {entry!r}", at(path), f"give {', '.join(names)}")
@@ -46,7 +47,19 @@ def _fields(entry, names: tuple, optional: tuple, path: tuple, at):
         if name not in (*names, *optional): raise SlmlError(f"unknown price '{'.'.join((*path, name))}'", at((*path, name)), suggest(name, (*names, *optional)))
         if name not in ("checked", "source"): _number(value, ".".join((*path, name)), at((*path, name)))
 
-# %% ../nbs/54_cost.ipynb #fc299211
+# %% ../nbs/54_cost.ipynb #b82b6a7e
+def _section(name: str, value, at):
+    "Check one section of the list."
+    if name in SERVICES: _fields(value, SERVICES[name], ("checked", "source"), (name,), at)
+    elif name in ABOUT:
+        if type(value) is not ABOUT[name]: raise SlmlError(f"'{name}' is {value!r}", at((name,)), "give a date like 2026-11-20" if name == "date" else "give text")
+    elif name not in TABLES: raise SlmlError(f"unknown section '{name}'", at((name,)), suggest(name, (*ABOUT, *SERVICES, *TABLES)))
+    elif not isinstance(value, dict): raise SlmlError(f"{name} is {value!r}", at((name,)), "name instance types below it")
+    else:
+        for kind, entry in value.items():
+            if kind != "source": _fields(entry, INSTANCE, ("gpu_gb", "checked"), (name, kind), at)
+
+# %% ../nbs/54_cost.ipynb #2dcba88a
 def check_prices(
     prices: dict,  # as read
     lines: dict,  # {path of keys: "file:line"}, from `load_yaml`
@@ -58,15 +71,7 @@ def check_prices(
         return next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), file)
     for name in (*ABOUT, *SERVICES, *TABLES):
         if name not in prices: raise SlmlError(f"the price list lacks '{name}'", file, "take it over from the list that ships: delete this file, then `slml cost --refresh`")
-    for name, value in prices.items():
-        if name in SERVICES: _fields(value, SERVICES[name], ("checked", "source"), (name,), at)
-        elif name in ABOUT:
-            if type(value) is not ABOUT[name]: raise SlmlError(f"'{name}' is {value!r}", at((name,)), "give a date like 2026-11-20" if name == "date" else "give text")
-        elif name not in TABLES: raise SlmlError(f"unknown section '{name}'", at((name,)), suggest(name, (*ABOUT, *SERVICES, *TABLES)))
-        elif not isinstance(value, dict): raise SlmlError(f"{name} is {value!r}", at((name,)), "name instance types below it")
-        else:
-            for kind, entry in value.items():
-                if kind != "source": _fields(entry, INSTANCE, ("gpu_gb", "checked"), (name, kind), at)
+    for name, value in prices.items(): _section(name, value, at)
     return prices
 
 # %% ../nbs/54_cost.ipynb #b207dd3c
@@ -79,72 +84,75 @@ def load_prices(
     values, lines = load_yaml(path)
     return {**check_prices(values, lines, str(path)), "file": str(path)}
 
-# %% ../nbs/54_cost.ipynb #1fd079c2
-FARGATE = {0.25: (0.5, 1, 2), 0.5: (1, 2, 3, 4), 1: range(2, 9), 2: range(4, 17), 4: range(8, 31),
-           8: range(16, 61, 4), 16: range(32, 121, 8)}  # GB by vCPU; docs.aws.amazon.com/AmazonECS, "Task CPU and memory"
-MONTH = 730  # hours, as AWS counts a month
-
-
+# %% ../nbs/54_cost.ipynb #e08c51f1
 def lambda_usd(
     seconds: float,  # of one call
     memory_mb: int,  # reserved
-    prices: dict,
-    arm: bool = False,
+    prices: dict,  # from `load_prices`
+    arm: bool = False,  # on a processor of that kind, which is cheaper
 ) -> float:  # US dollars, without the free tier
     "One call of a Lambda function."
     p = prices["lambda"]
     return lambda_call_usd(seconds, memory_mb, p["usd_per_gb_second_arm" if arm else "usd_per_gb_second_x86"], p["usd_per_million_requests"])
 
+# %% ../nbs/54_cost.ipynb #ea76524c
+FARGATE = {0.25: (0.5, 1, 2), 0.5: (1, 2, 3, 4), 1: range(2, 9), 2: range(4, 17), 4: range(8, 31),
+           8: range(16, 61, 4), 16: range(32, 121, 8)}  # GB by vCPU; docs.aws.amazon.com/AmazonECS, "Task CPU and memory"
+
 
 def fargate_usd(
-    seconds: float,
-    vcpu: float,
-    memory_gb: float,
-    prices: dict,
+    seconds: float,  # of the task
+    vcpu: float,  # one of FARGATE
+    memory_gb: float,  # one of those that go with it
+    prices: dict,  # from `load_prices`
 ) -> float:  # US dollars
     "One Fargate task."
     p = prices["fargate"]
     return max(p["min_seconds"], math.ceil(seconds)) / 3600 * (vcpu * p["usd_per_vcpu_hour"] + memory_gb * p["usd_per_gb_hour"])
 
+# %% ../nbs/54_cost.ipynb #aacb7a44
+MONTH = 730  # hours, as AWS counts a month
+
 
 def instance_usd(
-    seconds: float,
-    usd_per_hour: float,
+    seconds: float,  # of the job
+    usd_per_hour: float,  # of the instance type
 ) -> float:  # US dollars
     "Some seconds of an instance that is billed by the second."
     return math.ceil(seconds) / 3600 * usd_per_hour
 
-# %% ../nbs/54_cost.ipynb #d04f097b
+# %% ../nbs/54_cost.ipynb #cd6a53aa
 def s3_usd(
     size: int,  # bytes
-    prices: dict,
+    prices: dict,  # from `load_prices`
 ) -> float:  # US dollars a month
     "A month of keeping bytes in S3 Standard, in GB of 2^30 bytes."
     return size / 2**30 * prices["s3"]["usd_per_gb_month"]
 
-# %% ../nbs/54_cost.ipynb #2b3690a4
+# %% ../nbs/54_cost.ipynb #f069539b
 def dollars(
-    usd: float | None,
+    usd: float | None,  # None: not known
 ) -> str:  # "$1,234.50", "$0.12", "$0.00034"; "-" for None
     "An amount in US dollars, with two digits that say something."
     if usd is None: return "-"
-    digits = 2 if usd == 0 or abs(usd) >= 0.1 else min(12, 1 - math.floor(math.log10(abs(usd))))
-    return f"${usd:,.{digits}f}"
+    size = float(f"{abs(usd):.1e}")  # to two digits, so that 0.0996 is ten cents
+    digits = 2 if size == 0 or size >= 0.1 else min(12, 1 - math.floor(math.log10(size)))
+    return f"{'-' * (usd < 0)}${abs(usd):,.{digits}f}"
 
-# %% ../nbs/54_cost.ipynb #06fc5fe3
+# %% ../nbs/54_cost.ipynb #0f7f9a36
 HEADROOM = 1.25  # memory asked for, by the peak that was measured
 
 
 def needs_of(
     peak_mb: float,  # the most memory, in MB of 2^20 bytes
     cores: float | None,  # busy, on average; None: not measured, taken as one
-    gpu: bool = False,
+    gpu: bool = False,  # was one used?
     gpu_mb: float = 0,  # the most GPU memory
 ) -> dict:  # mb, cores, gpu, gpu_mb
     "What a machine must have to do the same work in the same time."
     return {"mb": math.ceil(peak_mb * HEADROOM), "cores": 1.0 if cores is None else cores, "gpu": gpu, "gpu_mb": gpu_mb}
 
-
+# %% ../nbs/54_cost.ipynb #f718d9e2
 def holds(
     machine: dict,  # vcpu, memory_gb, gpus, maybe gpu_gb
     needs: dict,  # from `needs_of`
@@ -153,25 +161,33 @@ def holds(
     return (machine["vcpu"] >= needs["cores"] and machine["memory_gb"] * 1024 >= needs["mb"]
             and (not needs["gpu"] or machine["gpus"] >= 1) and machine.get("gpu_gb", math.inf) * 1024 >= needs["gpu_mb"])
 
-
+# %% ../nbs/54_cost.ipynb #48190888
 def smallest(
     table: dict,  # {instance type: …} of the price list
-    needs: dict,
+    needs: dict,  # from `needs_of`
 ) -> str:  # "" when none holds it
     "The cheapest instance type that is enough."
     types = {k: m for k, m in table.items() if k != "source" and holds(m, needs)}
     return min(types, key=lambda k: (types[k]["usd_per_hour"], types[k]["memory_gb"], k), default="")
 
-# %% ../nbs/54_cost.ipynb #c7706100
-def lambda_offer(seconds: float, needs: dict, prices: dict) -> dict | None:  # service, size, billed_seconds, usd; None when it cannot
+# %% ../nbs/54_cost.ipynb #891c8f08
+def lambda_offer(
+    seconds: float,  # of the stage
+    needs: dict,  # from `needs_of`
+    prices: dict,  # from `load_prices`
+) -> dict | None:  # service, size, billed_seconds, usd; None when it cannot
     "A stage as one call of a Lambda function."
     p = prices["lambda"]
     memory = max(p["min_mb"], needs["mb"], math.ceil(needs["cores"] * p["mb_per_vcpu"]))
     if needs["gpu"] or memory > p["max_mb"] or seconds > p["max_seconds"]: return None
     return {"service": "Lambda", "size": f"{memory:,} MB", "billed_seconds": math.ceil(round(seconds * 1000, 6)) / 1000, "usd": lambda_usd(seconds, memory, prices)}
 
-
-def fargate_offer(seconds: float, needs: dict, prices: dict) -> dict | None:  # the same
+# %% ../nbs/54_cost.ipynb #51e0abae
+def fargate_offer(
+    seconds: float,  # of the stage
+    needs: dict,  # from `needs_of`
+    prices: dict,  # from `load_prices`
+) -> dict | None:  # service, size, billed_seconds, usd; None when it cannot
     "A stage as one Fargate task, of the cheapest size that holds it."
     sizes = [(fargate_usd(seconds, v, gb, prices), v, gb) for v, memory in FARGATE.items() for gb in memory
              if holds({"vcpu": v, "memory_gb": gb, "gpus": 0}, needs)]
@@ -179,62 +195,80 @@ def fargate_offer(seconds: float, needs: dict, prices: dict) -> dict | None:  # 
     usd, vcpu, gb = min(sizes)
     return {"service": "Fargate", "size": f"{vcpu:g} vCPU, {gb:g} GB", "billed_seconds": max(prices["fargate"]["min_seconds"], math.ceil(seconds)), "usd": usd}
 
-
-def sagemaker_offer(seconds: float, needs: dict, prices: dict) -> dict | None:  # the same
+# %% ../nbs/54_cost.ipynb #d5b2cac7
+def sagemaker_offer(
+    seconds: float,  # of the stage
+    needs: dict,  # from `needs_of`
+    prices: dict,  # from `load_prices`
+) -> dict | None:  # service, size, billed_seconds, usd; None when it cannot
     "A stage as a SageMaker job on the cheapest instance that holds it."
     if not (kind := smallest(prices["sagemaker"], needs)): return None
     return {"service": "SageMaker", "size": kind, "billed_seconds": math.ceil(seconds), "usd": instance_usd(seconds, prices["sagemaker"][kind]["usd_per_hour"])}
 
-
+# %% ../nbs/54_cost.ipynb #1436afe6
 def serverless(
-    seconds: float,
+    seconds: float,  # of the stage
     needs: dict,  # from `needs_of`
-    prices: dict,
+    prices: dict,  # from `load_prices`
 ) -> dict | None:  # service, size, billed_seconds, usd; None when nothing in the list holds it
     "The cheaper of Lambda and Fargate; a SageMaker job when neither can."
     offers = [o for o in (lambda_offer(seconds, needs, prices), fargate_offer(seconds, needs, prices)) if o]
     return min(offers, key=lambda o: o["usd"]) if offers else sagemaker_offer(seconds, needs, prices)
 
-# %% ../nbs/54_cost.ipynb #f7f01bc8
-def _meter(folder: Path) -> dict:
-    "A stage's meter.json; empty when there is none or it is damaged."
+# %% ../nbs/54_cost.ipynb #1365ac16
+def _json(path: Path) -> dict:
+    "A file that may not be there, or not be whole: then, nothing."
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads((folder / "meter.json").read_text())
+        found = json.loads(path.read_text())
         if isinstance(found, dict): return found
     return {}
 
 
+def _meter(folder: Path) -> dict: return _json(folder / "meter.json")
+
+# %% ../nbs/54_cost.ipynb #ba8d456e
+def _is_number(value) -> bool: return isinstance(value, (int, float))
+
+
 def _over_cells(cells: list, name: str, how) -> float | None:
-    values = [c[name] for c in cells if isinstance(c, dict) and isinstance(c.get(name), (int, float))]
+    "One figure of all cells; None when none of them has it."
+    values = [c[name] for c in cells if isinstance(c, dict) and _is_number(c.get(name))]
     return how(values) if values else None
 
 
 def _gpu_busy(cells: list) -> float | None:
     "Mean over the cells, each as long as it took."
-    timed = [(c.get("seconds") or 0, c["gpu_busy"]) for c in cells if isinstance(c, dict) and isinstance(c.get("gpu_busy"), (int, float))]
+    timed = [(c.get("seconds") or 0, c["gpu_busy"]) for c in cells if isinstance(c, dict) and _is_number(c.get("gpu_busy"))]
     total = sum(s for s, _ in timed)
     return sum(s * b for s, b in timed) / total if total else None
 
-
+# %% ../nbs/54_cost.ipynb #e9ac4665
 def read_meter(
     folder: Path,  # of the stage in its run
     entry: dict,  # the stage in run.json
 ) -> dict:  # seconds, cpu, peak_mb, read, written, gpu_busy, gpu_mb; None where nothing was measured
     "What one stage used, by the best record there is."
     meter = _meter(folder)
-    cells = meter.get("cells") or []
-    reused = entry.get("state") == "reused"
+    cells, reused = meter.get("cells") or [], entry.get("state") == "reused"
     def first(name, how):
-        places = [meter] if reused else [entry, meter]  # a reused stage's own record is that of looking it up
-        return next((p[name] for p in places if isinstance(p.get(name), (int, float))), _over_cells(cells, name, how))
+        "The figure of the first place that has it; a reused stage's own record is that of looking it up."
+        return next((p[name] for p in ([meter] if reused else [entry, meter]) if _is_number(p.get(name))), _over_cells(cells, name, how))
     used = {"seconds": first("seconds", sum), "cpu": first("cpu", sum), "peak_mb": first("peak_mb", max) or None,
             "read": first("read", sum), "written": first("written", sum), "gpu_mb": first("gpu_mb", max)}
-    busy = next((p["gpu_busy"] for p in (entry, meter) if isinstance(p.get("gpu_busy"), (int, float))), None)
+    busy = next((p["gpu_busy"] for p in (entry, meter) if _is_number(p.get("gpu_busy"))), None)
     return {**used, "gpu_busy": _gpu_busy(cells) if busy is None else busy}
 
-# %% ../nbs/54_cost.ipynb #a3279169
+# %% ../nbs/54_cost.ipynb #9c06ed84
 def _entries(record: dict, name: str) -> dict[str, dict]:
+    "The stages, or nodes, that have a record of their own."
     return {k: v for k, v in (record.get(name) or {}).items() if isinstance(v, dict)}
+
+
+def _node_entry(folder: Path, record: dict) -> dict:
+    "A node of a sweep that run.json does not name: reused when another run made it."
+    maker = None
+    with contextlib.suppress(KeyError, TypeError): maker = _json(folder / "key.json")["shown"]["made_by"]
+    return {"state": "reused" if maker not in (None, record.get("run")) else "made"}
 
 
 def _records(run: Path, record: dict) -> list[tuple[str, Path, dict]]:
@@ -245,29 +279,21 @@ def _records(run: Path, record: dict) -> list[tuple[str, Path, dict]]:
     order = [s for s in record.get("order") or [] if s in stages]
     return [(s, run / s, stages[s]) for s in order + [s for s in stages if s not in order]]
 
-
-def _node_entry(folder: Path, record: dict) -> dict:
-    "A node of a sweep that run.json does not name: reused when another run made it."
-    maker = None
-    with contextlib.suppress(OSError, ValueError): maker = json.loads((folder / "key.json").read_text())["shown"]["made_by"]
-    with contextlib.suppress(KeyError, TypeError): return {"state": "reused" if maker not in (None, record.get("run")) else "made"}
-    return {"state": "made"}
-
-
+# %% ../nbs/54_cost.ipynb #3615b7be
 def _begins(entries: list[dict]) -> list[float | None]:
     "When each stage began, in seconds since some moment that all of them share; None for all when their records do not share one."
     took = [e for e in entries if e.get("seconds")]
     name = next((n for n in ("offset", "began", "begun") if took and all(isinstance(e.get(n), (int, float)) for e in took)), "")
     return [e.get(name) for e in entries]
 
-# %% ../nbs/54_cost.ipynb #4a454d2f
+# %% ../nbs/54_cost.ipynb #107a7777
 def _reason(peak_mb: float, cores: float | None, gpu: bool, kind: str) -> str:
     "Why a machine is enough, in words."
     memory = f"{peak_mb / 1024:.1f} GB" if peak_mb >= 1024 else f"{peak_mb:.0f} MB"
     busy = "cores not measured" if cores is None else f"{cores:.1f} cores busy"
     return f"peak {memory}, {busy}{', GPU' if gpu else ''}: {kind or 'more than any type in the list has'}"
 
-
+# %% ../nbs/54_cost.ipynb #811b5ca0
 def _uncounted(state: str, used: dict) -> tuple[float | None, str] | None:
     "(US dollars, why not more) of a stage that cannot be counted, or need not be; None for all others."
     if state in ("waiting", "skipped") or used["seconds"] == 0: return 0.0, ""
@@ -276,44 +302,51 @@ def _uncounted(state: str, used: dict) -> tuple[float | None, str] | None:
     if used["seconds"] is not None: return None, "no memory on its meter: not counted"
     return None, "it has not ended: not counted" if state == "running" else "no meter: not counted"
 
-# %% ../nbs/54_cost.ipynb #908f5b7d
+# %% ../nbs/54_cost.ipynb #68818dd7
+def _unpriced(stage: str, entry: dict, used: dict, begins: float | None) -> dict:
+    "What one stage used, before it has a price."
+    state, seconds, busy = entry.get("state", "made"), used["seconds"] or 0, used["gpu_busy"]
+    return {"stage": stage, "title": entry.get("title") or stage, "state": state, **used, "seconds": 0.0 if state in ("reused", "waiting", "skipped") else seconds,
+            "cores": used["cpu"] / seconds if used["cpu"] is not None and seconds > 0 else None, "gpu": busy > 0 if busy is not None else bool(used["gpu_mb"]),
+            "serverless": None, "usd": 0.0, "saved_usd": 0.0, "saved_seconds": 0.0, "enough": "", "why": "", "note": "", "begins": begins}
+
+# %% ../nbs/54_cost.ipynb #e3135337
 def cost_stage(
-    stage: str,
+    stage: str,  # its name
     entry: dict,  # the stage in run.json
     used: dict,  # from `read_meter`
-    prices: dict,
+    prices: dict,  # from `load_prices`
     begins: float | None = None,  # seconds since the run's start
 ) -> dict:  # stage, title, state, seconds, cpu, cores, peak_mb, read, written, gpu_busy, gpu_mb, serverless, usd, saved_usd, saved_seconds, enough, why, note
     "What one stage used, what that costs by the second, and what would have been enough."
-    state, seconds, peak = entry.get("state", "made"), used["seconds"] or 0, used["peak_mb"]
-    ran = state not in ("reused", "waiting", "skipped")
-    found = {"stage": stage, "title": entry.get("title") or stage, "state": state, **used, "seconds": seconds if ran else 0.0, "cores": None, "gpu": False,
-             "serverless": None, "usd": 0.0, "saved_usd": 0.0, "saved_seconds": 0.0, "enough": "", "why": "", "note": "", "begins": begins}
-    if used["cpu"] is not None and seconds > 0: found["cores"] = used["cpu"] / seconds
-    found["gpu"] = used["gpu_busy"] > 0 if used["gpu_busy"] is not None else bool(used["gpu_mb"])
-    if (uncounted := _uncounted(state, used)) is not None: return {**found, "usd": uncounted[0], "note": uncounted[1]}
-    needs = needs_of(peak, found["cores"], found["gpu"], (used["gpu_mb"] or 0) if found["gpu"] else 0)
+    found, seconds = _unpriced(stage, entry, used, begins), used["seconds"] or 0
+    if (uncounted := _uncounted(found["state"], used)) is not None: return {**found, "usd": uncounted[0], "note": uncounted[1]}
+    needs = needs_of(used["peak_mb"], found["cores"], found["gpu"], (used["gpu_mb"] or 0) if found["gpu"] else 0)
     offer, kind = serverless(seconds, needs, prices), smallest(prices["sagemaker"], needs)
-    found |= {"enough": kind, "why": _reason(peak, found["cores"], found["gpu"], kind)}
-    if not ran: return {**found, "saved_usd": offer["usd"] if offer else 0.0, "saved_seconds": seconds}
+    found |= {"enough": kind, "why": _reason(used["peak_mb"], found["cores"], found["gpu"], kind)}
+    if found["state"] == "reused": return {**found, "saved_usd": offer["usd"] if offer else 0.0, "saved_seconds": seconds}
     if not offer: return {**found, "usd": None, "note": "nothing in the price list holds it"}
     return {**found, "serverless": offer, "usd": offer["usd"], "note": "" if found["cores"] is not None else "no CPU time on its meter: one core assumed"}
 
-# %% ../nbs/54_cost.ipynb #1267ca4b
+# %% ../nbs/54_cost.ipynb #475ed941
+def _together(ran: list[dict]) -> list[list[dict]]:
+    "For each stage, those that were under way when it began; each alone where their beginnings are not known."
+    if any(s["begins"] is None for s in ran): return [[s] for s in ran]
+    return [[o for o in ran if o["begins"] <= s["begins"] < o["begins"] + o["seconds"]] for s in ran]
+
+
 def demand(
     stages: list[dict],  # from `cost_stage`
 ) -> dict | None:  # peak_mb, cores, gpu, gpu_mb; None when nothing ran
     "The most that ran at the same time."
     ran = [s for s in stages if s["seconds"] > 0 and s["peak_mb"]]
     if not ran: return None
-    groups = [[s] for s in ran]
-    if all(s["begins"] is not None for s in ran):
-        groups = [[o for o in ran if o["begins"] <= s["begins"] < o["begins"] + o["seconds"]] for s in ran]
+    groups = _together(ran)
     cores = [sum(s["cores"] for s in g if s["cores"] is not None) for g in groups if any(s["cores"] is not None for s in g)]
     return {"peak_mb": max(sum(s["peak_mb"] for s in g) for g in groups), "cores": max(cores, default=None),
             "gpu": any(s["gpu"] for s in ran), "gpu_mb": max((sum(s["gpu_mb"] or 0 for s in g if s["gpu"]) for g in groups), default=0)}
 
-# %% ../nbs/54_cost.ipynb #3e01c486
+# %% ../nbs/54_cost.ipynb #dce72c5a
 def _wall(record: dict, stages: list[dict]) -> float:
     "Seconds from the start of a run to its end, or to the end of its last stage."
     if isinstance(record.get("seconds"), (int, float)): return record["seconds"]
@@ -323,12 +356,12 @@ def _wall(record: dict, stages: list[dict]) -> float:
     if timed and all(s["begins"] is not None for s in timed): return max(s["begins"] + s["seconds"] for s in timed) - min(s["begins"] for s in timed)
     return float(sum(s["seconds"] for s in timed))
 
-
+# %% ../nbs/54_cost.ipynb #5bcc1cb9
 def always_on(
     seconds: float,  # of the whole run
     cpu: float | None,  # processor seconds
-    needs: dict,
-    prices: dict,
+    needs: dict,  # from `needs_of`, of what ran at the same time
+    prices: dict,  # from `load_prices`
 ) -> dict | None:  # type, usd_per_hour, usd_per_month, usd (of this run's hours), idle and idle_month (shares); None when no type holds it
     "The smallest EC2 instance that holds a run, if it were kept running."
     if not (kind := smallest(prices["ec2"], needs)): return None
@@ -337,14 +370,14 @@ def always_on(
     return {"type": kind, "usd_per_hour": machine["usd_per_hour"], "usd_per_month": machine["usd_per_hour"] * MONTH,
             "usd": hours * machine["usd_per_hour"], "idle": idle, "idle_month": max(0.0, 1 - hours / MONTH)}
 
-# %% ../nbs/54_cost.ipynb #f98c4437
+# %% ../nbs/54_cost.ipynb #b0309834
 STALE = 180  # days
 
 
 def price_warnings(
-    prices: dict,
+    prices: dict,  # from `load_prices`
     types: list = (),  # (section, entry) that a bill rests on; an entry "" is the section itself
-    today: dt.date | None = None,
+    today: dt.date | None = None,  # None: this day
 ) -> list[str]:
     "What a reader should know about a price list before believing a bill."
     today, found = today or dt.date.today(), []
@@ -353,7 +386,7 @@ def price_warnings(
     if weak: found.append(f"no dated source for the price of {', '.join(sorted(weak))}: `slml cost --refresh`")
     return found
 
-
+# %% ../nbs/54_cost.ipynb #7d1ad9d8
 def _rests_on(stages: list, kept: dict | None) -> list[tuple[str, str]]:
     "The prices that a bill was counted with."
     by = {"Lambda": "lambda", "Fargate": "fargate"}
@@ -361,19 +394,25 @@ def _rests_on(stages: list, kept: dict | None) -> list[tuple[str, str]]:
     used = {(by[o["service"]], "") if o["service"] in by else ("sagemaker", o["size"]) for o in offers}
     return sorted(used | ({("ec2", kept["type"])} if kept else set()))
 
-# %% ../nbs/54_cost.ipynb #a43780d0
+# %% ../nbs/54_cost.ipynb #f1ccfc9a
 def _stored(run: Path) -> int:
     "Bytes of what a run keeps in the store, each content once."
     kept = {}
     for path in (*run.glob("*/made.json"), *run.glob("nodes/*/made.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            kept |= {r["sha256"]: int(r["bytes"]) for r in json.loads(path.read_text())["artifacts"].values()}
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            kept |= {r["sha256"]: int(r["bytes"]) for r in _json(path)["artifacts"].values()}
     return sum(kept.values())
 
-
+# %% ../nbs/54_cost.ipynb #a25db301
 def _sum(values) -> float | None:
+    "A sum of what is known; None when nothing is."
     known = [v for v in values if v is not None]
     return sum(known) if known else None
+
+
+def _meeting(kept: dict | None, usd: float, seconds: float) -> dict | None:
+    "The machine that is always on, with the number of runs a month from which it is cheaper, and how many fit into one."
+    return kept and kept | {"break_even_runs": math.ceil(kept["usd_per_month"] / usd) if usd else None, "most_runs": int(MONTH * 3600 / max(seconds, 1e-9))}
 
 
 def _whole(record: dict, stages: list[dict], prices: dict) -> dict:  # always_on, enough, why
@@ -381,19 +420,31 @@ def _whole(record: dict, stages: list[dict], prices: dict) -> dict:  # always_on
     if not (most := demand(stages)): return {"always_on": None, "enough": "", "why": ""}
     cores = (record.get("environment") or {}).get("cores")
     if cores and most["cores"] is not None: most["cores"] = min(most["cores"], cores)  # means of stages that overlap in part can add up to more than there were
-    needs = needs_of(most["peak_mb"], most["cores"], most["gpu"], most["gpu_mb"])
-    kept = always_on(_wall(record, stages), _sum(s["cpu"] for s in stages if s["seconds"]), needs, prices)
-    kind, usd = smallest(prices["sagemaker"], needs), sum(s["usd"] or 0 for s in stages)
-    if kept: kept |= {"break_even_runs": math.ceil(kept["usd_per_month"] / usd) if usd else None, "most_runs": int(MONTH * 3600 / max(_wall(record, stages), 1e-9))}
-    return {"always_on": kept, "enough": kind, "why": _reason(most["peak_mb"], most["cores"], most["gpu"], kind)}
+    needs, seconds = needs_of(most["peak_mb"], most["cores"], most["gpu"], most["gpu_mb"]), _wall(record, stages)
+    kept = always_on(seconds, _sum(s["cpu"] for s in stages if s["seconds"]), needs, prices)
+    kind = smallest(prices["sagemaker"], needs)
+    return {"always_on": _meeting(kept, sum(s["usd"] or 0 for s in stages), seconds), "enough": kind, "why": _reason(most["peak_mb"], most["cores"], most["gpu"], kind)}
 
-
+# %% ../nbs/54_cost.ipynb #ace20352
 def _place(file: str) -> str:
     "A path without the folders of this machine."
-    with contextlib.suppress(ValueError): return Path(file).resolve().relative_to(project_root()).as_posix()
+    with contextlib.suppress(ValueError): return Path(file).resolve().relative_to(project_root()).as_posix() if file else ""
     return Path(file).name
 
-# %% ../nbs/54_cost.ipynb #f5ee40b4
+
+def _beside(stage: dict, kept: dict | None, prices: dict) -> dict:  # always_on_usd, idle
+    "A stage's part of the machine that is always on."
+    if not kept: return {"always_on_usd": None, "idle": None}
+    idle = None if stage["cores"] is None or not stage["seconds"] else max(0.0, 1 - stage["cores"] / prices["ec2"][kept["type"]]["vcpu"])
+    return {"always_on_usd": stage["seconds"] / 3600 * kept["usd_per_hour"], "idle": idle}
+
+
+def _saved(stages: list[dict]) -> dict:  # stages, seconds, usd
+    "What reuse saved."
+    reused = [s for s in stages if s["saved_seconds"]]
+    return {"stages": len(reused), "seconds": sum(s["saved_seconds"] for s in reused), "usd": sum(s["saved_usd"] for s in reused)}
+
+# %% ../nbs/54_cost.ipynb #cfe5261b
 def cost(
     run,  # folder of a run
     prices=None,  # a list from `load_prices`, or the path of one; None: the list in use
@@ -404,17 +455,14 @@ def cost(
     records = _records(run, record)
     stages = [cost_stage(name, entry, read_meter(folder, entry), prices, begins) for (name, folder, entry), begins in zip(records, _begins([e for *_, e in records]))]
     whole = _whole(record, stages, prices)
-    kept, reused = whole["always_on"], [s for s in stages if s["saved_seconds"]]
-    for s in stages: s |= {"always_on_usd": s["seconds"] / 3600 * kept["usd_per_hour"] if kept else None,
-                           "idle": max(0.0, 1 - s["cores"] / prices["ec2"][kept["type"]]["vcpu"]) if kept and s["cores"] is not None and s["seconds"] else None}
+    for s in stages: s |= _beside(s, whole["always_on"], prices)
     return {**{k: record.get(k) for k in ("project", "run", "who", "state", "started")}, "seconds": _wall(record, stages), "stage_seconds": sum(s["seconds"] for s in stages),
-            "stages": stages, "usd": sum(s["usd"] or 0 for s in stages), **whole,
-            "saved": {"stages": len(reused), "seconds": sum(s["saved_seconds"] for s in reused), "usd": sum(s["saved_usd"] for s in reused)},
+            "stages": stages, "usd": sum(s["usd"] or 0 for s in stages), **whole, "saved": _saved(stages),
             "stored": {"bytes": (size := _stored(run)), "usd_per_month": s3_usd(size, prices)},
             "prices": {"file": _place(prices.get("file", "")), **{k: str(prices[k]) for k in ABOUT}},
-            "warnings": price_warnings(prices, _rests_on(stages, kept)) + [f"{s['title']}: {s['note']}" for s in stages if s["note"]]}
+            "warnings": price_warnings(prices, _rests_on(stages, whole["always_on"])) + [f"{s['title']}: {s['note']}" for s in stages if s["note"]]}
 
-# %% ../nbs/54_cost.ipynb #848f2786
+# %% ../nbs/54_cost.ipynb #66fe3a79
 def cost_rows(
     found: dict,  # from `cost`
 ) -> list[dict]:  # a line per stage, for a table; amounts are numbers, None where nothing is known
@@ -424,14 +472,14 @@ def cost_rows(
              "GPU busy": s["gpu_busy"], "by the second": f"{s['serverless']['service']} {s['serverless']['size']}" if s["serverless"] else "",
              "USD": s["usd"], "USD always on": s["always_on_usd"], "idle": s["idle"], "saved USD": s["saved_usd"] or None, "enough": s["enough"]} for s in found["stages"]]
 
-
+# %% ../nbs/54_cost.ipynb #ebe2c903
 def _shown(name: str, value) -> str:
     if value is None: return "-"
     if isinstance(value, str): return value
     if "USD" in name: return dollars(value)
     return f"{value:.0%}" if name in ("idle", "GPU busy") else f"{value:,.2f}" if name in ("seconds", "cores busy") else f"{value:,.0f}"
 
-
+# %% ../nbs/54_cost.ipynb #e610b785
 def table_text(
     rows: list[dict],  # all with the same keys
 ) -> list[str]:  # lines, aligned; columns without any value are left out
@@ -442,47 +490,53 @@ def table_text(
     left = [any(isinstance(r[n], str) for r in rows) for n in names]
     return ["  ".join(w.ljust(k) if l else w.rjust(k) for w, k, l in zip(line, widths, left)).rstrip() for line in [names, *words]]
 
-# %% ../nbs/54_cost.ipynb #7d0e59b5
+# %% ../nbs/54_cost.ipynb #75b3a9ab
+def _kept_sentences(kept: dict, seconds: float) -> list[str]:
+    "What a machine that is always on costs, and when it is cheaper."
+    idle = f", and {kept['idle']:.0%} of its cores idle meanwhile" if kept["idle"] is not None else ""
+    out = [f"Always on: {kept['type']}, {dollars(kept['usd_per_month'])} a month; this run's {seconds:,.0f} s of it are {dollars(kept['usd'])}{idle}."]
+    runs, most = kept["break_even_runs"], kept["most_runs"]
+    if not runs: return out
+    if runs <= most: return [*out, f"With fewer than {runs:,} such runs a month, by the second is cheaper."]
+    return [*out, f"By the second is cheaper however often it runs: only {most:,} runs fit into a month."]
+
+# %% ../nbs/54_cost.ipynb #7f4f40bd
 def cost_sentences(
     found: dict,  # from `cost`
 ) -> list[str]:
     "The answers of a bill."
-    kept, saved = found["always_on"], found["saved"]
+    saved, stored = found["saved"], found["stored"]
     out = [f"By the second: {dollars(found['usd'])} for {found['stage_seconds']:,.0f} s of stages."]
-    if kept:
-        idle = f", and {kept['idle']:.0%} of its cores idle meanwhile" if kept["idle"] is not None else ""
-        share = f"this run's {found['seconds']:,.0f} s of it are {dollars(kept['usd'])}"
-        out.append(f"Always on: {kept['type']}, {dollars(kept['usd_per_month'])} a month; {share}{idle}.")
-        runs, most = kept["break_even_runs"], kept["most_runs"]
-        if runs and runs <= most: out.append(f"With fewer than {runs:,} such runs a month, by the second is cheaper.")
-        elif runs: out.append(f"By the second is cheaper however often it runs: only {most:,} runs fit into a month.")
+    if found["always_on"]: out += _kept_sentences(found["always_on"], found["seconds"])
     if found["why"]: out.append(f"Enough for the whole run: {found['why']}.")
     if saved["stages"]: out.append(f"Saved by reuse: {saved['seconds']:,.0f} s and {dollars(saved['usd'])} ({saved['stages']} stage{'s' * (saved['stages'] > 1)}).")
-    if found["stored"]["bytes"]: out.append(f"What it keeps: {found['stored']['bytes'] / 1e6:,.1f} MB, in S3 {dollars(found['stored']['usd_per_month'])} a month.")
+    if stored["bytes"]: out.append(f"What it keeps: {stored['bytes'] / 1e6:,.1f} MB, in S3 {dollars(stored['usd_per_month'])} a month.")
     return out + [f"Note: {w}" for w in found["warnings"]]
 
-
+# %% ../nbs/54_cost.ipynb #426ea66c
 def cost_text(
     found: dict,  # from `cost`
 ) -> str:
     "A bill for a terminal."
     p = found["prices"]
-    head = f"{found['project']}/{found['run']}, {found['state']}. Prices: {p['date']}, {p['region']}, {p['file']}"
+    head = f"{found['project']}/{found['run']}, {found['state']}. Prices: {', '.join(filter(None, (p['date'], p['region'], p['file'])))}"
     return "\n".join([head, "", *table_text(cost_rows(found)), "", *cost_sentences(found)])
 
-# %% ../nbs/54_cost.ipynb #a4684082
+# %% ../nbs/54_cost.ipynb #d02c5098
 def billed(
     run,  # folder of a run, or its record
 ) -> list[dict]:  # stage, machine, seconds, estimated USD, at most USD, billed USD, spot saved; of the stages that ran away
     "What the stages of a run cost on other machines, beside what was estimated."
     record = run if isinstance(run, dict) else load_run(run)
-    out = []
-    for stage, entry in (record.get("stages") or {}).items():
-        bill, said = entry.get("bill") or {}, entry.get("estimate") or {}
-        if not bill and not said: continue
-        machine = f"{bill.get('instances', said.get('instances', 1))} × {bill.get('instance') or said.get('instance', '')}{' spot' if bill.get('spot', said.get('spot')) else ''}"
-        out.append({"stage": stage, "machine": machine, "seconds": bill.get("seconds"), "estimated USD": said.get("usd"), "at most USD": said.get("most_usd"), "billed USD": bill.get("usd"), "spot saved": bill.get("spot_saved")})
-    return out
+    away = [(stage, entry.get("bill") or {}, entry.get("estimate") or {}) for stage, entry in _entries(record, "stages").items()]
+    return [{"stage": stage, "machine": _machine(bill, said), "seconds": bill.get("seconds"), "estimated USD": said.get("usd"), "at most USD": said.get("most_usd"),
+             "billed USD": bill.get("usd"), "spot saved": bill.get("spot_saved")} for stage, bill, said in away if bill or said]
+
+
+def _machine(bill: dict, said: dict) -> str:
+    "What a job was on; while there is no bill, what it was sent to."
+    seen = {**said, **{k: v for k, v in bill.items() if v not in (None, "")}}
+    return f"{seen.get('instances', 1)} × {seen.get('instance', '')}{' spot' if seen.get('spot') else ''}"
 
 # %% ../nbs/54_cost.ipynb #16024d58
 def billed_text(rows: list[dict]) -> str:  # '' when nothing ran away
@@ -494,19 +548,19 @@ def billed_text(rows: list[dict]) -> str:  # '' when nothing ran away
     words = [f"Billed {dollars(sum(r['billed USD'] or 0 for r in rows))}" + (f"; of {dollars(said)} that were estimated, {was / said:.0%}." if both else ".")]
     return "\n".join(["On SageMaker:", *table_text(shown), "", *words, *([f"Not known yet: {', '.join(unknown)}."] if unknown else [])])
 
-# %% ../nbs/54_cost.ipynb #fada4e4f
+# %% ../nbs/54_cost.ipynb #d380c952
 def machine_like(
     record: dict,  # a stage's, from `of_meter`
-    prices: dict,
+    prices: dict,  # from `load_prices`
 ) -> str:  # an instance type; "" when the list has none so large
     "The cheapest type with at least what the machine had."
     gpu = record.get("gpu_busy") is not None
     return smallest(prices["sagemaker"], {"mb": record.get("machine_mb") or record["memory_mb"] or record["peak_mb"], "cores": record["cores"], "gpu": gpu, "gpu_mb": 0})
 
-
+# %% ../nbs/54_cost.ipynb #b7b79fd8
 def sizes_between(
     table: dict,  # {instance type: …} of the price list
-    large: str, small: str,
+    large: str, small: str,  # instance types
 ) -> int | None:  # None: not of one family
     "How many sizes smaller one type is than another of its family."
     family = large.rpartition(".")[0]
@@ -514,11 +568,11 @@ def sizes_between(
     sizes = sorted((k for k in table if k.rpartition(".")[0] == family), key=lambda k: table[k]["usd_per_hour"])
     return sizes.index(large) - sizes.index(small)
 
-
+# %% ../nbs/54_cost.ipynb #71026826
 def saving(
-    seconds: float,
+    seconds: float,  # of the work
     large: str, small: str,  # instance types: what it was on, and what is enough
-    prices: dict,
+    prices: dict,  # from `load_prices`
     runs: str = "a run",  # for what the sum is
 ) -> tuple[float, str]:  # US dollars, and a sentence; (0.0, "") when nothing is saved
     "What a smaller machine saves."
@@ -530,64 +584,68 @@ def saving(
     which = f"the machine {words.get(steps, f'{steps} sizes')} smaller ({small} instead of {large})" if steps else f"{small} instead of {large}"
     return usd, f"{which} saves {dollars(usd)} {runs}"
 
-# %% ../nbs/54_cost.ipynb #9354371b
+# %% ../nbs/54_cost.ipynb #57eeedd5
 ROWS = ("rows_train", "rows_in", "rows", "rows_checked", "rows_test")  # metrics in which a stage says how much it worked on
 
 
-def _json(path: Path) -> dict:
-    "A file that may not be there, or not be whole."
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text())
-        if isinstance(found, dict): return found
-    return {}
-
-
 def size_of(
-    stage: str,
+    stage: str,  # its name
     record: dict,  # run.json
 ) -> float | None:  # rows times epochs; None: nobody says
     "How much a stage had to do."
     stages = _entries(record, "stages")
-    metrics = (stages.get(stage) or {}).get("metrics") or {}
-    all_rows = [s["metrics"].get(n) for s in stages.values() if isinstance(s.get("metrics"), dict) for n in ROWS]
-    rows = next((metrics[n] for n in ROWS if isinstance(metrics.get(n), (int, float))), None) or max((r for r in all_rows if isinstance(r, (int, float))), default=None)
-    return rows * (metrics.get("epochs") or 1) if rows else None
+    told = {n: s["metrics"] for n, s in stages.items() if isinstance(s.get("metrics"), dict)}
+    mine, everyone = told.get(stage, {}), [m.get(n) for m in told.values() for n in ROWS]
+    rows = next((mine[n] for n in ROWS if _is_number(mine.get(n))), None) or max((r for r in everyone if _is_number(r)), default=None)
+    return rows * (mine.get("epochs") or 1) if rows else None
 
-
+# %% ../nbs/54_cost.ipynb #e120e639
 def earlier(
     project: Path,  # folder of a project's runs
     began: str = "9",  # only runs that started before, as run.json writes it
     most: int = 50,  # runs that are looked at, the latest
+    prices: dict | None = None,  # from `load_prices`; None: the list in use
 ) -> dict[str, list[tuple[float | None, float, float, float]]]:  # {stage: [(size, seconds, watts, US dollars a second)]}, the latest first
     "What each stage took in earlier runs."
-    out, prices = {}, load_prices()
+    out, prices = {}, prices or load_prices()
     for run in sorted((p for p in project.iterdir() if p.is_dir()), key=lambda p: p.name, reverse=True)[:most]:
         record = _json(run / "run.json")
         if (record.get("started") or "9") >= began: continue
         for name, entry in _entries(record, "stages").items():
-            if entry.get("state") != "made" or not (seen := of_meter(_meter(run / name)))["seconds"]: continue
-            usd = cost_stage(name, entry, read_meter(run / name, entry), prices)["usd"] or 0.0
-            out.setdefault(name, []).append((size_of(name, record), seen["seconds"], energy(seen)["joules"] / seen["seconds"], usd / seen["seconds"]))
+            if seen := _probe(run / name, name, entry, prices): out.setdefault(name, []).append((size_of(name, record), *seen))
     return out
 
-# %% ../nbs/54_cost.ipynb #037c6522
+
+def _probe(folder: Path, name: str, entry: dict, prices: dict) -> tuple[float, float, float] | None:  # seconds, watts, US dollars a second
+    "What one stage of an earlier run took; None when it was not made there, or nothing was measured."
+    if entry.get("state") != "made" or not (seen := of_meter(_meter(folder)))["seconds"]: return None
+    usd = cost_stage(name, entry, read_meter(folder, entry), prices)["usd"] or 0.0
+    return seen["seconds"], energy(seen)["joules"] / seen["seconds"], usd / seen["seconds"]
+
+# %% ../nbs/54_cost.ipynb #b8c5b3ea
 def expected(
     before: list[tuple[float | None, float, float, float]],  # from `earlier`, of one stage
-    size: float | None,
+    size: float | None,  # rows times epochs; None: not known
 ) -> dict | None:  # seconds, joules, usd, runs (how many it rests on); None: there is none
     "What a stage of this size would take, by those before it."
     if not before: return None
-    middle = lambda values: sorted(values)[len(values) // 2]
-    watts, rate = middle([b[2] for b in before]), middle([b[3] for b in before])
-    near = [b for b in before if size and b[0] and abs(b[0] / size - 1) <= 0.1]
-    sized = [(b[0], b[1]) for b in before if b[0]]
-    if size is None or not sized: seconds, n = middle([b[1] for b in before]), len(before)
-    elif near: seconds, n = middle([b[1] for b in near]), len(near)
-    elif len({s for s, _ in sized}) >= 2: seconds, n = estimate(sized, size), len(sized)
-    else: return None
-    return {"seconds": seconds, "joules": watts * seconds, "usd": rate * seconds, "runs": n}
+    seconds, n = _expected_seconds(before, size)
+    watts, rate = (_middle(b[i] for b in before) for i in (2, 3))
+    return None if seconds is None else {"seconds": seconds, "joules": watts * seconds, "usd": rate * seconds, "runs": n}
 
-# %% ../nbs/54_cost.ipynb #a12b5183
+
+def _middle(values): return (v := sorted(values))[len(v) // 2]
+
+
+def _expected_seconds(before: list[tuple], size: float | None) -> tuple[float | None, int]:
+    "Seconds, and the number of runs that they rest on."
+    sized = [(b[0], b[1]) for b in before if b[0]]
+    near = [t for s, t in sized if size and abs(s / size - 1) <= 0.1]
+    if size is None or not sized: return _middle(b[1] for b in before), len(before)
+    if near: return _middle(near), len(near)
+    return (estimate(sized, size), len(sized)) if len({s for s, _ in sized}) >= 2 else (None, 0)
+
+# %% ../nbs/54_cost.ipynb #590de406
 def _phases(metrics: dict) -> dict:
     "What a training says of its loop (`Pace.metrics`), as phases."
     loop, wait = metrics.get("loop_seconds"), metrics.get("loader_seconds")
@@ -595,7 +653,7 @@ def _phases(metrics: dict) -> dict:
     n = metrics.get("steps") or 1
     return {"loader": {"seconds": wait, "cpu": 0.0, "count": n}, "step": {"seconds": loop - wait, "cpu": 0.0, "count": n}}
 
-
+# %% ../nbs/54_cost.ipynb #ff5d3f17
 def _training_estimate(metrics: dict) -> str:
     "What a training expected after its first steps, and what came."
     if not metrics.get("expected_seconds") or not metrics.get("loop_seconds"): return ""
@@ -603,35 +661,43 @@ def _training_estimate(metrics: dict) -> str:
     early = f"; it ended early, after {done:,} of {planned:,} steps" if done and planned and done < planned else ""
     return f"after its first steps, training {came(metrics['expected_seconds'], metrics['loop_seconds'])}{early}"
 
-# %% ../nbs/54_cost.ipynb #6091555f
-def profile_stage(
-    bill: dict,  # of the stage, from `cost_stage`
-    entry: dict,  # the stage in run.json
-    folder: Path,
-    size: float | None, before: list,  # from `size_of` and `earlier`
-    prices: dict,
-    cores: int | None = None,  # of the machine, where the meter does not say
-) -> dict:  # stage, state, seconds, begins, bound, share, shares, advice [sentences], joules, usd, machine, enough, saves_usd, expected, said, record
-    "What held a stage up, in words, with its price."
-    meter, metrics = _meter(folder), entry.get("metrics") or {}
-    record = of_meter(meter, cores, _phases(metrics)) if meter else None
-    out = {**{k: bill[k] for k in ("stage", "title", "state", "begins", "usd", "enough")}, "record": record, "measured": bool(record and record["samples"])}
-    if not record or not record["seconds"]: return {**out, "seconds": 0.0, "bound": "", "share": None, "shares": {}, "advice": [], "joules": None, "how": "", "machine": "", "saves_usd": 0.0, "expected": None, "said": ""}
-    found, why = shares(record), bounds(record)
-    large = machine_like(record, prices)
-    usd, words = saving(record["seconds"], large, bill["enough"], prices)
-    used = energy(record)
-    return {**out, "seconds": record["seconds"], "bound": why[0] if why else "", "share": found[why[0]] if why else None, "shares": found, "advice": advice(record) + _waste(record, why, large, prices),
-            "joules": used["joules"], "how": used["how"], "machine": large, "saves_usd": usd, "saves": words, "expected": expected(before, size), "said": _training_estimate(metrics)}
-
-# %% ../nbs/54_cost.ipynb #9f48a9e1
+# %% ../nbs/54_cost.ipynb #a3b797aa
 def _waste(record: dict, why: list[str], large: str, prices: dict) -> list[str]:
     "What waiting costs while a machine is paid for."
     waits = {"loader": record.get("phases", {}).get("loader", {}).get("seconds"), "network": record.get("on_the_wire"), "disk": record.get("stalled_io")}
     idle = waits.get(why[0]) if why and large else None
     if not idle: return []
-    return [f"without this wait it takes {max(record['seconds'] - idle, 0):,.1f} s instead of {record['seconds']:,.1f} s, and {dollars(idle / 3600 * prices['sagemaker'][large]['usd_per_hour'])} less on {large}"]
+    usd = dollars(idle / 3600 * prices["sagemaker"][large]["usd_per_hour"])
+    return [f"without this wait it takes {max(record['seconds'] - idle, 0):,.1f} s instead of {record['seconds']:,.1f} s, and {usd} less on {large}"]
 
+# %% ../nbs/54_cost.ipynb #fe26c79e
+_NO_PROFILE = {"seconds": 0.0, "bound": "", "share": None, "shares": {}, "advice": [], "joules": None, "how": "", "machine": "", "saves_usd": 0.0, "saves": "", "expected": None, "said": ""}
+
+
+def _judged(record: dict, enough: str, prices: dict) -> dict:  # seconds, bound, share, shares, advice, joules, how, machine, saves_usd, saves
+    "What held a stage up, and what another machine would change."
+    found, why, large, used = shares(record), bounds(record), machine_like(record, prices), energy(record)
+    usd, words = saving(record["seconds"], large, enough, prices)
+    return {"seconds": record["seconds"], "bound": why[0] if why else "", "share": found[why[0]] if why else None, "shares": found, "advice": advice(record) + _waste(record, why, large, prices),
+            "joules": used["joules"], "how": used["how"], "machine": large, "saves_usd": usd, "saves": words}
+
+# %% ../nbs/54_cost.ipynb #af3bfbcb
+def profile_stage(
+    bill: dict,  # of the stage, from `cost_stage`
+    entry: dict,  # the stage in run.json
+    folder: Path,  # of the stage in its run
+    size: float | None, before: list,  # from `size_of` and `earlier`
+    prices: dict,  # from `load_prices`
+    cores: int | None = None,  # of the machine, where the meter does not say
+) -> dict:  # stage, state, seconds, begins, bound, share, shares, advice [sentences], joules, usd, machine, enough, saves_usd, saves, expected, said, record
+    "What held a stage up, in words, with its price."
+    meter, metrics = _meter(folder), entry.get("metrics") or {}
+    record = of_meter(meter, cores, _phases(metrics)) if meter else None
+    out = {**{k: bill[k] for k in ("stage", "title", "state", "begins", "usd", "enough")}, "record": record, "measured": bool(record and record["samples"])}
+    if not record or not record["seconds"]: return {**out, **_NO_PROFILE}
+    return {**out, **_judged(record, bill["enough"], prices), "expected": expected(before, size), "said": _training_estimate(metrics)}
+
+# %% ../nbs/54_cost.ipynb #36023a83
 def _unsampled(stages: list[dict]) -> list[str]:
     "What cannot be told of stages whose meters have no samples."
     old = [s["stage"] for s in stages if s["seconds"] and not s["measured"]]
@@ -648,7 +714,7 @@ def _twice(ran: list[dict]) -> float:
         until = max(until, end)
     return out
 
-# %% ../nbs/54_cost.ipynb #62b5884e
+# %% ../nbs/54_cost.ipynb #ca642fef
 def profile_run(
     run,  # folder of a run
     stage: str = "",  # only this one; empty: all
@@ -656,34 +722,43 @@ def profile_run(
 ) -> dict:  # stages (from `profile_stage`), seconds, usd, joules, kwh, how, machine, enough, saves_usd, saves, warnings
     "What held each stage of a run up, what it cost in money and energy, and what was to be expected."
     prices = prices if isinstance(prices, dict) else load_prices(prices or "")
-    run, record = Path(run), load_run(run)
-    found, places = cost(run, prices), {name: (folder, entry) for name, folder, entry in _records(run, record)}
-    if stage and stage not in places: raise SlmlError(f"the run has no stage '{stage}'", str(run), suggest(stage, places))
-    before, cores = earlier(run.parent, record.get("started") or "9"), (record.get("environment") or {}).get("cores")
-    profiled = [profile_stage(b, places[b["stage"]][1], places[b["stage"]][0], size_of(b["stage"], record), before.get(b["stage"], []), prices, cores) for b in found["stages"] if not stage or b["stage"] == stage]
+    run, record, found = Path(run), load_run(run), cost(run, prices)
+    if stage and stage not in (names := [s["stage"] for s in found["stages"]]): raise SlmlError(f"the run has no stage '{stage}'", str(run), suggest(stage, names))
+    profiled = _profiled(run, record, found["stages"], prices, stage)
     ran = [s for s in profiled if s["seconds"] and s["state"] != "reused"]
+    seconds, joules = found["seconds"] if not stage else sum(s["seconds"] for s in ran), sum(s["joules"] or 0 for s in ran) - _twice(ran)
     large = max((s["machine"] for s in ran if s["machine"]), key=lambda k: prices["sagemaker"][k]["usd_per_hour"], default="")
-    seconds = found["seconds"] if not stage else sum(s["seconds"] for s in ran)
     usd, words = saving(seconds, large, found["enough"], prices)
-    return {**{k: found[k] for k in ("project", "run", "state", "started", "prices")}, "stages": profiled, "seconds": seconds, "usd": sum(s["usd"] or 0 for s in ran), "joules": (total := sum(s["joules"] or 0 for s in ran) - _twice(ran)), "kwh": total / 3.6e6,
-            "how": " and ".join(sorted({s["how"] for s in ran if s["how"]})), "machine": large, "enough": found["enough"], "saves_usd": usd, "saves": words,
-            "warnings": found["warnings"] + _unsampled(profiled)}
+    return {**{k: found[k] for k in ("project", "run", "state", "started", "prices", "enough")}, "stages": profiled, "seconds": seconds, "usd": sum(s["usd"] or 0 for s in ran), "joules": joules, "kwh": joules / 3.6e6,
+            "how": " and ".join(sorted({s["how"] for s in ran if s["how"]})), "machine": large, "saves_usd": usd, "saves": words, "warnings": found["warnings"] + _unsampled(profiled)}
 
-# %% ../nbs/54_cost.ipynb #1904e023
+# %% ../nbs/54_cost.ipynb #bfdb7be8
+def _profiled(run: Path, record: dict, bills: list[dict], prices: dict, only: str) -> list[dict]:  # from `profile_stage`
+    "Every stage of a run, or one, beside what earlier runs said of it."
+    places = {name: (folder, entry) for name, folder, entry in _records(run, record)}
+    before, cores = earlier(run.parent, record.get("started") or "9", prices=prices), (record.get("environment") or {}).get("cores")
+    one = lambda b, folder, entry: profile_stage(b, entry, folder, size_of(b["stage"], record), before.get(b["stage"], []), prices, cores)
+    return [one(b, *places[b["stage"]]) for b in bills if only in ("", b["stage"])]
+
+# %% ../nbs/54_cost.ipynb #6491f68f
+def _off(s: dict) -> str:
+    "How far the estimate was off, as text."
+    e = s["expected"]
+    return f"{e['seconds']:.1f} ({s['seconds'] / e['seconds'] - 1:+.0%})" if e and e["seconds"] > 0 and s["seconds"] else ""
+
+
 def profile_rows(found: dict) -> list[dict]:  # from `profile_run`
     "A profile as a table."
-    def off(s):
-        "How far the estimate was off, as text."
-        e = s["expected"]
-        return f"{e['seconds']:.1f} ({s['seconds'] / e['seconds'] - 1:+.0%})" if e and e["seconds"] > 0 and s["seconds"] else ""
-    return [{"stage": s["stage"], "state": s["state"], "seconds": s["seconds"], "bound by": s["bound"] or "-", "share": f"{s['share']:.0%}" if s["share"] is not None else "", "cores busy": s["record"] and s["record"]["cpu"] / max(s["seconds"], 1e-9) if s["seconds"] else None,
-             "peak MB": s["record"]["peak_mb"] if s["record"] else None, "GPU busy": s["record"].get("gpu_busy") if s["record"] else None, "J": s["joules"], "USD": s["usd"], "estimated s": off(s)} for s in found["stages"]]
+    seen = lambda s, name: s["record"].get(name) if s["record"] else None
+    return [{"stage": s["stage"], "state": s["state"], "seconds": s["seconds"], "bound by": s["bound"] or "-", "share": f"{s['share']:.0%}" if s["share"] is not None else "",
+             "cores busy": s["record"]["cpu"] / max(s["seconds"], 1e-9) if s["record"] and s["seconds"] else None, "peak MB": seen(s, "peak_mb"), "GPU busy": seen(s, "gpu_busy"),
+             "J": s["joules"], "USD": s["usd"], "estimated s": _off(s)} for s in found["stages"]]
 
-
+# %% ../nbs/54_cost.ipynb #14df2ed8
 def longest(
     found: dict,  # from `profile_run`
     share: float = 0.9,  # of the stages' seconds
-    most: int = 4,
+    most: int = 4,  # stages at the most
 ) -> list[dict]:
     "The stages that took the time: so many that they explain this share of it."
     out, total = [], sum(s["seconds"] for s in found["stages"])
@@ -691,34 +766,41 @@ def longest(
         if s["seconds"] and sum(o["seconds"] for o in out) < share * total: out.append(s)
     return out
 
-# %% ../nbs/54_cost.ipynb #aa0ccc8b
+# %% ../nbs/54_cost.ipynb #517b57ff
+def _stage_sentences(s: dict, total: float, alone: bool) -> list[str]:
+    "What is said of one stage; of a saving of less than a cent only when nothing else is asked for."
+    said = s["advice"] or ["nothing in particular: a bit of everything"]
+    out = [f"{s['stage']}, {s['seconds']:,.1f} s, {s['seconds'] / total:.0%} of all stages: {said[0]}", *(f"  {more}" for more in said[1:])]
+    if s["said"]: out.append(f"  {s['said']}")
+    if s["saves"] and (s["saves_usd"] >= 0.01 or alone): out.append(f"  {s['saves']}")
+    return out
+
+
+def _foretold(ran: list[dict]) -> list[str]:
+    "What earlier runs had said, and what came."
+    if not (told := [s for s in ran if s["expected"]]): return ["No earlier run says how long it would take: the next one will be compared with this one."] if ran else []
+    seconds, joules, usd = (sum(s["expected"][k] for s in told) for k in ("seconds", "joules", "usd"))
+    took = sum(s["seconds"] for s in told)
+    off = f" ({took / seconds - 1:+.0%})" if seconds > 0 else ""
+    return [f"Before it began, earlier runs said {seconds:,.1f} s, {dollars(usd)} and {joules_text(joules)} for {len(told)} of {len(ran)} stages; they took {took:,.1f} s{off}."]
+
+# %% ../nbs/54_cost.ipynb #d7e2e60a
 def profile_sentences(found: dict) -> list[str]:  # from `profile_run`
     "The answers of a profile."
-    total, out = sum(s["seconds"] for s in found["stages"]) or 1.0, []
-    for s in longest(found):
-        said = s["advice"] or ["nothing in particular: a bit of everything"]
-        out += [f"{s['stage']}, {s['seconds']:,.1f} s, {s['seconds'] / total:.0%} of all stages: {said[0]}", *(f"  {more}" for more in said[1:])]
-        if s["said"]: out.append(f"  {s['said']}")
-        if s.get("saves") and (s["saves_usd"] >= 0.01 or len(found["stages"]) == 1): out.append(f"  {s['saves']}")
-    out.append("")
+    total, alone = sum(s["seconds"] for s in found["stages"]) or 1.0, len(found["stages"]) == 1
     ran = [s for s in found["stages"] if s["state"] != "reused" and s["seconds"]]
+    out = [*(line for s in longest(found) for line in _stage_sentences(s, total, alone)), ""]
     if ran: out.append(f"The whole: {found['seconds']:,.1f} s, {dollars(found['usd'])} by the second, {joules_text(found['joules'])} ({found['how']}).")
     else: out.append("Nothing ran: all of it was reused, and the figures are those of the runs that made it.")
-    if found["saves"] and len(found["stages"]) > 1: out.append(f"The machine: {found['saves']}.")
-    told = [s for s in ran if s["expected"]]
-    if told:
-        e, took = sum(s["expected"]["seconds"] for s in told), sum(s["seconds"] for s in told)
-        usd = sum(s["expected"]["usd"] for s in told)
-        out.append(f"Before it began, earlier runs said {e:,.1f} s, {dollars(usd)} and {joules_text(sum(s['expected']['joules'] for s in told))} for {len(told)} of {len(ran)} stages; they took {took:,.1f} s ({took / e - 1:+.0%}).")
-    elif ran: out.append("No earlier run says how long it would take: the next one will be compared with this one.")
-    return out + [f"Note: {w}" for w in found["warnings"]]
+    if found["saves"] and not alone: out.append(f"The machine: {found['saves']}.")
+    return out + _foretold(ran) + [f"Note: {w}" for w in found["warnings"]]
 
 
 def profile_text(found: dict) -> str:  # from `profile_run`
     "A profile for a terminal."
     return "\n".join([f"{found['project']}/{found['run']}, {found['state']}", "", *table_text(profile_rows(found)), "", *profile_sentences(found)])
 
-# %% ../nbs/54_cost.ipynb #b84215b2
+# %% ../nbs/54_cost.ipynb #11d5d8da
 def profile_picture(
     found: dict,  # from `profile_run`
     path=None,  # .svg or .png
@@ -726,37 +808,42 @@ def profile_picture(
     "The run over time, as a file."
     shown = [s for s in found["stages"] if s["state"] != "reused" and s["measured"] and s["begins"] is not None]
     if not shown: return None
+    if (kind := Path(path or "").suffix) not in (".svg", ".png"): raise SlmlError(f"a picture is not drawn as '{kind}'", str(path), "FILE.svg or FILE.png")
     first = min(s["begins"] for s in shown)
     fig = draw_profile([{**s, "begins": s["begins"] - first} for s in shown], f"{found['project']}: what held it up")
-    fig.savefig(path, metadata={"Date": None, "Creator": None} if str(path).endswith(".svg") else None, dpi=None if str(path).endswith(".svg") else 130)
+    fig.savefig(path, **({"metadata": {"Date": None, "Creator": None}} if kind == ".svg" else {"dpi": 130}))  # an SVG without a date is the same every time
     return Path(path)
 
-
+# %% ../nbs/54_cost.ipynb #a4c62bdf
 def forget_samples(found: dict) -> dict:  # from `profile_run`
     "A profile without its samples, as data for others."
     slim = lambda r: r and {k: v for k, v in r.items() if k != "samples"}
     return {**found, "stages": [{**s, "record": slim(s["record"])} for s in found["stages"]]}
 
-# %% ../nbs/54_cost.ipynb #7a5869da
+# %% ../nbs/54_cost.ipynb #b885cfee
+def _sizes(before: dict[str, list], rows: float) -> dict[str, float | None]:
+    "The size of each stage's last run, stretched to the rows that are asked for: its epochs stay."
+    last = {n: h[0][0] for n, h in before.items()}
+    if not rows: return last
+    base = last.get("ingest") or max((s for s in last.values() if s), default=None)
+    return {n: rows * (s / base if s and base else 1) for n, s in last.items()}
+
+# %% ../nbs/54_cost.ipynb #ce475871
 def forecast(
     project: Path,  # folder of a project's runs
     rows: float = 0,  # rows of the next run; 0: as many as the last one
 ) -> dict:  # project, stages [stage, size, and seconds, joules, usd, runs; None where nobody knows], seconds, joules, usd, unknown [stages]
     "What the next run will take, by those before it; the stages one after the other."
     project = Path(project)
+    if not 0 <= rows < math.inf: raise SlmlError(f"{rows:g} rows", "forecast", "give a number of rows, or 0 for as many as the last time")
     before = earlier(project) if project.is_dir() else {}
     if not before: raise SlmlError(f"no run of '{project.name}' has been made yet", str(project.name), "run it once on few rows: slml run")
-    last = max((h[0][0] for h in before.values() if h[0][0]), default=None)
-    def size(history):
-        "The size of the last run, stretched to the rows that are asked for."
-        epochs = history[0][0] / base if history[0][0] and base else 1
-        return rows * epochs if rows else history[0][0]
-    base = min((h[0][0] for n, h in before.items() if n == "ingest" and h[0][0]), default=last)
-    stages = [{"stage": n, "size": (s := size(h)), **(expected(h, s) or {"seconds": None, "joules": None, "usd": None, "runs": len(h)})} for n, h in before.items()]
-    total = {k: sum(s[k] or 0 for s in stages) for k in ("seconds", "joules", "usd")}
+    sizes, nobody = _sizes(before, rows), {"seconds": None, "joules": None, "usd": None}
+    stages = [{"stage": n, "size": sizes[n], **(expected(h, sizes[n]) or {**nobody, "runs": len(h)})} for n, h in before.items()]
+    total = {k: sum(s[k] or 0 for s in stages) for k in nobody}
     return {"project": project.name, "stages": stages, **total, "unknown": [s["stage"] for s in stages if s["seconds"] is None]}
 
-
+# %% ../nbs/54_cost.ipynb #d4aa5ce6
 def forecast_text(found: dict) -> str:  # from `forecast`
     "A forecast for a terminal."
     rows = [{"stage": s["stage"], "rows × epochs": s["size"], "seconds": s["seconds"], "J": s["joules"], "USD": s["usd"], "runs": s["runs"]} for s in found["stages"]]
@@ -765,20 +852,22 @@ def forecast_text(found: dict) -> str:  # from `forecast`
     if found["unknown"]: out.append(f"Not in it, since earlier runs were all of another size: {', '.join(found['unknown'])}.")
     return "\n".join(out)
 
-# %% ../nbs/54_cost.ipynb #7902026a
+# %% ../nbs/54_cost.ipynb #6d2edd6a
 GROUPS = ("project", "who", "stage", "month")
+
+
+def _part(stages: list[dict]) -> dict:
+    "What some stages of a run add to a line."
+    return {"runs": 1, "stages": sum(s["seconds"] > 0 for s in stages), "seconds": sum(s["seconds"] for s in stages),
+            "usd": sum(s["usd"] or 0 for s in stages), "always_on_usd": sum(s["always_on_usd"] or 0 for s in stages),
+            "saved_usd": sum(s["saved_usd"] for s in stages), "not_counted": sum(s["usd"] is None for s in stages)}
 
 
 def _lines(run, prices: dict, by: str) -> list[tuple[str, dict]]:
     "(group, what to add to it) of one run."
     found = cost(run, prices)
-    def line(stages, group):
-        "One group's part of this run."
-        return group, {"runs": 1, "stages": sum(s["seconds"] > 0 for s in stages), "seconds": sum(s["seconds"] for s in stages),
-                       "usd": sum(s["usd"] or 0 for s in stages), "always_on_usd": sum(s["always_on_usd"] or 0 for s in stages),
-                       "saved_usd": sum(s["saved_usd"] for s in stages), "not_counted": sum(s["usd"] is None for s in stages)}
-    if by == "stage": return [line([s], re.sub(r"-[0-9a-f]{8,64}$", "", s["stage"])) for s in found["stages"]]
-    return [line(found["stages"], (found["started"] or "")[:7] if by == "month" else found[by] or "")]
+    if by == "stage": return [(re.sub(r"-[0-9a-f]{8,64}$", "", s["stage"]), _part([s])) for s in found["stages"]]
+    return [((found["started"] or "")[:7] if by == "month" else found[by] or "", _part(found["stages"]))]
 
 # %% ../nbs/54_cost.ipynb #2fd8dca6
 def bill(
@@ -809,7 +898,7 @@ def bill_text(
     names = {"usd": "USD", "always_on_usd": "USD always on", "saved_usd": "saved USD", "not_counted": "not counted"}
     return "\n".join(table_text([{names.get(k, k): v for k, v in r.items()} for r in [*rows, *([total] if total and len(rows) > 1 else [])]]))
 
-# %% ../nbs/54_cost.ipynb #c148f02a
+# %% ../nbs/54_cost.ipynb #190c44ef
 LOOKUPS = {  # (section, figure): (service, attributes to filter by, usage type behind the prefix of the region, scale)
     ("lambda", "usd_per_gb_second_x86"): ("AWSLambda", {"group": "AWS-Lambda-Duration"}, r"Lambda-GB-Second", 1),
     ("lambda", "usd_per_gb_second_arm"): ("AWSLambda", {"group": "AWS-Lambda-Duration-ARM"}, r"Lambda-GB-Second-ARM", 1),
@@ -820,14 +909,14 @@ LOOKUPS = {  # (section, figure): (service, attributes to filter by, usage type 
     ("athena", "usd_per_tb"): ("AmazonAthena", {}, r"DataScannedInTB", 1)}
 LINUX = {"operatingSystem": "Linux", "tenancy": "Shared", "preInstalledSw": "NA", "capacitystatus": "Used"}
 
-
+# %% ../nbs/54_cost.ipynb #23c6bce2
 def _asked(prices: dict) -> list[tuple]:
     "(path in the list, service, filters, usage type, scale) of everything in a price list that AWS can be asked for."
     ask = [(path, *what) for path, what in LOOKUPS.items()]
     ask += [(("sagemaker", k, "usd_per_hour"), "AmazonSageMaker", {"instanceName": k}, rf"(Train|Processing|Notebk):{re.escape(k)}", 1) for k in prices["sagemaker"] if k != "source"]
     return ask + [(("ec2", k, "usd_per_hour"), "AmazonEC2", {"instanceType": k, **LINUX}, rf"BoxUsage:{re.escape(k)}", 1) for k in prices["ec2"] if k != "source"]
 
-
+# %% ../nbs/54_cost.ipynb #ab3fb1b5
 def price_of(
     product: dict,  # one of the products that GetProducts returns, parsed
 ) -> float | None:  # US dollars a unit, the first step that is not free; None when it has no price on demand
@@ -836,7 +925,7 @@ def price_of(
              for term in product.get("terms", {}).get("OnDemand", {}).values() for d in term.get("priceDimensions", {}).values()]
     return min((s for s in steps if s[1] > 0), default=(0, None))[1]
 
-
+# %% ../nbs/54_cost.ipynb #12903855
 def _look_up(client, service: str, filters: dict, usage: str, region: str) -> float | None:
     "The price of the one product that fits; of several kinds of a job, in the order in which `usage` names them."
     where = [{"Type": "TERM_MATCH", "Field": k, "Value": v} for k, v in {"regionCode": region, **filters}.items()]
@@ -848,14 +937,19 @@ def _look_up(client, service: str, filters: dict, usage: str, region: str) -> fl
             if kind and (usd := price_of(product)) is not None: hits.append((usage.find(kind[1]) if kind.groups() else 0, usd))
     return min(hits)[1] if hits else None
 
-# %% ../nbs/54_cost.ipynb #366645f1
+# %% ../nbs/54_cost.ipynb #80d66ed8
+_NOT_TEXT = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")  # what YAML takes for something else
+
+
 def _scalar(value) -> str:
+    "A value as one would write it by hand: no exponents, quotes only where they are needed."
     if isinstance(value, float): return f"{value:.12f}".rstrip("0") + ("0" if value == int(value) else "")
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and not re.fullmatch(r"[a-z]+[a-z0-9-]*", value) else str(value)
+    plain = isinstance(value, str) and re.fullmatch(r"[a-z]+[a-z0-9-]*", value) and value not in _NOT_TEXT
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and not plain else str(value)
 
-
+# %% ../nbs/54_cost.ipynb #36383f7a
 def prices_text(
-    prices: dict,
+    prices: dict,  # from `load_prices`
 ) -> str:  # YAML
     "A price list as a file."
     out = ["# What computing costs, in US dollars, on demand and without the free tier. `slml cost` counts with it; `slml cost --refresh` asks AWS.",
@@ -866,7 +960,7 @@ def prices_text(
         else: out += ["", f"{name}:"] + [f"  {k}: " + ("{" + ", ".join(f"{n}: {_scalar(x)}" for n, x in v.items()) + "}" if isinstance(v, dict) else _scalar(v)) for k, v in value.items()]
     return "\n".join(out) + "\n"
 
-# %% ../nbs/54_cost.ipynb #e86f246f
+# %% ../nbs/54_cost.ipynb #82269c19
 def _pricing_client():
     "A client of the Price List API, when there are credentials."
     import boto3
@@ -875,7 +969,7 @@ def _pricing_client():
                         "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (permission pricing:GetProducts); the list in use stays as it is")
     return boto3.client("pricing", region_name="us-east-1")
 
-
+# %% ../nbs/54_cost.ipynb #b90e569d
 def _put(prices: dict, now: dict, today: dt.date) -> dict:
     "Set the prices that AWS named, and the day at each; what changed comes back."
     changed = {}
@@ -885,17 +979,10 @@ def _put(prices: dict, now: dict, today: dt.date) -> dict:
         entry |= {rest[-1]: usd, "checked": today}
     return changed
 
-# %% ../nbs/54_cost.ipynb #8a4b9a7e
-def refresh_prices(
-    path="",  # the list to write; empty: params/prices.yaml of the project
-    region: str = "",  # of the prices; empty: as in the list
-    client=None,  # of boto3's "pricing"; None: one with the credentials of the environment
-) -> dict:  # file, changed {figure: (before, now)}, same (how many), missing [figures that AWS did not name: they keep their price and their date]
-    "Ask AWS for every price in the list and write it anew, with today's date."
+# %% ../nbs/54_cost.ipynb #aff9790b
+def _ask_all(prices: dict, region: str, client) -> tuple[dict, list[str]]:  # {path in the list: US dollars}, and what has no price
+    "Ask AWS for every price in the list."
     import botocore.exceptions
-    target = Path(path or project_root() / "params" / "prices.yaml")
-    prices = {k: v for k, v in load_prices(target if target.is_file() else "").items() if k != "file"}
-    client, region, today = client or _pricing_client(), region or prices["region"], dt.datetime.now(dt.timezone.utc).date()
     now, missing = {}, []
     for where, service, filters, usage, scale in _asked(prices):
         try: usd = _look_up(client, service, filters, usage, region)
@@ -903,10 +990,27 @@ def refresh_prices(
             raise SlmlError(f"AWS did not answer ({e})", "AWS Price List", "check the network and the permission pricing:GetProducts; the list in use stays as it is") from None
         if usd is None: missing.append(".".join(where))
         else: now[where] = round(usd * scale, 12)
-    if region != prices["region"] and missing:
-        some = ", ".join(missing[:5]) + ", …" * (len(missing) > 5)
-        raise SlmlError(f"AWS names no price in {region} for {some}", str(target), "take them out of the list, or keep its region: one list, one region")
+    return now, missing
+
+
+def _check_answer(now: dict, missing: list[str], region: str, moved: bool, target: Path):
+    "Nothing at all, or half a list in a new region, is no answer."
+    some = ", ".join(missing[:5]) + ", …" * (len(missing) > 5)
+    if moved and missing: raise SlmlError(f"AWS names no price in {region} for {some}", str(target), "take them out of the list, or keep its region: one list, one region")
     if not now: raise SlmlError(f"AWS named no price in {region}", "AWS Price List", "check the name of the region")
+
+# %% ../nbs/54_cost.ipynb #edabd9f9
+def refresh_prices(
+    path="",  # the list to write; empty: params/prices.yaml of the project
+    region: str = "",  # of the prices; empty: as in the list
+    client=None,  # of boto3's "pricing"; None: one with the credentials of the environment
+) -> dict:  # file, changed {figure: (before, now)}, same (how many), missing [figures that AWS did not name: they keep their price and their date]
+    "Ask AWS for every price in the list and write it anew, with today's date."
+    target = Path(path or project_root() / "params" / "prices.yaml")
+    prices = {k: v for k, v in load_prices(target if target.is_file() else "").items() if k != "file"}
+    client, region, today = client or _pricing_client(), region or prices["region"], dt.datetime.now(dt.timezone.utc).date()
+    now, missing = _ask_all(prices, region, client)
+    _check_answer(now, missing, region, region != prices["region"], target)
     changed = _put(prices, now, today)
     prices |= {"date": today, "region": region, "source": f"AWS Price List API (get_products), {region}"}
     atomic_write(target, prices_text(prices))

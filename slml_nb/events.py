@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['UNFINISHED', 'LIMIT_BYTES', 'NAMES', 'FIELDS', 'SHORT', 'TABLES', 'LINES', 'ENDS', 'EVENTS_APP', 'EVENTS_WHY',
-           'EVENTS_USD', 'Ledger', 'Hold', 'begin', 'happened', 'again', 'counts', 'once', 'sweep', 'Watcher', 'step',
-           'result', 'watch', 'predict_action', 'command_action', 'run_action', 'Records', 'predict_records', 'Cron',
-           'between', 'next_after', 'Schedule', 's3_objects', 'TableLedger', 'TableHold', 'table_begin', 'kind_of',
-           'unread', 'asked_in', 'predict_lines', 'Answerer', 'events_handler', 'events_template', 'observe_events',
-           'events_files', 'deploy_events', 'events_plan', 'watching', 'look_once', 'told_text']
+           'EVENTS_USD', 'Ledger', 'alive', 'close', 'Hold', 'begin', 'happened', 'again', 'counts', 'once', 'sweep',
+           'Watcher', 'step', 'result', 'watch', 'predict_action', 'command_action', 'run_action', 'Records',
+           'predict_records', 'Cron', 'between', 'next_after', 'Schedule', 's3_objects', 'TableLedger', 'TableHold',
+           'table_begin', 'kind_of', 'unread', 'asked_in', 'predict_lines', 'Answerer', 'events_handler',
+           'events_template', 'observe_events', 'events_files', 'deploy_events', 'events_plan', 'watching', 'look_once',
+           'told_text']
 
 # %% ../nbs/48_events.ipynb #02df690d
 import contextlib, datetime as dt, json, os, re, shutil, subprocess, sys, tempfile, threading, time, uuid
@@ -21,7 +22,7 @@ from .online import SqliteEvents
 _TABLE = """create table if not exists happened (key text primary key, what text, state text, by text, tries integer, at real, note text) without rowid;
 create index if not exists happened_state on happened (state)"""
 
-# %% ../nbs/48_events.ipynb #0216175f
+# %% ../nbs/48_events.ipynb #2be5c2f7
 class Ledger(SqliteEvents):
     "Which events were handled, in a SQLite file that many processes share."
 
@@ -38,22 +39,26 @@ class Ledger(SqliteEvents):
             hidden.rename(self.locks / self.me)  # from now on others look at it, and it is locked already
         for other in self.locks.glob("[!.]*"): self.alive(other.name)
 
-    def alive(self, who: str) -> bool:
-        "Does the process (or a child that it started) live?"
-        import fcntl
-        try: fd = os.open(self.locks / who, os.O_RDWR)
-        except FileNotFoundError: return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (self.locks / who).unlink(missing_ok=True)
-            return False
-        except BlockingIOError: return True
-        finally: os.close(fd)
+# %% ../nbs/48_events.ipynb #a8028977
+def alive(self: Ledger, who: str) -> bool:
+    "Does the process (or a child that it started) live?"
+    import fcntl
+    try: fd = os.open(self.locks / who, os.O_RDWR)
+    except FileNotFoundError: return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (self.locks / who).unlink(missing_ok=True)
+        return False
+    except BlockingIOError: return True
+    finally: os.close(fd)
 
-    def close(self):
-        "What is not done is free for others."
-        (self.locks / self.me).unlink(missing_ok=True)
-        os.close(self.lock)
+
+def close(self: Ledger):
+    "What is not done is free for others."
+    (self.locks / self.me).unlink(missing_ok=True)
+    os.close(self.lock)
+
+Ledger.alive, Ledger.close = alive, close
 
 # %% ../nbs/48_events.ipynb #f53ac8ce
 class Hold:
@@ -191,7 +196,17 @@ class Watcher:
         self.ledger, self.suffix, self._seen = ledger or Ledger(self.out / "events.db"), getattr(action, "suffix", ".out"), {}
         sweep(self.ledger, self.out)
 
-# %% ../nbs/48_events.ipynb #6c1bfb16
+# %% ../nbs/48_events.ipynb #f1b2c06c
+def _rests(self: Watcher, path: Path, name: str, now: float, seen: dict) -> tuple | None:  # when it was changed, name, key; None: not yet
+    "Has a file stopped changing?"
+    s = path.stat()
+    stat, before = (s.st_size, s.st_mtime_ns, s.st_ino), self._seen.get(name)
+    seen[name] = since = before if before and before[0] == stat else [stat, now, ""]
+    if not s.st_size or now - since[1] < self.settle_s: return None
+    since[2] = since[2] or f"{name}@{sha256_file(path)}"
+    return s.st_mtime_ns, name, since[2]
+
+# %% ../nbs/48_events.ipynb #76dd42a8
 def _settled(self: Watcher, now: float) -> tuple[list, int]:
     "Files that have stopped changing, the oldest first, with their keys; how many have not, or cannot be read."
     ready, seen, waiting = [], {}, 0
@@ -200,13 +215,8 @@ def _settled(self: Watcher, now: float) -> tuple[list, int]:
         if any(p.startswith(".") for p in name.split("/")) or name.endswith(UNFINISHED): continue
         try:
             if not path.is_file(): continue
-            s = path.stat()
-            stat = s.st_size, s.st_mtime_ns, s.st_ino
-            before = self._seen.get(name)
-            seen[name] = since = before if before and before[0] == stat else [stat, now, ""]
-            if not s.st_size or now - since[1] < self.settle_s: waiting += 1; continue
-            since[2] = since[2] or f"{name}@{sha256_file(path)}"
-            ready.append((s.st_mtime_ns, name, since[2]))
+            if found := self._rests(path, name, now, seen): ready.append(found)
+            else: waiting += 1
         except OSError: waiting += 1  # gone again, or not to be read: the others go on
     self._seen = seen
     return sorted(ready), waiting
@@ -223,12 +233,12 @@ def step(self: Watcher, now: float | None = None) -> dict:  # {done, held, faile
         told[once(self.ledger, key, self.result(key), lambda _, beside: self.action(path, beside), {"file": name}, still, **self.patience)] += 1
     return told
 
-# %% ../nbs/48_events.ipynb #0b9e86bc
+# %% ../nbs/48_events.ipynb #6c631112
 def result(self: Watcher, key: str) -> Path:
     "Where the result of an event is: NAME.twelve letters of its key.SUFFIX."
     return self.out / f"{Path(key.rpartition('@')[0]).stem}.{sha256_text(key)[:12]}{self.suffix}"
 
-
+# %% ../nbs/48_events.ipynb #657e81d8
 def watch(
     self,  # Watcher, Records or Schedule
     every_s: float = 1.0,
@@ -243,7 +253,7 @@ def watch(
         if on_step: on_step(told)
         stop.wait(every_s)
 
-Watcher._settled, Watcher.step, Watcher.result, Watcher.watch = _settled, step, result, watch
+Watcher._rests, Watcher._settled, Watcher.step, Watcher.result, Watcher.watch = _rests, _settled, step, result, watch
 
 # %% ../nbs/48_events.ipynb #deee8942
 def predict_action(
@@ -282,7 +292,10 @@ def run_action(params, ledger: Ledger, *more: str):
     "`slml run PARAMS`, with more arguments if you like."
     return command_action([sys.executable, "-c", "import sys; from slml_nb.cli import main; sys.exit(main())", "run", str(params), *more, "--json"], ledger)
 
-# %% ../nbs/48_events.ipynb #6cf1dbe9
+# %% ../nbs/48_events.ipynb #1ac8317c
+LIMIT_BYTES = 32_000_000  # of a batch, about
+
+
 class Records:
     "Handles what is added to a file of JSON lines."
 
@@ -299,24 +312,23 @@ class Records:
         self.ledger, self.suffix, self._start = ledger or Ledger(self.out / "events.db"), getattr(action, "suffix", ".jsonl"), 0
         sweep(self.ledger, self.out)
 
-    def _begin(self) -> tuple[int, dict | None]:
-        "Where the next batch begins, and what is known of it."
-        while (known := self.ledger.happened(f"{self.path.name}@{self._start}")) and known["state"] == "done": self._start = known["what"]["end"]
-        return self._start, known
+# %% ../nbs/48_events.ipynb #d2470e32
+def _begin(self: Records) -> tuple[int, dict | None]:
+    "Where the next batch begins, and what is known of it."
+    while (known := self.ledger.happened(f"{self.path.name}@{self._start}")) and known["state"] == "done": self._start = known["what"]["end"]
+    return self._start, known
 
-    def _end(self, start: int) -> int:
-        "Where a batch that begins there ends: behind its last whole line."
-        size = self.path.stat().st_size
-        if size < start: raise SlmlError(f"the file has {size:,} bytes, and {start:,} were read", str(self.path), "a file of records only grows: use a new name")
-        with open(self.path, "rb") as f:
-            f.seek(start)
-            whole = [len(line) for line in f.readlines(LIMIT_BYTES) if line.endswith(b"\n")]
-        return start + sum(whole[:self.most])
 
-# %% ../nbs/48_events.ipynb #8296e474
-LIMIT_BYTES = 32_000_000  # of a batch, about
+def _end(self: Records, start: int) -> int:
+    "Where a batch that begins there ends: behind its last whole line."
+    size = self.path.stat().st_size
+    if size < start: raise SlmlError(f"the file has {size:,} bytes, and {start:,} were read", str(self.path), "a file of records only grows: use a new name")
+    with open(self.path, "rb") as f:
+        f.seek(start)
+        whole = [len(line) for line in f.readlines(LIMIT_BYTES) if line.endswith(b"\n")]
+    return start + sum(whole[:self.most])
 
-# %% ../nbs/48_events.ipynb #b7916472
+# %% ../nbs/48_events.ipynb #2b9338c1
 def _next(self: Records) -> dict:  # {done, held, failed, superseded}: batches; records
     "Handle what was added."
     told, (start, known) = dict.fromkeys(("done", "held", "failed", "superseded", "records"), 0), self._begin()
@@ -326,9 +338,16 @@ def _next(self: Records) -> dict:  # {done, held, failed, superseded}: batches; 
     out, key = self.out / f"{self.path.stem}.{start:012d}{self.suffix}", f"{self.path.name}@{start}"
     ended = once(self.ledger, key, out, self._work, {"start": start, "end": end}, **self.patience)
     if ended == "done": told["records"] = self.ledger.happened(key)["note"].get("records", 0)
-    return {**told, ended: 1}
+    return {**told, ended: 1, **self._stuck(key)}
 
-# %% ../nbs/48_events.ipynb #c4913b39
+# %% ../nbs/48_events.ipynb #34727068
+def _stuck(self: Records, key: str) -> dict:  # {problem}, or nothing
+    "Was this batch given up? Then nothing behind it is handled."
+    known = self.ledger.happened(key)
+    if known["state"] != "failed" or known["tries"] < self.patience.get("tries", 5): return {}
+    return {"problem": f"{key} was given up after {known['tries']} tries ({known['note']}), and what comes behind it waits: mend it, then slml watch … --again '{key}'"}
+
+# %% ../nbs/48_events.ipynb #744fef5d
 def _work(self: Records, what, beside) -> dict:
     "The action on the records of a batch, as it was when somebody first began it."
     with open(self.path, "rb") as f:
@@ -336,10 +355,10 @@ def _work(self: Records, what, beside) -> dict:
         lines, records, bad = [x for x in f.read(what["end"] - what["start"]).split(b"\n") if x.strip()], [], 0
     for line in lines:
         try: records.append(json.loads(line))
-        except ValueError: bad += 1
+        except (ValueError, RecursionError): bad += 1
     return {"records": len(records), "unreadable": bad, **(self.action(records, beside) or {})}
 
-# %% ../nbs/48_events.ipynb #1292583b
+# %% ../nbs/48_events.ipynb #7349bcc0
 def predict_records(package):
     "An action for `Records`: an answer for each, in their order."
     from slml_nb.package import answer_all, load_package
@@ -352,14 +371,14 @@ def predict_records(package):
     act.suffix = ".jsonl"
     return act
 
-Records.step, Records._work, Records.watch = _next, _work, watch
+Records._begin, Records._end, Records._stuck, Records.step, Records._work, Records.watch = _begin, _end, _stuck, _next, _work, watch
 
-# %% ../nbs/48_events.ipynb #cbc60054
+# %% ../nbs/48_events.ipynb #1147b9e2
 NAMES = {"month": "jan feb mar apr may jun jul aug sep oct nov dec".split(), "weekday": "sun mon tue wed thu fri sat".split()}
 FIELDS = {"minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "weekday": (0, 7)}
 SHORT = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0", "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *"}
 
-
+# %% ../nbs/48_events.ipynb #504d356b
 def _field(text: str, name: str) -> set[int]:
     "The numbers of a field."
     low, high = FIELDS[name]
@@ -374,7 +393,7 @@ def _field(text: str, name: str) -> set[int]:
         out |= set(range(a, b + 1, int(m[4] or 1)))
     return {v % 7 for v in out} if name == "weekday" else out
 
-# %% ../nbs/48_events.ipynb #7428e439
+# %% ../nbs/48_events.ipynb #62642ecc
 class Cron:
     "A timetable of five fields in a time zone."
 
@@ -391,24 +410,28 @@ class Cron:
 
     def __repr__(self): return f"Cron({self.text!r}, {self.zone})"
 
-    def _day(self, day: dt.date) -> bool:
-        "Is it a day of the timetable?"
-        if day.month not in self.sets["month"]: return False
-        by_number, by_name = day.day in self.sets["day"], (day.weekday() + 1) % 7 in self.sets["weekday"]
-        return by_number or by_name if self.either else by_number and by_name
+# %% ../nbs/48_events.ipynb #cda5f5cf
+def _day(self: Cron, day: dt.date) -> bool:
+    "Is it a day of the timetable?"
+    if day.month not in self.sets["month"]: return False
+    by_number, by_name = day.day in self.sets["day"], (day.weekday() + 1) % 7 in self.sets["weekday"]
+    return by_number or by_name if self.either else by_number and by_name
 
-    def _moments(self, day: dt.date) -> set:
-        "The moments of a day, in UTC."
-        if not self._day(day): return set()
-        utc, out = dt.timezone.utc, set()
-        for hour in self.sets["hour"]:
-            for minute in self.sets["minute"]:
-                for fold in (0, 1) if self.every_hour else (0,):
-                    local = dt.datetime(day.year, day.month, day.day, hour, minute, tzinfo=self.zone, fold=fold)
-                    moment = local.astimezone(utc)
-                    there = moment.astimezone(self.zone).replace(tzinfo=None) == local.replace(tzinfo=None)
-                    if there or not self.every_hour: out.add(moment)
-        return out
+# %% ../nbs/48_events.ipynb #00a0ba21
+def _moments(self: Cron, day: dt.date) -> set:
+    "The moments of a day, in UTC."
+    if not self._day(day): return set()
+    utc, out = dt.timezone.utc, set()
+    for hour in self.sets["hour"]:
+        for minute in self.sets["minute"]:
+            for fold in (0, 1) if self.every_hour else (0,):
+                local = dt.datetime(day.year, day.month, day.day, hour, minute, tzinfo=self.zone, fold=fold)
+                moment = local.astimezone(utc)
+                there = moment.astimezone(self.zone).replace(tzinfo=None) == local.replace(tzinfo=None)
+                if there or not self.every_hour: out.add(moment)
+    return out
+
+Cron._day, Cron._moments = _day, _moments
 
 # %% ../nbs/48_events.ipynb #f3a4a5a0
 def between(
@@ -435,7 +458,7 @@ def next_after(self: Cron, after: dt.datetime) -> dt.datetime:
 
 Cron.between, Cron.next_after = between, next_after
 
-# %% ../nbs/48_events.ipynb #61827085
+# %% ../nbs/48_events.ipynb #48cfaf1e
 class Schedule:
     "Does something at the moments of a timetable."
 
@@ -455,37 +478,57 @@ class Schedule:
         self.ledger, self.suffix = ledger or Ledger(self.out / "events.db"), getattr(action, "suffix", ".out")
         sweep(self.ledger, self.out)
 
-    def _since(self, now) -> dt.datetime:
-        "Up to when all is settled; the first who looks begins."
-        with self.ledger.errors():
-            self.ledger.db.execute("insert or ignore into facts values (?, ?)", [f"schedule {self.name}", now.isoformat()])
-            return dt.datetime.fromisoformat(self.ledger.db.execute("select value from facts where name = ?", [f"schedule {self.name}"]).fetchone()[0])
+# %% ../nbs/48_events.ipynb #3735ea8c
+def _since(self: Schedule, now) -> dt.datetime:
+    "Up to when all is settled; the first who looks begins."
+    with self.ledger.errors():
+        self.ledger.db.execute("insert or ignore into facts values (?, ?)", [f"schedule {self.name}", now.isoformat()])
+        return dt.datetime.fromisoformat(self.ledger.db.execute("select value from facts where name = ?", [f"schedule {self.name}"]).fetchone()[0])
 
-    def _settle(self, until):
-        "Never back: all before is settled."
-        with self.ledger.errors(): self.ledger.db.execute("update facts set value = max(value, ?) where name = ?", [until.isoformat(), f"schedule {self.name}"])
 
-# %% ../nbs/48_events.ipynb #3d32c302
+def _settle(self: Schedule, until):
+    "Never back: all before is settled."
+    with self.ledger.errors(): self.ledger.db.execute("update facts set value = max(value, ?) where name = ?", [until.isoformat(), f"schedule {self.name}"])
+
+# %% ../nbs/48_events.ipynb #b5affc38
+def _late(self: Schedule, due: list, now) -> list:
+    "Of the moments that are due, those that are left out."
+    if self.missed == "skip": return [m for m in due if (now - m).total_seconds() > self.grace_s]
+    return due[:-1] if self.missed == "latest" else []
+
+
+def _leave_out(self: Schedule, late: list) -> tuple[set, int]:  # moments that are not in the ledger; how many were left out now
+    "Note what is left out."
+    uncounted = set(late[:-1000])
+    left_out = len(uncounted)
+    for m in (m for m in late[-1000:] if not self.ledger.happened(self.key(m))):
+        if hold := self.ledger.begin(self.key(m)): left_out += hold.done("missed, left out")
+    return uncounted, left_out
+
+# %% ../nbs/48_events.ipynb #76c719cf
+def _moment_key(self: Schedule, m: dt.datetime) -> str: return f"{self.name}@{m:%Y-%m-%dT%H:%MZ}"
+
+
+def _do(self: Schedule, m: dt.datetime) -> str:  # as `once`
+    "The action at one moment."
+    out = self.out / f"{self.name}.{m:%Y%m%dT%H%MZ}{self.suffix}"
+    return once(self.ledger, self.key(m), out, lambda what, beside: self.action(what["at"], beside), {"at": f"{m:%Y-%m-%dT%H:%MZ}"}, **self.patience)
+
+# %% ../nbs/48_events.ipynb #727392bc
 def _fire(self: Schedule, now: dt.datetime | None = None) -> dict:  # {done, held, failed, superseded, left_out}
     "Do what is due."
     now = (now or dt.datetime.now(dt.timezone.utc)).astimezone(dt.timezone.utc)
-    told, due = dict.fromkeys(("done", "held", "failed", "superseded", "left_out"), 0), list(self.cron.between(self._since(now), now))
-    key = lambda m: f"{self.name}@{m:%Y-%m-%dT%H:%MZ}"
-    late = [m for m in due if (now - m).total_seconds() > self.grace_s] if self.missed == "skip" else due[:-1] if self.missed == "latest" else []
-    uncounted = set(late[:-1000])  # a timetable of every minute and a year away: these are no rows of the ledger
-    told["left_out"] = len(uncounted)
-    for m in (m for m in late[-1000:] if not self.ledger.happened(key(m))):
-        if hold := self.ledger.begin(key(m)): told["left_out"] += hold.done("missed, left out")
-    open_ = []
+    told, due, open_ = dict.fromkeys(("done", "held", "failed", "superseded", "left_out"), 0), list(self.cron.between(self._since(now), now)), []
+    uncounted, told["left_out"] = self._leave_out(self._late(due, now))
     for m in (m for m in due if m not in uncounted):
-        if (known := self.ledger.happened(key(m))) and known["state"] == "done": continue
-        out = self.out / f"{self.name}.{m:%Y%m%dT%H%MZ}{self.suffix}"
-        told[ended := once(self.ledger, key(m), out, lambda what, beside: self.action(what["at"], beside), {"at": f"{m:%Y-%m-%dT%H:%MZ}"}, **self.patience)] += 1
-        known = self.ledger.happened(key(m))
+        if (known := self.ledger.happened(self.key(m))) and known["state"] == "done": continue
+        told[ended := self._do(m)] += 1
+        known = self.ledger.happened(self.key(m))
         if ended != "done" and known["state"] != "done" and known["tries"] < self.patience.get("tries", 5): open_.append(m)
     if due: self._settle(min(open_) - dt.timedelta(minutes=1) if open_ else due[-1])
     return told
 
+Schedule._since, Schedule._settle, Schedule._late, Schedule._leave_out, Schedule.key, Schedule._do = _since, _settle, _late, _leave_out, _moment_key, _do
 Schedule.step, Schedule.watch = _fire, watch
 
 # %% ../nbs/48_events.ipynb #0783868c
@@ -571,18 +614,18 @@ def table_begin(
 
 TableLedger.begin = table_begin
 
-# %% ../nbs/48_events.ipynb #146f5d2c
+# %% ../nbs/48_events.ipynb #56d801cd
 TABLES, LINES = (".csv", ".csv.gz", ".tsv"), tuple(f".{e}{z}" for e in ("jsonl", "jsonlines", "ndjson", "json") for z in ("", ".gz"))
 ENDS = {"table": "csv", "lines": "jsonl", "": "error.txt"}  # how the name of a result ends
 
-
+# %% ../nbs/48_events.ipynb #ed0e0497
 def kind_of(
     key: str,  # of an object, or the name of a file
 ) -> str:  # table, lines, or "": not read by the function
     "What kind of file a name promises."
     return "table" if key.lower().endswith(TABLES) else "lines" if key.lower().endswith(LINES) else ""
 
-
+# %% ../nbs/48_events.ipynb #788811f7
 def unread(key: str) -> str:
     "What is said of a file that the function does not read."
     kind = Path(key).suffix.lstrip(".") or "file without an ending"
@@ -607,7 +650,7 @@ def asked_in(
             try: yield json.loads(line)
             except (ValueError, RecursionError) as e: yield f"line {i + 1} is not JSON ({e}): send one object a line"
 
-# %% ../nbs/48_events.ipynb #ea1fce19
+# %% ../nbs/48_events.ipynb #4eed251a
 def predict_lines(
     predictor,
     path: Path,  # of a file of JSON
@@ -623,10 +666,15 @@ def predict_lines(
             good = iter(answer_all(predictor, [a for a in block if isinstance(a, dict)]))
             for a in block:
                 said = next(good) if isinstance(a, dict) else {"prediction": None, "error": a if isinstance(a, str) and a.startswith("line ") else "this is no object: send one object a line"}
-                own = a if isinstance(a, dict) else {}
-                f.write(json.dumps({**own, **{k if k not in own else f"slml {k}": v for k, v in said.items()}}, ensure_ascii=False) + "\n")
+                f.write(json.dumps(_beside(a, said), ensure_ascii=False) + "\n")
                 rows, errors = rows + 1, errors + ("error" in said)
     return {"rows": rows, "errors": errors}
+
+# %% ../nbs/48_events.ipynb #1a9261c5
+def _beside(asked, said: dict) -> dict:
+    "A request with its answer in it; a field of the request keeps its name, and the answer's becomes `slml NAME`."
+    own = asked if isinstance(asked, dict) else {}
+    return {**own, **{k if k not in own else f"slml {k}": v for k, v in said.items()}}
 
 # %% ../nbs/48_events.ipynb #0e22bea5
 class Answerer:
@@ -679,7 +727,7 @@ def _handle(self: Answerer, event, context=None) -> dict:
     if failed and not all(failed): raise SlmlError(f"{len(failed)} objects failed", "events", "; ".join(why)[:1000])  # Lambda sends the event again
     return {**told, "why": why, "batchItemFailures": [{"itemIdentifier": m} for m in dict.fromkeys(failed)]}
 
-# %% ../nbs/48_events.ipynb #3e570613
+# %% ../nbs/48_events.ipynb #c86ef0bb
 def _answer(self: Answerer, o: dict, hold_s: float = 960.0) -> str:
     "The answers for one object; done, held (done before), superseded, or refused."
     name = self.name(o)
@@ -689,7 +737,7 @@ def _answer(self: Answerer, o: dict, hold_s: float = 960.0) -> str:
     if not claim: raise SlmlError("somebody else has it", o["event"], "the message comes again; by then it is done, or free")
     with claim, tempfile.TemporaryDirectory() as folder: return self._make(o, name, Path(folder))
 
-
+# %% ../nbs/48_events.ipynb #cca11dd3
 def _make_answers(self: Answerer, o: dict, name: str, folder: Path) -> str:
     "The work, under the claim."
     from slml_nb.package import predict_table
@@ -731,12 +779,12 @@ def _download(client, o: dict, path: Path) -> bool:
         if (getattr(e, "response", None) or {}).get("Error", {}).get("Code") in ("PreconditionFailed", "412", "NoSuchKey", "NoSuchVersion", "404"): return False
         raise
 
-# %% ../nbs/48_events.ipynb #0f56ca47
+# %% ../nbs/48_events.ipynb #102f32ea
 def _queue(**more) -> dict:
     "A queue, encrypted, that keeps messages for two weeks."
     return {"Type": "AWS::SQS::Queue", "Properties": {"SqsManagedSseEnabled": True, "MessageRetentionPeriod": 1_209_600, **more}}
 
-
+# %% ../nbs/48_events.ipynb #53248f21
 def _sends(queue: str, *rules: str) -> dict:
     "Only these rules may send to a queue, and nobody without TLS."
     from slml_nb.deploy import _att, _ref
@@ -770,7 +818,7 @@ def _news() -> dict:
                                                                  "Targets": target(Input=_sub('{"look": "s3://${Inbox}/in/"}'))}},
             "QueuePolicy": _sends("Queue", "News", "Look"), "DeadPolicy": _sends("Dead", "News", "Look")}
 
-# %% ../nbs/48_events.ipynb #b2f844bb
+# %% ../nbs/48_events.ipynb #06473f7b
 def _events_role() -> dict:
     "What the function may do."
     from slml_nb.deploy import _att, _role, _sub
@@ -780,7 +828,7 @@ def _events_role() -> dict:
                  (["s3:ListBucket"], _att("Inbox", "Arn")),  # without it S3 says 403 of what is not there, and not 404
                  (["dynamodb:UpdateItem"], _att("Happened", "Arn")))
 
-
+# %% ../nbs/48_events.ipynb #4b4733c0
 def _table() -> dict:
     "One item an event; it forgets by itself, and can be put back to any second of the last 35 days."
     return {"Type": "AWS::DynamoDB::Table", "Properties": {
@@ -788,7 +836,17 @@ def _table() -> dict:
         "PointInTimeRecoverySpecification": {"PointInTimeRecoveryEnabled": True},
         "AttributeDefinitions": [{"AttributeName": "event", "AttributeType": "S"}], "KeySchema": [{"AttributeName": "event", "KeyType": "HASH"}]}}
 
-# %% ../nbs/48_events.ipynb #9c86b7ec
+# %% ../nbs/48_events.ipynb #249524e5
+def _answering(memory_mb: int, seconds: int, variables: dict) -> dict:
+    "The function, and what brings messages to it, one at a time."
+    from slml_nb.deploy import _att, _ref
+    function = {"Handler": "app.handler", "Runtime": "python3.11", "Architectures": ["x86_64"], "Role": _att("Role", "Arn"), "Code": {"S3Bucket": _ref("Bucket"), "S3Key": _ref("Key")},
+                "MemorySize": memory_mb, "Timeout": seconds, "Environment": {"Variables": variables}, "LoggingConfig": {"LogGroup": _ref("Log"), "LogFormat": "JSON"}}
+    mapping = {"EventSourceArn": _att("Queue", "Arn"), "FunctionName": _ref("Function"), "BatchSize": 1, "FunctionResponseTypes": ["ReportBatchItemFailures"],
+               "ScalingConfig": {"MaximumConcurrency": _ref("AtOnce")}}
+    return {"Function": {"Type": "AWS::Lambda::Function", "Properties": function}, "Takes": {"Type": "AWS::Lambda::EventSourceMapping", "Properties": mapping}}
+
+# %% ../nbs/48_events.ipynb #303e9416
 def events_template(
     memory_mb: int = 1769,  # one vCPU
     seconds: int = 300,  # for one file
@@ -799,17 +857,13 @@ def events_template(
     parameters = {"Bucket": _text("bucket of the zip"), "Key": _text("key of the zip"), "Every": _text("how often to look for what was missed", "rate(1 hour)"),
                   "AtOnce": {"Type": "Number", "Description": "files at the same time", "Default": 5, "MinValue": 2, "MaxValue": 1000}}
     variables = {"SLML_OUT": _sub("s3://${Inbox}/answers"), **({"SLML_SUFFIX": suffix} if suffix else {}), "SLML_LEDGER": _ref("Happened")}
-    function = {"Handler": "app.handler", "Runtime": "python3.11", "Architectures": ["x86_64"], "Role": _att("Role", "Arn"), "Code": {"S3Bucket": _ref("Bucket"), "S3Key": _ref("Key")},
-                "MemorySize": memory_mb, "Timeout": seconds, "Environment": {"Variables": variables}, "LoggingConfig": {"LogGroup": _ref("Log"), "LogFormat": "JSON"}}
-    mapping = {"EventSourceArn": _att("Queue", "Arn"), "FunctionName": _ref("Function"), "BatchSize": 1, "FunctionResponseTypes": ["ReportBatchItemFailures"],
-               "ScalingConfig": {"MaximumConcurrency": _ref("AtOnce")}}
     resources = {**_inbox(), "Log": _log("/slml/${AWS::StackName}"), "Happened": _table(), "Dead": _queue(),
                  "Queue": _queue(VisibilityTimeout=6 * seconds, RedrivePolicy={"deadLetterTargetArn": _att("Dead", "Arn"), "maxReceiveCount": 5}), **_news(), "Role": _events_role(),
-                 "Function": {"Type": "AWS::Lambda::Function", "Properties": function}, "Takes": {"Type": "AWS::Lambda::EventSourceMapping", "Properties": mapping}, "Alarm": _alarm()}
+                 **_answering(memory_mb, seconds, variables), "Alarm": _alarm()}
     outputs = {"In": _sub("s3://${Inbox}/in/"), "Answers": _sub("s3://${Inbox}/answers/"), "Dead": _ref("Dead"), "Function": _ref("Function")}
     return _template("slml: a model that answers new files", parameters, resources, outputs)
 
-
+# %% ../nbs/48_events.ipynb #507ff37a
 def _alarm() -> dict:
     "Something lies in the dead-letter queue."
     from slml_nb.deploy import _att
@@ -818,12 +872,14 @@ def _alarm() -> dict:
         "Dimensions": [{"Name": "QueueName", "Value": _att("Dead", "QueueName")}], "Period": 300, "EvaluationPeriods": 1, "Threshold": 0,
         "ComparisonOperator": "GreaterThanThreshold", "TreatMissingData": "notBreaching"}}
 
-# %% ../nbs/48_events.ipynb #99110655
+# %% ../nbs/48_events.ipynb #56ac0dda
 EVENTS_APP = """import os
 os.environ.setdefault("SLML_PACKAGE", os.path.join(os.path.dirname(os.path.abspath(__file__)), "package"))
 from slml_nb.events import events_handler
 handler = events_handler()
 """
+
+# %% ../nbs/48_events.ipynb #77817583
 _LOOK = """import io, json, sys, tempfile, time
 began = time.perf_counter()
 from slml_nb.events import TableLedger, events_handler
@@ -836,7 +892,7 @@ told = handler({"Records": [{"eventName": "ObjectCreated:Put", "s3": {"bucket": 
 print(json.dumps({"told": told, "seconds": time.perf_counter() - now, "opened_s": now - began, "modules": {n: m.__file__ for n, m in sys.modules.items() if getattr(m, "__file__", None)}}))
 """
 
-
+# %% ../nbs/48_events.ipynb #79f1d968
 def observe_events(
     package,  # folder
 ) -> dict:  # seconds (of a file of one row), opened_s, modules {name: file}
@@ -846,7 +902,7 @@ def observe_events(
     if not seen or not seen["told"]["done"]: raise SlmlError(f"the package does not answer a file ({seen['told'] if seen else why})", str(package), "slml predict says more")
     return seen
 
-# %% ../nbs/48_events.ipynb #4772a319
+# %% ../nbs/48_events.ipynb #af1f0b97
 def events_files(
     package,  # folder
 ) -> dict[str, bytes | Path]:  # {place in the zip: content or file}
@@ -858,7 +914,7 @@ def events_files(
     for name in others: files |= library_files(name)
     return files
 
-
+# %% ../nbs/48_events.ipynb #0dd04123
 def deploy_events(
     package,  # folder
     stack: str,  # its name
@@ -869,21 +925,23 @@ def deploy_events(
 ) -> dict:  # as `deploy`: read it, then slml deploy --execute STACK/CHANGESET
     "Make the change set of a function that answers new files; nothing is executed."
     from slml_nb.store import client_of
-    from slml_nb.deploy import STORAGE, made_by, propose, stack_now, storage_template, write_zip
+    from slml_nb.deploy import STORAGE, made_by, propose, storage_first, write_zip
     client, storage = client_of("cloudformation", region), client_of("s3", region)
-    if not stack_now(client, STORAGE): return {**propose(client, STORAGE, storage_template(), {}), "notes": ["this is where code will wait; execute it, then deploy again"]}
+    if first := storage_first(client): return first
     bucket, made = made_by(client, STORAGE)["Bucket"], write_zip(events_files(package), Path(out) / "events.zip")
     key = f"{stack}/{made['sha256']}.zip"
     storage.upload_file(made["file"], bucket, key, ExtraArgs={"ServerSideEncryption": "AES256"})
     return {**propose(client, stack, events_template(**size), {"Bucket": bucket, "Key": key, **(given or {})}), "notes": [f"{made['zip_mb']:.1f} MB zipped, {made['unzipped_mb']:.0f} MB unzipped"]}
 
-# %% ../nbs/48_events.ipynb #c56ef004
+# %% ../nbs/48_events.ipynb #7bc5b40d
 EVENTS_WHY = {"Inbox": "in/ and answers/", "InboxPolicy": "TLS only", "Log": "what it says, kept for 30 days", "Happened": "each event once", "Dead": "what failed five times", "Queue": "waits for the function",
               "News": "hears of new objects", "Look": "finds what was missed", "QueuePolicy": "only the rules write", "DeadPolicy": "only the rules write", "Role": "what it may do",
               "Function": "answers", "Takes": "from the queue to the function", "Alarm": "something lies in the dead-letter queue"}
+
+# %% ../nbs/48_events.ipynb #1217f4d8
 EVENTS_USD = {"SQS: 3 calls": 3 * 0.40, "EventBridge": 1.00, "DynamoDB: 2 writes": 2 * 0.625, "S3: 2 writes, 4 reads": 2 * 5.0 + 4 * 0.4}  # a million files; us-east-1, from memory: unchecked
 
-
+# %% ../nbs/48_events.ipynb #9a5274b4
 def events_plan(
     package,  # folder
     rps: float = 0.01,  # files a second, on average
@@ -898,7 +956,16 @@ def events_plan(
     return {"to": "events", "template": template, "resources": resources, "permissions": permissions(template), "costs": costs,
             "usd": sum(c[1] for c in costs), "rps": rps, "seconds": seen["seconds"], "peak_mb": 0.0}
 
-# %% ../nbs/48_events.ipynb #864c310a
+# %% ../nbs/48_events.ipynb #6ca90e6a
+def _one_of_each(folder, records, cron, package, params):
+    "Refuse what does not go together."
+    if sum(map(bool, (folder, records, cron))) != 1: raise SlmlError("watch one thing", "slml watch", "a folder, or --records FILE, or --cron '0 6 * * *'")
+    if bool(package) == bool(params): raise SlmlError("start one thing", "slml watch", "--package FOLDER to predict, or --run PARAMS")
+    if package and cron: raise SlmlError("a moment brings no rows to predict", "slml watch", "--run PARAMS")
+    if params and records: raise SlmlError("records are predicted, not run", "slml watch", "--package FOLDER")
+    if params and not Path(params).is_file(): raise SlmlError("there is no such parameter set", params, "give the path of a YAML file")
+
+# %% ../nbs/48_events.ipynb #21d57c2f
 def watching(
     out,  # folder of the results and of the ledger
     folder: str = "",  # watched; "": none, then a timetable
@@ -913,11 +980,7 @@ def watching(
     settle_s: float = 2.0,
 ):  # Watcher, Records or Schedule: step() looks once, watch() again and again
     "Put together what is watched and what is started."
-    if sum(map(bool, (folder, records, cron))) != 1: raise SlmlError("watch one thing", "slml watch", "a folder, or --records FILE, or --cron '0 6 * * *'")
-    if bool(package) == bool(params): raise SlmlError("start one thing", "slml watch", "--package FOLDER to predict, or --run PARAMS")
-    if package and cron: raise SlmlError("a moment brings no rows to predict", "slml watch", "--run PARAMS")
-    if params and records: raise SlmlError("records are predicted, not run", "slml watch", "--package FOLDER")
-    if params and not Path(params).is_file(): raise SlmlError("there is no such parameter set", params, "give the path of a YAML file")
+    _one_of_each(folder, records, cron, package, params)
     ledger = Ledger(Path(out) / "events.db")
     start = run_action(params, ledger, *more) if params else predict_records(package) if records else predict_action(package)
     if records: return Records(records, out, start, ledger)

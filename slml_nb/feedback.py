@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LIMIT_BYTES', 'LIMIT_LIST', 'LIMIT_ID', 'STREAMS', 'PART', 'COLUMNS', 'KINDS', 'Segment', 'folder_id', 'append',
-           'append_line', 'sync', 'renew', 'close', 'read_lines', 'FeedbackLog', 'prediction', 'failed', 'shadow',
-           'feedback', 'line_of_texts', 'noting', 'answer', 'Waiting', 'Learner', 'grace', 'take_office', 'lead',
-           'open_traffic', 'stream_records', 'Stream', 'put', 'Shipper', 'shipping', 'backoff', 'compact', 'tidy',
-           'read_log', 'joined_sql', 'read_joined', 'collect']
+           'append_line', 'sync', 'renew', 'close', 'read_lines', 'FeedbackLog', 'open_log', 'prediction', 'failed',
+           'shadow', 'feedback', 'line_of_texts', 'noting', 'answer', 'Waiting', 'Learner', 'step', 'grace',
+           'take_office', 'lead', 'open_traffic', 'stream_records', 'Stream', 'put', 'Shipper', 'ship', 'shipping',
+           'backoff', 'compact', 'tidy', 'read_log', 'joined_sql', 'read_joined', 'collect']
 
 # %% ../nbs/45_feedback.ipynb #7bc40843
 import contextlib, json, math, os, random, threading, time
@@ -19,7 +19,7 @@ from .core import SlmlError, atomic_write, read_json, sha256_text
 from .online import moment_of
 from .traffic import Choice, Reward, Traffic, context_of, read_spec
 
-# %% ../nbs/45_feedback.ipynb #0f4071ac
+# %% ../nbs/45_feedback.ipynb #7bfa5e9b
 class Segment:
     "A file that lines are appended to."
 
@@ -32,17 +32,20 @@ class Segment:
         self._write, self._flush, self._written, self._synced = threading.Lock(), threading.Lock(), 0, 0
         (self._fd, self.path), self._bytes, self.began = self._made(), 0, time.time()
 
-    def _made(self) -> tuple[int, Path]:
-        "A new file, known to the folder for good."
-        import fcntl
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{folder_id(self.folder)}-{time.time_ns() // 1000:020d}-{os.getpid()}-{os.urandom(3).hex()}.jsonl"
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        _sync_folder(self.folder)
-        return fd, path
+# %% ../nbs/45_feedback.ipynb #faeb5d2c
+def _made(self: Segment) -> tuple[int, Path]:
+    "A new file, known to the folder for good."
+    import fcntl
+    self.folder.mkdir(parents=True, exist_ok=True)
+    path = self.folder / f"{folder_id(self.folder)}-{time.time_ns() // 1000:020d}-{os.getpid()}-{os.urandom(3).hex()}.jsonl"
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    _sync_folder(self.folder)
+    return fd, path
 
-# %% ../nbs/45_feedback.ipynb #48693fb9
+Segment._made = _made
+
+# %% ../nbs/45_feedback.ipynb #c693010e
 def folder_id(
     folder: Path,
 ) -> str:  # eight letters, the same for all who share the folder
@@ -54,7 +57,7 @@ def folder_id(
         mine.unlink()
     return path.read_text()
 
-
+# %% ../nbs/45_feedback.ipynb #7ce54b00
 def _size(path) -> int:
     "Bytes of a file; 0 when it has just been put away."
     try: return path.stat().st_size
@@ -67,13 +70,13 @@ def _sync_folder(folder):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/45_feedback.ipynb #bba91329
+# %% ../nbs/45_feedback.ipynb #f063fd4a
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str, check_circular=False).encode  # made once: that is half the time
 
 
 def _line_of(record) -> bytes: return (_encode(record) + "\n").encode("utf-8", "replace")
 
-
+# %% ../nbs/45_feedback.ipynb #351dadcd
 def append(self: Segment, record: dict) -> int:
     "Hand one record to the operating system; gives a number to wait for."
     return self.append_line(_line_of(record))
@@ -90,7 +93,7 @@ def append_line(self: Segment, line: bytes) -> int:
         self._written += 1
         return self._written
 
-# %% ../nbs/45_feedback.ipynb #372893cc
+# %% ../nbs/45_feedback.ipynb #09bcc814
 def sync(self: Segment, number: int | None = None) -> None:
     "Wait until a line, or all that were written, are on disk."
     number = self._written if number is None else number
@@ -100,7 +103,7 @@ def sync(self: Segment, number: int | None = None) -> None:
         os.fsync(self._fd)
         self._synced = upto
 
-
+# %% ../nbs/45_feedback.ipynb #5aea9c83
 def renew(self: Segment, older_than_s: float = 600.0) -> None:
     "Begin a new file when this one is large or old. Who writes waits for none of it, only for the moment of the change."
     if not self._bytes or self._bytes < self.size and time.time() - self.began < older_than_s: return
@@ -121,12 +124,12 @@ def close(self: Segment) -> None:
 
 Segment.append, Segment.append_line, Segment.sync, Segment.renew, Segment.close = append, append_line, sync, renew, close
 
-# %% ../nbs/45_feedback.ipynb #2328e6fc
+# %% ../nbs/45_feedback.ipynb #903629c1
 def read_lines(
     path: Path,
     start: int = 0,  # byte to begin at, the beginning of a line
     most: int = -1,  # bytes at once, about; a longer line is read whole; -1: all
-) -> tuple[list[tuple[int, dict]], int, int]:  # (byte, record), the byte behind the last whole line, lines that are no JSON
+) -> tuple[list[tuple[int, dict]], int, int]:  # (byte, record), the byte behind the last whole line, lines that are no JSON object
     "The whole lines of a segment; one that is still being written is left for the next time."
     with open(path, "rb") as f:
         f.seek(start)
@@ -134,12 +137,14 @@ def read_lines(
         while b"\n" not in data and (more := f.read(most)): data += more
     end, out, torn = data.rfind(b"\n") + 1, [], 0
     for line in data[:end].splitlines(keepends=True):
-        try: out.append((start, json.loads(line)))
-        except ValueError: torn += 1
+        try: record = json.loads(line)
+        except (ValueError, RecursionError): record = None
+        if type(record) is dict: out.append((start, record))
+        else: torn += 1
         start += len(line)
     return out, start, torn
 
-# %% ../nbs/45_feedback.ipynb #0fa8c893
+# %% ../nbs/45_feedback.ipynb #c614cea9
 class FeedbackLog:
     "Predictions and feedback of one process; of those that share a folder, one teaches the policy."
 
@@ -158,22 +163,29 @@ class FeedbackLog:
             raise SlmlError(f"the log cannot be written ({e.strerror})", str(self.folder), way_out) from None
         self.keep = None if self.spec.get("log_request", True) else list(self.spec.get("context", {}))
 
-    @classmethod
-    def open(cls, spec, traffic: Traffic | None = None, background: bool = True):
-        "The log that a spec names, with a thread that brings it to disk and one that teaches the policy."
-        spec = traffic.spec if traffic else read_spec(spec)
-        self = cls(spec["log"], traffic, spec)
-        if self.spec["stream"]: self._note_stream()
-        if not background: return self
-        self._works = [threading.Thread(target=work, daemon=True, name=work.__name__) for work in (self._sync_on, self._learn_on, self._ship_on)]
-        for work in self._works: work.start()
-        return self
-
     def __repr__(self): return f"FeedbackLog({self.folder})"
 
-    def _kept(self, request): return request if self.keep is None or not isinstance(request, dict) else {k: request[k] for k in self.keep if k in request}
+# %% ../nbs/45_feedback.ipynb #d94b123c
+def open_log(cls, spec, traffic: Traffic | None = None, background: bool = True):
+    "The log that a spec names, with a thread that brings it to disk and one that teaches the policy."
+    spec = traffic.spec if traffic else read_spec(spec)
+    self = cls(spec["log"], traffic, spec)
+    if self.spec["stream"]: self._note_stream()
+    if not background: return self
+    self._works = [threading.Thread(target=work, daemon=True, name=work.__name__) for work in (self._sync_on, self._learn_on, self._ship_on)]
+    for work in self._works: work.start()
+    return self
 
-# %% ../nbs/45_feedback.ipynb #1e49116b
+FeedbackLog.open = classmethod(open_log)
+
+# %% ../nbs/45_feedback.ipynb #7aa5de68
+def _kept(self: FeedbackLog, request):
+    "What of a request goes into the log."
+    return request if self.keep is None or not isinstance(request, dict) else {k: request[k] for k in self.keep if k in request}
+
+FeedbackLog._kept = _kept
+
+# %% ../nbs/45_feedback.ipynb #53d1954f
 def prediction(
     self: FeedbackLog,
     choice: Choice,
@@ -184,7 +196,7 @@ def prediction(
     "Keep a prediction, before its answer is sent."
     self._put({"k": "p", "id": choice.id, "t": time.time(), "v": choice.variant, "q": choice.probability, "r": self._kept(request), "a": answer, "ms": ms})
 
-
+# %% ../nbs/45_feedback.ipynb #50126b40
 def failed(self: FeedbackLog, choice: Choice, request: dict, why: str) -> None:
     "Keep that a variant had no answer, though it should have had one."
     self._put({"k": "x", "id": choice.id, "t": time.time(), "v": choice.variant, "q": choice.probability, "r": self._kept(request), "why": str(why)[:300]})
@@ -194,7 +206,7 @@ def shadow(self: FeedbackLog, choice: Choice, variant: str, answer, ms: float | 
     "Keep what a shadow said."
     self._put({"k": "s", "id": choice.id, "t": time.time(), "v": variant, "a": answer, "ms": ms})
 
-# %% ../nbs/45_feedback.ipynb #87a54e54
+# %% ../nbs/45_feedback.ipynb #7849bafd
 def _put(self: FeedbackLog, record):
     "A line, or one more that is lost: predictions go on."
     self._put_line(_line_of(record))
@@ -205,7 +217,7 @@ def _put_line(self: FeedbackLog, line: bytes):
     try: self.segment.append_line(line)
     except OSError as e: self.lost, self.problem = self.lost + 1, str(e)
 
-
+# %% ../nbs/45_feedback.ipynb #54a9c08e
 def feedback(
     self: FeedbackLog,
     id: str,  # of the prediction
@@ -253,7 +265,7 @@ def noting(
         return id
     return note
 
-# %% ../nbs/45_feedback.ipynb #d9f15b5c
+# %% ../nbs/45_feedback.ipynb #b6e6abc4
 LIMIT_BYTES, LIMIT_LIST, LIMIT_ID = 1_000_000, 10_000, 200
 
 
@@ -261,7 +273,7 @@ def _wrong(status, what, allowed, field="", value=None, request=None):
     value = value if isinstance(value, (int, bool, type(None))) or isinstance(value, float) and math.isfinite(value) else str(value)[:80]
     return status, {"error": {"what": what, "field": field, "value": value, "allowed": allowed, "request": request}}
 
-
+# %% ../nbs/45_feedback.ipynb #de1e3475
 def _fault(item, spec) -> tuple | None:
     "What is wrong with one piece of feedback: what, allowed, field, value."
     if not isinstance(item, dict): return "the feedback is not an object", 'such as {"id": "…", "reward": 1}', "", None
@@ -269,14 +281,19 @@ def _fault(item, spec) -> tuple | None:
     if not isinstance(item.get("id"), str) or not 0 < len(item["id"]) <= LIMIT_ID:
         return "field 'id' is not the id of a prediction", f"the text that came with the prediction (up to {LIMIT_ID} characters)", "id", item.get("id")
     field = "reward" if spec.get("reward", "given") == "given" else "truth"
-    value, numeric = item.get(field), field == "reward" or spec.get("reward") == "error"
-    if len(item) != 2 or value is None: return f"field '{field}' is missing, or not the only one", f"id and {field}", field, value
-    allowed = "a number from 0 to 1" if field == "reward" and spec.get("kind", "binary") == "binary" else "a finite number" if numeric else "a text, a number, true or false"
-    good = isinstance(value, (str, int, float, bool)) if not numeric else isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
-    if good and allowed == "a number from 0 to 1": good = 0 <= value <= 1
-    if not good or isinstance(value, str) and len(value) > 1000: return f"field '{field}' is {str(value)[:40]}", allowed, field, value
+    if len(item) != 2 or item.get(field) is None: return f"field '{field}' is missing, or not the only one", f"id and {field}", field, item.get(field)
+    if allowed := _refused(item[field], field, spec): return f"field '{field}' is {str(item[field])[:40]}", allowed, field, item[field]
 
-# %% ../nbs/45_feedback.ipynb #6dad3414
+# %% ../nbs/45_feedback.ipynb #e09d5b56
+def _refused(value, field: str, spec) -> str:  # what is allowed; "": this is
+    "What a reward or a truth should have been."
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
+    if field == "reward" and spec.get("kind", "binary") == "binary": return "" if number and 0 <= value <= 1 else "a number from 0 to 1"
+    if field == "reward" or spec.get("reward") == "error": return "" if number else "a finite number"
+    good = number or isinstance(value, (bool, int)) or isinstance(value, str) and len(value) <= 1000
+    return "" if good else "a text (up to 1,000 characters), a finite number, true or false"
+
+# %% ../nbs/45_feedback.ipynb #415024ff
 def answer(
     self: FeedbackLog,
     body: bytes,  # JSON
@@ -289,12 +306,17 @@ def answer(
     if len(items) > LIMIT_LIST: return _wrong(413, f"{len(items):,} at once", f"up to {LIMIT_LIST:,}")
     for i, item in enumerate(items):
         if fault := _fault(item, self.spec): return _wrong(422, *fault, i if isinstance(data, list) else None)
+    return self._accepted(items)
+
+# %% ../nbs/45_feedback.ipynb #7b619751
+def _accepted(self: FeedbackLog, items: list[dict]) -> tuple[int, dict]:
+    "Keep what is right; say so when it is on disk."
     now = time.time()
     try: self._keep([{"k": "f", "id": d["id"], "t": now, **({"w": d["reward"]} if "reward" in d else {"y": d["truth"]})} for d in items])
     except SlmlError as e: return _wrong(503, e.what, e.fix)
     return 202, {"kept": len(items)}
 
-FeedbackLog.answer = answer
+FeedbackLog.answer, FeedbackLog._accepted = answer, _accepted
 
 # %% ../nbs/45_feedback.ipynb #ebfbd0d9
 class Waiting(NamedTuple):
@@ -307,7 +329,7 @@ class Waiting(NamedTuple):
     context: tuple
     shadows: list  # of (variant, answer)
 
-# %% ../nbs/45_feedback.ipynb #a9298e5d
+# %% ../nbs/45_feedback.ipynb #b4407bfc
 class Learner:
     "Reads the segments of a folder and teaches a traffic."
 
@@ -322,59 +344,68 @@ class Learner:
         self.queue, self.counts, self.letters, self.told = [], {}, [], Counter()
         self.mail, self.grace, self.hold = 0, grace(self.spec), 0.0  # letters of up to this version were read; nothing is settled before `hold`
 
-    def step(
-        self,
-        now: float | None = None,
-    ) -> bool:  # False: the state store is away; all is in the log and is learned later
-        "Read, join, learn."
-        self.folder.mkdir(parents=True, exist_ok=True)
-        now, there = time.time() if now is None else now, self.traffic.refresh()
-        if not there: self.hold = now + self.grace; return False
-        version = self.traffic.version  # looked at before the segments: what its letters are about was written by then
-        self._read()
-        try:
-            self._fetch(version)
-            self._settle(now)
-            learned, repeated = self.traffic.learn(self.queue, self.counts, self.letters) if self.queue or self.counts or self.letters else (0, 0)
-        except SlmlError as e:
-            self.traffic.away, self.hold = self.traffic.away or str(e), now + self.grace
-            return False
-        self._learned(learned, repeated)
-        self._retire(now)
-        return True
+# %% ../nbs/45_feedback.ipynb #d75535ab
+def step(
+    self: Learner,
+    now: float | None = None,
+) -> bool:  # False: the state store is away; all is in the log and is learned later
+    "Read, join, learn."
+    self.folder.mkdir(parents=True, exist_ok=True)
+    now, there = time.time() if now is None else now, self.traffic.refresh()
+    if not there: self.hold = now + self.grace; return False
+    version = self.traffic.version  # looked at before the segments: what its letters are about was written by then
+    self._read()
+    try:
+        self._fetch(version)
+        self._settle(now)
+        learned, repeated = self._teach()
+    except SlmlError as e:
+        self.traffic.away, self.hold = self.traffic.away or str(e), now + self.grace
+        return False
+    self._learned(learned, repeated)
+    self._retire(now)
+    return True
 
-# %% ../nbs/45_feedback.ipynb #658af7d5
+# %% ../nbs/45_feedback.ipynb #321a0762
+def _teach(self: Learner) -> tuple[int, int]:  # rewards that were new; that were known before
+    "Hand over what has come together."
+    return self.traffic.learn(self.queue, self.counts, self.letters) if self.queue or self.counts or self.letters else (0, 0)
+
+# %% ../nbs/45_feedback.ipynb #8c6318f0
 def grace(spec: dict) -> float:  # seconds
     "How long feedback may be on its way from another machine after the time in which it counts."
     return min(60.0, spec["wait_s"])
 
-
+# %% ../nbs/45_feedback.ipynb #2bfd8710
 def _learned(self: Learner, learned, repeated):
     "All is in the state: how far each file was read is known there, too."
     self.told.update({"learned": learned, "known before": repeated, "sent on": len(self.letters)})
     self.base |= {f: c[1] for f, c in self.counts.items() if c[1] >= 0}
     self.queue, self.counts, self.letters = [], {}, []
 
-# %% ../nbs/45_feedback.ipynb #b94770c6
+# %% ../nbs/45_feedback.ipynb #67cf3203
+def _read_segment(self: Learner, name: str, path: Path):
+    "What is new in a segment."
+    start, base = self.at.get(name, 0), self.base.setdefault(name, self.traffic.state["read"].get(name, 0))
+    lines, end, torn = read_lines(path, start)
+    for byte, r in lines: self._take(name, byte, r, byte >= base)
+    self.at[name] = end
+    self.told["unreadable"] += torn
+    if end > base: self.counts[name] = (base, end, self.counts[name][2] if name in self.counts else {})
+
+# %% ../nbs/45_feedback.ipynb #773f7d85
 def _read(self: Learner):
     "What is new in all segments; of those that are gone the state need not know any more."
     files = {p.name: p for p in sorted(self.folder.glob("*.jsonl"))}
     for name, path in files.items():
-        start, base = self.at.get(name, 0), self.base.setdefault(name, self.traffic.state["read"].get(name, 0))
-        with contextlib.suppress(FileNotFoundError):
-            lines, end, torn = read_lines(path, start)
-            for byte, r in lines: self._take(name, byte, r, byte >= base)
-            self.at[name] = end
-            self.told["unreadable"] += torn
-            if end > base: self.counts.setdefault(name, (base, end, {}))
-            if end > base: self.counts[name] = (base, end, self.counts[name][2])
+        with contextlib.suppress(FileNotFoundError): self._read_segment(name, path)
     whose = folder_id(self.folder)
     for name, read in self.traffic.state["read"].items():
         if name not in files and name.startswith(whose): self.counts.setdefault(name, (read, -1, {}))
     for known in (self.at, self.base):
         for name in known.keys() - files.keys(): known.pop(name)
 
-# %% ../nbs/45_feedback.ipynb #73d97cbe
+# %% ../nbs/45_feedback.ipynb #325cafbd
 def _retire(self: Learner, now):
     "Put away the segments that nobody writes to and nobody waits for, so that neither the state nor the next learner has to know them."
     for name, end in self.at.items():
@@ -384,7 +415,7 @@ def _retire(self: Learner, now):
             (self.folder.parent / "done").mkdir(exist_ok=True)
             os.rename(path, self.folder.parent / "done" / name)
 
-
+# %% ../nbs/45_feedback.ipynb #f170b2eb
 def _alone(f) -> bool:
     "Is the writer of this segment gone?"
     import fcntl
@@ -392,7 +423,7 @@ def _alone(f) -> bool:
     except OSError: return False
     return True
 
-# %% ../nbs/45_feedback.ipynb #45506462
+# %% ../nbs/45_feedback.ipynb #27482d13
 def _take(self: Learner, file, byte, r, new):
     "One line."
     kind, variant = r.get("k"), r.get("v")
@@ -401,14 +432,14 @@ def _take(self: Learner, file, byte, r, new):
     elif kind == "s" and r["id"] in self.waiting: self.waiting[r["id"]].shadows.append((variant, r["a"]))
     elif kind == "f": self._said(file, byte, r)
 
-
+# %% ../nbs/45_feedback.ipynb #f13df1a3
 def _count(self: Learner, file, variant, failure):
     "One more answer or failure of a variant."
     base, end, by_variant = self.counts.setdefault(file, (self.base[file], self.base[file], {}))
     a, f = by_variant.get(variant, (0, 0))
     by_variant[variant] = (a + 1, f + failure)
 
-# %% ../nbs/45_feedback.ipynb #9e9073b1
+# %% ../nbs/45_feedback.ipynb #9028ccba
 def _predicted(self: Learner, file, byte, r, failure):
     "A prediction: it waits, or finds the feedback that waits for it. A failure is the worst reward where there is one."
     if r["id"] in self.waiting or r["id"] in self.rewarded: self.told["repeated predictions"] += 1; return
@@ -421,7 +452,7 @@ def _predicted(self: Learner, file, byte, r, failure):
         self._said(*self.early.pop(r["id"]))
     if len(self.waiting) > self.remember: self.waiting.popitem(last=False); self.told["given up"] += 1
 
-
+# %% ../nbs/45_feedback.ipynb #cbb4a0c5
 def _failed(self: Learner, file, byte, r):
     "No answer: 0 of 1 for rewards of that kind; for others there is no worst one."
     found = self.waiting.pop(r["id"])
@@ -429,7 +460,7 @@ def _failed(self: Learner, file, byte, r):
         self.queue.append(Reward(r["id"], found.variant, 0.0 if self.spec["goal"] == "max" else 1.0, found.context))
     self._close(r["id"])
 
-# %% ../nbs/45_feedback.ipynb #0312861f
+# %% ../nbs/45_feedback.ipynb #bcba26ac
 def _said(self: Learner, file, byte, r):
     "Feedback: joined, or sent on and kept until its prediction is found."
     if r["id"] in self.rewarded: self.told[self.rewarded[r["id"]]] += 1
@@ -437,7 +468,7 @@ def _said(self: Learner, file, byte, r):
     elif r["id"] in self.early: self.told["repeated"] += 1
     else: self._astray(file, byte, r)
 
-
+# %% ../nbs/45_feedback.ipynb #ef209705
 def _joined(self: Learner, r, new):
     "Feedback and the prediction that waits for it."
     found = self.waiting[r["id"]]
@@ -446,14 +477,14 @@ def _joined(self: Learner, r, new):
     self._close(r["id"])
     if new or found.byte >= self.base[found.file]: self._reward(r, found)
 
-# %% ../nbs/45_feedback.ipynb #2e0800a8
+# %% ../nbs/45_feedback.ipynb #a824404c
 def _astray(self: Learner, file, byte, r):
     "Keep it, send it on."
     self.early[r["id"]] = (file, byte, r)
     if byte >= self.base[file]: self.letters.append({k: r[k] for k in ("id", "t", "w", "y") if k in r})
     if len(self.early) > self.remember: self.early.popitem(last=False); self.told["given up"] += 1
 
-
+# %% ../nbs/45_feedback.ipynb #8e6136bc
 def _fetch(self: Learner, version):
     "Join what other machines were told about predictions of this folder."
     if version < self.mail: self.mail = 0  # the store was lost, and begins anew
@@ -462,15 +493,15 @@ def _fetch(self: Learner, version):
         if r["id"] in self.waiting: self._joined(r, True); self.told["from other machines"] += 1
     self.mail = version
 
-# %% ../nbs/45_feedback.ipynb #846ddc2d
+# %% ../nbs/45_feedback.ipynb #ec93763d
 def _reward(self: Learner, r, found):
     "The reward of a prediction, and of its shadows when the truth is known."
     pairs = [(r["id"], found.variant, found.answer)] + [(f"{r['id']}|{v}", v, a.get("prediction") if isinstance(a, dict) else a) for v, a in found.shadows]
     for id, variant, answer in pairs if "y" in r else pairs[:1]:
         if variant not in self.spec["variants"]: self.told["of variants that are gone"] += 1; continue
-        try: value = self.traffic.reward_of(answer, r["y"]) if "y" in r else r["w"]
-        except (TypeError, ValueError): self.told["no reward from the truth"] += 1; continue
-        self.queue.append(Reward(id, variant, float(value), found.context))
+        try: value = self.traffic.check(self.traffic.reward_of(answer, r["y"]) if "y" in r else r.get("w"))
+        except (TypeError, ValueError, OverflowError, SlmlError): self.told["no reward from the truth" if "y" in r else "rewards of another kind"] += 1; continue
+        self.queue.append(Reward(id, variant, value, found.context))
 
 # %% ../nbs/45_feedback.ipynb #07720dba
 def _close(self: Learner, id, then: str = "repeated"):
@@ -489,7 +520,7 @@ def _settle(self: Learner, now):
         self._close(first[0], "late")
     self._resign([id for id, _ in takewhile(lambda said: said[1][2]["t"] < limit, self.early.items())])
 
-# %% ../nbs/45_feedback.ipynb #81b33afa
+# %% ../nbs/45_feedback.ipynb #e831ebca
 def _resign(self: Learner, ids):
     "Feedback whose prediction was not found here: another machine has learned it, or there was none."
     for i in range(0, len(ids), self.traffic.store.batch):
@@ -498,16 +529,16 @@ def _resign(self: Learner, ids):
         for id in some: del self.early[id]
         self.told.update({"learned elsewhere": len(there), "without prediction": len(some) - len(there)})
 
-for f in (_learned, _read, _retire, _take, _count, _predicted, _failed, _said, _joined, _astray, _fetch, _reward, _close, _settle, _resign): setattr(Learner, f.__name__, f)
+for f in (step, _teach, _learned, _read_segment, _read, _retire, _take, _count, _predicted, _failed, _said, _joined, _astray, _fetch, _reward, _close, _settle, _resign): setattr(Learner, f.__name__, f)
 
-# %% ../nbs/45_feedback.ipynb #428628db
+# %% ../nbs/45_feedback.ipynb #38cc7716
 def _sync_on(self: FeedbackLog, every_s: float = 0.1):
     "Until the log is closed: to disk."
     while not self._stop.wait(every_s):
         try: self.segment.sync(); self.segment.renew()
         except Exception as e: self.problem = f"{type(e).__name__}: {e}"  # a full disk passes; the thread stays
 
-
+# %% ../nbs/45_feedback.ipynb #574a3d17
 def _learn_on(self: FeedbackLog):
     "Until the log is closed: learn, if nobody else does."
     while self.traffic and not self._stop.wait(self.spec["refresh_s"]):
@@ -527,7 +558,7 @@ def take_office(
     except OSError: os.close(fd); return None
     return fd
 
-# %% ../nbs/45_feedback.ipynb #7b7a78c2
+# %% ../nbs/45_feedback.ipynb #fec1f40d
 def lead(
     folder,  # of a log
     traffic: Traffic,
@@ -536,13 +567,13 @@ def lead(
     fd = take_office(folder, "learner")
     return None if fd is None else (fd, Learner(folder, traffic))
 
-
+# %% ../nbs/45_feedback.ipynb #97c1a08f
 def _learner(self: FeedbackLog) -> Learner | None:
     "The learner, when this process is the one who learns."
     self._lead = self._lead or lead(self.folder, self.traffic)
     return self._lead and self._lead[1]
 
-# %% ../nbs/45_feedback.ipynb #81e5ebea
+# %% ../nbs/45_feedback.ipynb #071643bc
 def open_traffic(
     spec,  # a dictionary, or the path of a JSON or YAML file
 ) -> tuple[Traffic, FeedbackLog]:
@@ -550,7 +581,7 @@ def open_traffic(
     traffic = Traffic.open(spec)
     return traffic, FeedbackLog.open(traffic.spec, traffic)
 
-
+# %% ../nbs/45_feedback.ipynb #39fbf4b8
 def _close_log(self: FeedbackLog, wait_s: float = 5.0):
     "Everything on disk, and in the stream if it takes it within `wait_s`; somebody else may learn. Once is enough."
     if self._stop.is_set(): return
@@ -559,7 +590,7 @@ def _close_log(self: FeedbackLog, wait_s: float = 5.0):
     if self._works and self.spec["stream"]: self._drain(wait_s)
     if self._lead: os.close(self._lead[0])
 
-
+# %% ../nbs/45_feedback.ipynb #35f75f0c
 def _log_status(self: FeedbackLog) -> dict:
     "Segments, bytes, lines lost, the last problem, and what the learner of this process has seen."
     files = list((self.folder / "segments").glob("*.jsonl"))
@@ -605,7 +636,7 @@ class Stream:
 
     def __repr__(self): return f"{self.kind}://{self.name}"
 
-# %% ../nbs/45_feedback.ipynb #0243362d
+# %% ../nbs/45_feedback.ipynb #3726eb13
 def _calls(records: list, limits: tuple):
     "Records cut to what one call takes."
     call, size = [], 0
@@ -615,7 +646,7 @@ def _calls(records: list, limits: tuple):
         call.append((key, data)); size += mine
     if call: yield call
 
-
+# %% ../nbs/45_feedback.ipynb #19cba82d
 def put(
     self: Stream,
     records: list[tuple[str, bytes]],  # partition key and data
@@ -640,7 +671,7 @@ def _call(self: Stream, records) -> list:
 
 Stream.put, Stream._call = put, _call
 
-# %% ../nbs/45_feedback.ipynb #5dea5049
+# %% ../nbs/45_feedback.ipynb #17135482
 class Shipper:
     "Brings the lines of a folder into a stream."
 
@@ -653,20 +684,23 @@ class Shipper:
         self.folder, self.stream, self.keep, self.at, self._open = Path(folder), stream, keep, dict(_sent(Path(folder)) or {}), None
         self.sent, self.again, self.failures, self.problem = 0, 0, 0, ""
 
-    def step(self) -> bool:  # False: not now
-        "Send what is there."
-        while found := self._open or self._next():
-            name, end, records = found
-            left, self.problem = self.stream.put(records)
-            self.sent, self.again = self.sent + len(records) - len(left), self.again + len(left)
-            self._open = (name, end, left) if left else None
-            if left: self.failures = self.failures + 1 if len(left) == len(records) else 1; return False
-            self.failures, self.at[name] = 0, end
-            _note_sent(self.folder, self.stream, self.at)
-        if not self.keep: self._free()
-        return True
+# %% ../nbs/45_feedback.ipynb #833a98f6
+def ship(self: Shipper) -> bool:  # False: not now
+    "Send what is there."
+    while found := self._open or self._next():
+        name, end, records = found
+        left, self.problem = self.stream.put(records)
+        self.sent, self.again = self.sent + len(records) - len(left), self.again + len(left)
+        self._open = (name, end, left) if left else None
+        if left: self.failures = self.failures + 1 if len(left) == len(records) else 1; return False
+        self.failures, self.at[name] = 0, end
+        _note_sent(self.folder, self.stream, self.at)
+    if not self.keep: self._free()
+    return True
 
-# %% ../nbs/45_feedback.ipynb #8fa41789
+Shipper.step = ship
+
+# %% ../nbs/45_feedback.ipynb #4f6f61e6
 def _files(folder: Path) -> list[Path]:
     "All segments, by name."
     return sorted((p for place in ("segments", "done") for p in (folder / place).glob("*.jsonl")), key=lambda p: p.name)
@@ -682,13 +716,13 @@ def _note_sent(folder: Path, stream, at: dict):
     "Losing it costs no more than sending again."
     atomic_write(folder / "stream.json", json.dumps({"stream": str(stream), "at": at}), durable=False)
 
-
+# %% ../nbs/45_feedback.ipynb #c3195c4b
 def _note_stream(self: FeedbackLog):
     "From now on no segment goes before the stream has it; another stream gets what is still here from the beginning."
     if (read_json(self.folder / "stream.json", None) or {}).get("stream") != self.spec["stream"]:
         _note_sent(self.folder, self.spec["stream"], {})
 
-# %% ../nbs/45_feedback.ipynb #598e1ac5
+# %% ../nbs/45_feedback.ipynb #6ac7dbd3
 def _next(self: Shipper, most: int = 256 * 1024) -> tuple | None:
     "The next lines that were not sent: segment, the byte behind them, records."
     files = _files(self.folder)
@@ -699,14 +733,14 @@ def _next(self: Shipper, most: int = 256 * 1024) -> tuple | None:
         if end > start: return path.name, end, [r for byte, line in lines for r in stream_records(line, f"{path.name}:{byte}", self.stream.limits[2])]
     for name in self.at.keys() - {p.name for p in files}: del self.at[name]
 
-
+# %% ../nbs/45_feedback.ipynb #33517285
 def _free(self: Shipper):
     "Delete what the learner has put away and the stream has."
     for path in (self.folder / "done").glob("*.jsonl"):
         with contextlib.suppress(FileNotFoundError):
             if self.at.get(path.name, -1) >= read_lines(path, self.at.get(path.name, 0))[1]: path.unlink()
 
-
+# %% ../nbs/45_feedback.ipynb #3f36b241
 def _ship_status(self: Shipper) -> dict:
     "What is in the stream, what is not yet, and why."
     waiting = sum(max(0, _size(p) - self.at.get(p.name, 0)) for p in _files(self.folder))
@@ -714,7 +748,7 @@ def _ship_status(self: Shipper) -> dict:
 
 Shipper._next, Shipper._free, Shipper.status = _next, _free, _ship_status
 
-# %% ../nbs/45_feedback.ipynb #6191a966
+# %% ../nbs/45_feedback.ipynb #9bcd6b70
 def shipping(folder, stream: Stream, keep: bool = True) -> Shipper | None:
     "Become the one who sends the lines of a folder; None: another process does. The lock ends with the process."
     if (fd := take_office(folder, "shipper")) is None: return None
@@ -722,19 +756,19 @@ def shipping(folder, stream: Stream, keep: bool = True) -> Shipper | None:
     found.lock = fd
     return found
 
-
+# %% ../nbs/45_feedback.ipynb #610039c3
 def backoff(failures: int, least: float = 0.1, most: float = 30.0) -> float:  # seconds
     "How long to wait after so many failures (exponential, full jitter)."
     return least if not failures else least + random.random() * min(most, least * 2 ** min(failures, 20))
 
-# %% ../nbs/45_feedback.ipynb #8a5b2f31
+# %% ../nbs/45_feedback.ipynb #8fb90dcd
 def _sends(self: FeedbackLog) -> bool:
     "Is this the process that sends, or can it be now?"
     self._stream = self._stream or Stream(self.spec["stream"], self.spec["endpoint_url"])
     self.shipper = self.shipper or shipping(self.folder, self._stream, self.spec["keep"])
     return self.shipper is not None
 
-
+# %% ../nbs/45_feedback.ipynb #941f9267
 def _ship_on(self: FeedbackLog):
     "Until the log is closed: send, if nobody else does."
     wait_s = 0.0
@@ -762,7 +796,7 @@ COLUMNS = {"kind": "string", "id": "string", "at": "double", "variant": "string"
            "ms": "double", "reward": "double", "truth": "string", "why": "string", "line": "string"}
 KINDS = {"p": "prediction", "x": "failure", "s": "shadow", "f": "feedback"}
 
-# %% ../nbs/45_feedback.ipynb #c4031532
+# %% ../nbs/45_feedback.ipynb #3a710952
 def _text(value): return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -773,34 +807,40 @@ def _row(r: dict, line: str) -> tuple:
     return (KINDS.get(r.get("k"), "unknown"), r.get("id"), r.get("t"), r.get("v"), r.get("q"), None if "r" not in r else json.dumps(r["r"], ensure_ascii=False),
             None if "a" not in r else json.dumps(said, ensure_ascii=False), _text(told), r.get("ms"), r.get("w"), _text(r.get("y")), r.get("why"), line)
 
-
+# %% ../nbs/45_feedback.ipynb #6948da9e
 def _arrow(rows):
     import pyarrow as pa
     columns = list(zip(*rows)) or [()] * len(COLUMNS)
     return pa.table({n: pa.array(c, getattr(pa, {"double": "float64"}.get(t, t))()) for (n, t), c in zip(COLUMNS.items(), columns)})
 
-# %% ../nbs/45_feedback.ipynb #5cc1b51f
+# %% ../nbs/45_feedback.ipynb #424f9c5e
 def compact(
     folder,  # of a log
     older_than_s: float = 3600.0,  # since the last line; take at least the spec's wait_s
 ) -> dict:  # segments, rows, unreadable lines, unsent segments, file
     "Gather old segments into one Parquet file; those that a stream has not taken yet stay."
     import fcntl
-    folder, taken, rows, torn, unsent = Path(folder), [], [], 0, 0
+    folder = Path(folder)
     with contextlib.ExitStack() as held:
         lock = held.enter_context(open(folder / ".compact", "w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done, sent = _compacted(folder), _sent(folder)
-        for path in _files(folder):
-            if path.name in done: path.unlink(missing_ok=True); continue  # a crash came before the deletion
-            if (found := _settled(path, older_than_s, held)) is None: continue
-            lines, end, bad = found
-            if sent is not None and sent.get(path.name, 0) < end: unsent += 1; continue
-            rows, torn, taken = rows + [_row(r, f"{path.name}:{byte}") for byte, r in lines], torn + bad, taken + [path]
+        taken, rows, torn, unsent = _gathered(folder, older_than_s, held)
         out = folder / "parquet" / f"{taken[0].stem}.parquet" if rows else ""
         if rows: _write_parquet(_arrow(rows).replace_schema_metadata({"segments": json.dumps([p.name for p in taken])}), out)
         for p in taken: p.unlink(missing_ok=True)  # put away this very moment: the next time
     return {"segments": len(taken), "rows": len(rows), "unreadable": torn, "unsent": unsent, "file": str(out)}
+
+# %% ../nbs/45_feedback.ipynb #caddddaf
+def _gathered(folder: Path, older_than_s: float, held) -> tuple:  # segments, rows, unreadable lines, unsent segments
+    "What goes into the file; segments that are in an older one are deleted."
+    done, sent, taken, rows, torn, unsent = _compacted(folder), _sent(folder), [], [], 0, 0
+    for path in _files(folder):
+        if path.name in done: path.unlink(missing_ok=True); continue  # a crash came before the deletion
+        if (found := _settled(path, older_than_s, held)) is None: continue
+        lines, end, bad = found
+        if sent is not None and sent.get(path.name, 0) < end: unsent += 1; continue
+        rows, torn, taken = rows + [_row(r, f"{path.name}:{byte}") for byte, r in lines], torn + bad, taken + [path]
+    return taken, rows, torn, unsent
 
 # %% ../nbs/45_feedback.ipynb #2b4ac300
 def _settled(path: Path, older_than_s: float, held) -> tuple | None:
@@ -811,7 +851,7 @@ def _settled(path: Path, older_than_s: float, held) -> tuple | None:
         return read_lines(path)
     except FileNotFoundError: return None
 
-# %% ../nbs/45_feedback.ipynb #2b4fbd9a
+# %% ../nbs/45_feedback.ipynb #1225eca2
 def tidy(
     spec,  # of the traffic
 ) -> dict:  # as `compact`
@@ -825,7 +865,7 @@ def tidy(
         if not there: raise SlmlError("the state store is away, so nothing was learned and nothing gathered", traffic.away, "the same command again, later")
     return compact(spec["log"], max(600.0, spec["wait_s"] + grace(spec)))
 
-
+# %% ../nbs/45_feedback.ipynb #7e1b1e18
 def _write_parquet(table, out: Path):
     "On disk for good, then under its name."
     import pyarrow as pa, pyarrow.parquet as pq
@@ -834,13 +874,13 @@ def _write_parquet(table, out: Path):
     atomic_write(out, sink.getvalue().to_pybytes())
     _sync_folder(out.parent)
 
-
+# %% ../nbs/45_feedback.ipynb #c5c1d894
 def _compacted(folder: Path) -> set[str]:
     "Names of the segments that are in Parquet already."
     import pyarrow.parquet as pq
     return {n for p in (folder / "parquet").glob("*.parquet") for n in json.loads((pq.read_schema(p).metadata or {}).get(b"segments", b"[]"))}
 
-# %% ../nbs/45_feedback.ipynb #3448f376
+# %% ../nbs/45_feedback.ipynb #cd2b90e6
 def read_log(
     folder,  # of a log
 ):  # pyarrow table with COLUMNS
@@ -853,7 +893,7 @@ def read_log(
     here = _arrow([r for n, rows in segments.items() if n not in done for r in rows])
     return _each_once(pa.concat_tables([*tables, here], promote_options="default").select(list(COLUMNS)))
 
-
+# %% ../nbs/45_feedback.ipynb #88d1b452
 def _each_once(table):
     "The first row of each line; rows from before lines had names stay."
     import pyarrow as pa, pyarrow.compute as pc
@@ -865,7 +905,7 @@ def _each_once(table):
     rows = pa.chunked_array([*first.chunks, *unnamed.chunks])
     return table.take(rows.take(pc.sort_indices(rows)))
 
-# %% ../nbs/45_feedback.ipynb #db0eba87
+# %% ../nbs/45_feedback.ipynb #e4a5abad
 def _segments(folder: Path) -> dict[str, list]:
     "The rows of each segment; one that is put away or gathered meanwhile is looked for again."
     for _ in range(20):
@@ -873,7 +913,7 @@ def _segments(folder: Path) -> dict[str, list]:
         except FileNotFoundError: pass
     raise SlmlError("the segments change faster than they can be read", str(folder), "the same command again")
 
-
+# %% ../nbs/45_feedback.ipynb #1f163ff9
 def joined_sql(
     events: str,  # a table with COLUMNS
     spec: dict,
@@ -903,11 +943,11 @@ def read_joined(
     con.register("log_events", read_log(spec["log"]))
     return con.sql(joined_sql("log_events", spec, shadows)).to_arrow_table()
 
-# %% ../nbs/45_feedback.ipynb #d49a03f0
+# %% ../nbs/45_feedback.ipynb #8fea530b
 def collect(
     spec,  # of the traffic; its `stream` is read into its `log`
     most: int = 100_000,  # lines in a file
-) -> dict:  # lines, files, shards, parts: of long lines whose rest is not there yet
+) -> dict:  # lines, files, shards, parts: of long lines whose rest is not there yet, unreadable: records that nobody here has written
     "Bring what is new in a stream into Parquet."
     import fcntl
     spec = read_spec(spec)
@@ -921,24 +961,24 @@ def collect(
             _write_collected(folder, rows, mark)
             told.update(lines=len(rows), files=1)
             told["parts"] = len(mark["parts"])
-    return {"lines": told["lines"], "files": told["files"], "shards": mark["shards"], "parts": len(mark["parts"])}
+    return {"lines": told["lines"], "files": told["files"], "shards": mark["shards"], "parts": len(mark["parts"]), "unreadable": mark["unreadable"]}
 
-
+# %% ../nbs/45_feedback.ipynb #2ba30631
 def _to_read(spec) -> Stream:
     "The stream, if it is one that can be read."
     if not spec["stream"].startswith("kinesis://"):
         raise SlmlError("this log goes to no Kinesis stream", f"traffic '{spec['name']}'", "what a Firehose takes lies in S3 as lines of JSON; set stream: kinesis://NAME to read it here")
     return Stream(spec["stream"], spec["endpoint_url"], tries=8)
 
-# %% ../nbs/45_feedback.ipynb #2d00957d
+# %% ../nbs/45_feedback.ipynb #24091ec5
 def _mark(folder: Path, stream) -> dict:  # file: its number; at: {shard: sequence number}; parts: of long lines, waiting for the rest
     "How far the stream was read, from the last file."
     import pyarrow.parquet as pq
     files = sorted((folder / "parquet").glob(f"stream-{sha256_text(str(stream))[:8]}-*.parquet"))
     known = json.loads(pq.read_schema(files[-1]).metadata[b"stream"]) if files else {"at": {}, "parts": {}}
-    return {**known, "file": int(files[-1].stem.rpartition("-")[2]) + 1 if files else 0, "stream": str(stream)}
+    return {**known, "file": int(files[-1].stem.rpartition("-")[2]) + 1 if files else 0, "stream": str(stream), "unreadable": 0}
 
-
+# %% ../nbs/45_feedback.ipynb #a2ebe094
 def _write_collected(folder: Path, rows: list, mark: dict):
     "Lines and how far they go, in one file."
     name = f"stream-{sha256_text(mark['stream'])[:8]}-{mark['file']:08d}.parquet"
@@ -946,7 +986,7 @@ def _write_collected(folder: Path, rows: list, mark: dict):
     _write_parquet(_arrow(rows).replace_schema_metadata(said), folder / "parquet" / name)
     mark["file"] += 1
 
-# %% ../nbs/45_feedback.ipynb #0bf2d2f9
+# %% ../nbs/45_feedback.ipynb #513d3d63
 def _more(stream: Stream, mark: dict, most: int) -> list[tuple]:
     "New rows of all shards, up to `most` or a little more; `mark` moves on."
     pages, found = stream.client.get_paginator("list_shards").paginate(StreamName=stream.name), []
@@ -955,12 +995,12 @@ def _more(stream: Stream, mark: dict, most: int) -> list[tuple]:
     for gone in mark["at"].keys() - set(shards): del mark["at"][gone]  # older than the stream remembers
     for shard in shards:
         for records in _pages(stream, shard, mark["at"].get(shard)):
-            found += [row for r in records for row in _whole(json.loads(r["Data"]), mark["parts"])]
+            for r in records: found += _taken(r["Data"], mark)
             mark["at"][shard] = records[-1]["SequenceNumber"]
             if len(found) >= most: return found
     return found
 
-
+# %% ../nbs/45_feedback.ipynb #28cc10f2
 def _pages(stream: Stream, shard: str, since: str | None):
     "The records of a shard, page by page, until one has caught up."
     begin = lambda **where: stream.client.get_shard_iterator(StreamName=stream.name, ShardId=shard, **where)["ShardIterator"]
@@ -972,14 +1012,22 @@ def _pages(stream: Stream, shard: str, since: str | None):
         if not page.get("MillisBehindLatest"): return
         at = page.get("NextShardIterator")  # none: the shard was split or merged, and this was its end
 
-# %% ../nbs/45_feedback.ipynb #d92e0d56
+# %% ../nbs/45_feedback.ipynb #f014df52
+def _taken(data: bytes, mark: dict) -> list[tuple]:
+    "The rows of a record; none, and one more that is unreadable, when it is no line of a log."
+    try: return _whole(json.loads(data), mark["parts"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError): mark["unreadable"] += 1
+    return []
+
+# %% ../nbs/45_feedback.ipynb #267c565d
 def _whole(r: dict, parts: dict) -> list[tuple]:
     "A record as a row; of a long line, when its last part is there."
     name = r.pop("n", None)
     if "part" not in r: return [_row(r, name)]
+    part, of, text = str(r["part"]), r["of"], r["text"]
     there = parts.setdefault(name, {})
-    there[str(r["part"])] = r["text"]
-    if len(there) < r["of"]: return []
-    text = "".join(there[str(i)] for i in range(r["of"]))
+    there[part] = text
+    if len(there) < of: return []
+    text = "".join(there[str(i)] for i in range(of))
     del parts[name]
     return [_row(json.loads(text), name)]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PR_SET_PDEATHSIG', 'PR_SET_CHILD_SUBREAPER', 'HEAVY', 'UNLESS_SET', 'AS_JUPYTER', 'Wire', 'Printed', 'make_shell',
-           'serve_cells', 'reseed', 'template', 'KernelDied', 'TimeUp', 'warm_possible', 'WarmKernels', 'WarmKernel',
-           'death', 'kill', 'stop']
+           'Interrupts', 'serve_cells', 'reseed', 'template', 'KernelDied', 'TimeUp', 'warm_possible', 'WarmKernels',
+           'WarmKernel', 'death', 'kill', 'stop']
 
 # %% ../nbs/05_kernel.ipynb #428a1806
 import base64, builtins, codecs, contextlib, contextvars, gc, getpass, io, json, os, random, select, selectors, signal, socket, struct, subprocess, sys, threading, time
@@ -127,14 +127,14 @@ def _hook():
             if self.shown: self.shell.tell(type="execute_result", data=self.shown[0], metadata=self.shown[1], execution_count=self.prompt_count)
     return Hook
 
-# %% ../nbs/05_kernel.ipynb #2364af06
+# %% ../nbs/05_kernel.ipynb #5b1e9256
 def _shell_class():
     "IPython's shell with a wire: what a cell shows, and how it fails, become messages."
     from IPython.core.interactiveshell import InteractiveShell
     from traitlets import Type
 
     class ZMQInteractiveShell(InteractiveShell):  # by this name, and by having a kernel, libraries know a notebook from a terminal
-        kernel = object()
+        kernel, interrupts = object(), None
         displayhook_class, display_pub_class, wire, failure, over = Type(_hook()), Type(_publisher()), None, None, False
 
         def tell(self, **message):
@@ -185,30 +185,62 @@ def _run_cell(shell, code: str, loop) -> dict:
     used = {"seconds": round(time.perf_counter() - start, 4), **used_between(before, process_meter())}
     return {"type": "done", "status": "error" if shell.failure else "exit" if shell.over else "ok", "failure": shell.failure, "count": shell.execution_count - 1, "used": used}
 
-# %% ../nbs/05_kernel.ipynb #0d6bb496
+# %% ../nbs/05_kernel.ipynb #b93b0527
+class Interrupts:
+    "What SIGINT does to a kernel: it ends the cell that runs, and the one that is about to."
+
+    def __init__(self, sock: socket.socket):
+        self.sock, self.cell, self.due, self.theirs = sock, False, False, signal.default_int_handler  # cell: one has come; due: it is not to run; theirs: what cells find and may change
+        signal.signal(signal.SIGINT, self)
+
+    def __call__(self, signum, frame):
+        "Noted, where there is no code of a cell that it could stop."
+        self.due = self.due or self.cell or self.coming(0)
+
+    def coming(self, ms: int | None = None) -> bool:
+        "Wait for a cell: for so many milliseconds, or for ever."
+        ready = select.poll()
+        ready.register(self.sock, select.POLLIN)
+        return bool(ready.poll(ms))
+
+# %% ../nbs/05_kernel.ipynb #8f9ebe14
+@contextlib.contextmanager
+def _interruptible(self: Interrupts):
+    "The code of a cell, which an interrupt ends; at once, if it came before."
+    try:
+        signal.signal(signal.SIGINT, self.theirs)
+        if self.due: raise KeyboardInterrupt
+        yield
+    finally: self.theirs, self.due, self.cell = signal.signal(signal.SIGINT, self), False, False
+
+Interrupts.code = _interruptible
+
+# %% ../nbs/05_kernel.ipynb #8a5da972
 def _run_in(shell, loop, code: str):
     "Run a cell in the loop; what it raised, if anything."
     task = loop.create_task(_run_async(shell, code), context=shell.context)  # all cells share one context, so that a ContextVar keeps its value
-    try: result = loop.run_until_complete(task)
-    except KeyboardInterrupt as e:  # came while the cell awaited something
+    try:
+        with shell.interrupts.code(): result = loop.run_until_complete(task)
+    except KeyboardInterrupt as e:  # came before the cell began, or while it awaited something
         task.cancel()
         with contextlib.suppress(BaseException): loop.run_until_complete(task)
         shell.showtraceback((type(e), e, e.__traceback__))
         return e
     return result.error_before_exec or result.error_in_exec
 
-# %% ../nbs/05_kernel.ipynb #38d75180
-def serve_cells(shell, sock: socket.socket):
+# %% ../nbs/05_kernel.ipynb #1b63baaa
+def serve_cells(shell, interrupts: Interrupts):
     "The life of a kernel."
     import asyncio
-    wire, loop = Wire(sock), asyncio.new_event_loop()
-    shell.wire, shell.context = wire, contextvars.copy_context()
+    sock, loop = interrupts.sock, asyncio.new_event_loop()
+    shell.wire, shell.context, shell.interrupts = (wire := Wire(sock)), contextvars.copy_context(), interrupts
     asyncio.set_event_loop(loop)
     os.register_at_fork(after_in_child=sock.close)  # else a child that outlives the kernel would make it seem alive
     sys.stdout, sys.stderr = Printed(wire, "stdout"), Printed(wire, "stderr")
-    while message := wire.receive():
-        try: wire.send(_run_cell(shell, message["code"], loop))
-        except KeyboardInterrupt: pass  # came between two cells: nothing ran that it could stop
+    while interrupts.coming():
+        interrupts.cell = True
+        if (message := wire.receive()) is None: break
+        wire.send(_run_cell(shell, message["code"], loop))
 
 # %% ../nbs/05_kernel.ipynb #362f5086
 def reseed():
@@ -228,13 +260,14 @@ def _prctl(option: int, value: int):
     import ctypes
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
-# %% ../nbs/05_kernel.ipynb #ebcd892b
+# %% ../nbs/05_kernel.ipynb #a40a76b6
 def _become_kernel(shell, sock, streams: list[int], asked: dict):
     "Turn a fresh copy of the template into a kernel, and run it."
     os.setsid()
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no template, no kernel
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what its children leave behind stays findable
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupts = Interrupts(sock)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     for fd, to in zip(streams, (1, 2)): os.dup2(fd, to), os.close(fd)
     os.environ.clear(), os.environ.update(asked["env"])
     os.chdir(asked["cwd"])
@@ -243,7 +276,7 @@ def _become_kernel(shell, sock, streams: list[int], asked: dict):
     sys.path[at:at] = ["", *asked["path"]]  # as in Jupyter: behind the standard library, so that a file named random.py shadows nothing
     builtins.input = getpass.getpass = _no_input
     gc.enable(), reseed()
-    serve_cells(shell, sock)
+    serve_cells(shell, interrupts)
     import atexit
     atexit._run_exitfuncs()
 
@@ -272,11 +305,13 @@ def _import(shell, name: str):
     import importlib
     with shell.builtin_trap, contextlib.suppress(Exception): importlib.import_module(name)
 
-# %% ../nbs/05_kernel.ipynb #28c14e8c
+# %% ../nbs/05_kernel.ipynb #039a9e60
 def _fork(control: Wire, shell, alive: set, fds: list[int], asked: dict):
     "Make a kernel."
     gc.freeze()  # what is there now is shared: the collector shall not touch, and thereby copy, it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the copy knows what to do with it
     if pid := os.fork():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for f in fds: os.close(f)
         alive.add(pid)
         return control.send({"pid": pid})

@@ -12,12 +12,13 @@ __all__ = ['AVERAGES', 'LAMBDA', 'LABELS', 'UNITS', 'METRICS', 'average', 'weigh
 import math, time
 from .core import SlmlError, size_of, suggest
 
-# %% ../nbs/29_measure.ipynb #d599fe9f
+# %% ../nbs/29_measure.ipynb #7061f76d
 def _log_loss(y, p):
     import numpy as np
     eps = np.finfo(float).eps
     return -np.log(np.clip(p[np.arange(len(y)), y], eps, 1 - eps))
 
+# %% ../nbs/29_measure.ipynb #69367c58
 def _brier(y, p):
     import numpy as np
     return (p[:, 1] - y)**2 if p.shape[1] == 2 else ((p - np.eye(p.shape[1])[y])**2).sum(1)

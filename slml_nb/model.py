@@ -6,11 +6,12 @@
 __all__ = ['DIRECTIONS', 'HUGE', 'COMPLEXITY', 'KINDS', 'ROOMS', 'CANDIDATES', 'LINKS', 'SPLIT_LISTS', 'LARGEST', 'ZERO', 'SLOTS',
            'direction', 'better', 'regression_metrics', 'auc', 'f1_macro', 'classification_metrics', 'metrics_of',
            'numbers', 'fit_numeric', 'mean_and_std', 'vocabulary', 'fit_categorical', 'fit_encoding', 'kinds_of',
-           'Encoder', 'length', 'codes', 'raw', 'dense', 'one_raw', 'one_dense', 'save_model', 'Model', 'predict',
-           'contestants', 'load_model', 'Rule', 'rule_label', 'answering_connection', 'evaluate_rule', 'save_rule',
-           'odds', 'rule_odds', 'softmax', 'Linear', 'save_linear', 'read_lightgbm', 'read_tree', 'split_slot', 'nest',
-           'walked', 'TreeScorer', 'one_slots', 'category_codes', 'deal', 'member', 'Trees', 'linked', 'save_trees',
-           'open_session', 'Network', 'save_network', 'read_columns', 'read_split', 'prediction_table']
+           'Encoder', 'check', 'length', 'codes', 'raw', 'dense', 'one_raw', 'one_dense', 'save_model', 'Model',
+           'predict', 'contestants', 'load_model', 'Rule', 'rule_label', 'answering_connection', 'rule_rows',
+           'evaluate_rule', 'rule_features', 'save_rule', 'odds', 'rule_odds', 'softmax', 'Linear', 'save_linear',
+           'read_lightgbm', 'read_tree', 'split_slot', 'nest', 'walked', 'TreeScorer', 'one_slots', 'category_codes',
+           'deal', 'member', 'Trees', 'linked', 'save_trees', 'open_session', 'Network', 'save_network', 'read_columns',
+           'read_split', 'prediction_table']
 
 # %% ../nbs/30_model.ipynb #e084aae5
 import importlib, json, math
@@ -181,7 +182,7 @@ def kinds_of(
     "What models of numbers and categories read: every feature but the texts."
     return {f["name"]: f["kind"] for f in recipe["features"] if f["kind"] != "text"}
 
-# %% ../nbs/30_model.ipynb #6f3dae4b
+# %% ../nbs/30_model.ipynb #a14608e8
 class Encoder:
     "Turns columns of features into numbers, as learnt."
 
@@ -198,19 +199,23 @@ class Encoder:
         self.sizes = [len(c["vocabulary"]) + 1 for c in self.categorical]  # codes per categorical, 0 among them
         self.features = self.names + [c["name"] for c in self.categorical]
 
-    def check(self, columns: dict):
-        "Every feature must be there."
-        for name in self.features:
-            if name not in columns: raise SlmlError(f"feature '{name}' is missing", "predict", f"send it; {suggest(name, columns)}")
+# %% ../nbs/30_model.ipynb #115eb97d
+def check(self: Encoder, columns: dict):
+    "Every feature must be there."
+    for name in self.features:
+        if name not in columns: raise SlmlError(f"feature '{name}' is missing", "predict", f"send it; {suggest(name, columns)}")
 
-# %% ../nbs/30_model.ipynb #b8e37241
+
+Encoder.check = check
+
+# %% ../nbs/30_model.ipynb #1af8fb7c
 def length(
     columns: dict,  # name -> column
 ) -> int:
     "Rows in a dictionary of columns."
     return len(next(iter(columns.values()), ()))
 
-
+# %% ../nbs/30_model.ipynb #13bcd77a
 def codes(
     self: Encoder,
     columns: dict,  # name -> (n,) column
@@ -283,10 +288,10 @@ def one_dense(
 
 Encoder.one_dense = one_dense
 
-# %% ../nbs/30_model.ipynb #83bc8e34
+# %% ../nbs/30_model.ipynb #3dcd6b98
 COMPLEXITY = {"rule": 0, "linear": 1, "tfidf": 1, "trees": 2, "network": 3, "fleet": 3, "encoder": 4, "ensemble": 5}
 
-
+# %% ../nbs/30_model.ipynb #273c29c1
 def save_model(
     folder,  # made when missing
     spec: dict,  # goes to model.json: name, kind, task, classes, target, features, encoding, trained, …
@@ -301,7 +306,7 @@ def save_model(
     atomic_write(folder / "model.json", json.dumps(spec, indent=1, ensure_ascii=False, allow_nan=False))
     return folder
 
-# %% ../nbs/30_model.ipynb #01943fa3
+# %% ../nbs/30_model.ipynb #3e7cecd6
 class Model:
     "A model loaded from its folder."
 
@@ -321,9 +326,13 @@ class Model:
 
     def load(self): "Read what `model.json` does not hold."
 
-    def weights(self) -> dict:
-        "The content of weights.json."
-        return json.loads((self.folder / "weights.json").read_text(encoding="utf-8"))
+# %% ../nbs/30_model.ipynb #0b114f7d
+def _weights(self: Model) -> dict:
+    "The content of weights.json."
+    return json.loads((self.folder / "weights.json").read_text(encoding="utf-8"))
+
+
+Model.weights = _weights
 
 # %% ../nbs/30_model.ipynb #5fee5431
 def predict(
@@ -341,9 +350,11 @@ def predict(
 
 Model.predict = predict
 
-# %% ../nbs/30_model.ipynb #4a8564a5
+# %% ../nbs/30_model.ipynb #c5977f9c
 Model.one = lambda self, columns: self.many(columns)
 KINDS = {}  # kind -> class
+
+# %% ../nbs/30_model.ipynb #82e00a04
 ROOMS = {"fleet": "fleet", "ensemble": "automl", "tfidf": "text", "encoder": "text"}  # kinds that are made in rooms of their own, which are asked when such a model is met
 CANDIDATES = {"baselines": "baseline_predictions", "network": "network_predictions", "fleet_models": "fleet_predictions", "automl_models": "automl_predictions",
               "text_models": "text_predictions"}  # artifact with the folders of models: artifact with what they predict
@@ -370,7 +381,7 @@ def load_model(
     if spec.get("kind") not in KINDS: raise SlmlError(f"there is no kind of model '{spec.get('kind')}'", str(path), suggest(str(spec.get("kind")), KINDS))
     return KINDS[spec["kind"]](spec, Path(folder), threads)
 
-# %% ../nbs/30_model.ipynb #439b9c25
+# %% ../nbs/30_model.ipynb #a2e5bf2f
 class Rule(Model):
     "One SQL expression over the features, run by DuckDB."
 
@@ -380,33 +391,45 @@ class Rule(Model):
         self.texts = self.spec.get("texts", [])
         self.con = None if self.expression.strip('"') in self.features else answering_connection()
 
-    def answers(self, columns: dict) -> list:
-        "What the expression says of each row; None where it has no answer."
-        if self.con is None: return [v if v is not None and v == v else None for v in columns[self.features[0]]]
-        return evaluate_rule(self.con, self.expression, {c: columns[c] for c in self.features}, length(columns), self.texts)
 
-    def many(self, columns: dict) -> np.ndarray:
-        "Predict for arrays."
-        answers = self.answers(columns)
-        if not self.classes: return np.array([self.fallback if v is None else v for v in answers], float)
-        return np.array([self.chances(v) for v in answers])
+KINDS["rule"] = Rule
 
-    def chances(self, answer) -> list[float]:
-        "Probabilities of the classes, given what the rule said."
-        if isinstance(answer, (int, float)) and not isinstance(answer, bool) and len(self.classes) == 2:
-            p = min(max(float(answer), 0.0), 1.0)
-            return [1 - p, p]
-        return self.odds.get(rule_label(answer), self.fallback)
-
-# %% ../nbs/30_model.ipynb #366c3422
+# %% ../nbs/30_model.ipynb #a07a2e7d
 def rule_label(
     answer,  # of an SQL expression
 ) -> str:  # as classes are written
     "A class as text, spelt as SQL casts it."
     return str(answer).lower() if isinstance(answer, bool) else str(answer)
 
+# %% ../nbs/30_model.ipynb #41cf8275
+def _chances(self: Rule, answer) -> list[float]:
+    "Probabilities of the classes, given what the rule said."
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and len(self.classes) == 2:
+        p = min(max(float(answer), 0.0), 1.0)
+        return [1 - p, p]
+    return self.odds.get(rule_label(answer), self.fallback)
 
-KINDS["rule"] = Rule
+
+Rule.chances = _chances
+
+# %% ../nbs/30_model.ipynb #87351679
+def _answers(self: Rule, columns: dict) -> list:
+    "What the expression says of each row; None where it has no answer."
+    if self.con is None: return [v if v is not None and v == v else None for v in columns[self.features[0]]]
+    return evaluate_rule(self.con, self.expression, {c: columns[c] for c in self.features}, length(columns), self.texts)
+
+
+Rule.answers = _answers
+
+# %% ../nbs/30_model.ipynb #4597ea16
+def _many_by_rule(self: Rule, columns: dict) -> np.ndarray:
+    "Predict for arrays."
+    answers = self.answers(columns)
+    if not self.classes: return np.array([self.fallback if v is None else v for v in answers], float)
+    return np.array([self.chances(v) for v in answers])
+
+
+Rule.many = _many_by_rule
 
 # %% ../nbs/30_model.ipynb #8d3bcb62
 def answering_connection():
@@ -414,7 +437,17 @@ def answering_connection():
     import duckdb
     return duckdb.connect(config={"threads": 1})
 
-# %% ../nbs/30_model.ipynb #94499ac4
+# %% ../nbs/30_model.ipynb #aed3559f
+def rule_rows(
+    columns: dict,  # name -> (n,) column
+    texts: list[str],  # the columns that are text
+) -> tuple[str, list]:  # what to select from, with a question mark a column; the values for them
+    "Columns as DuckDB reads them: a text that is no text and a number that is no number are null."
+    value = {c: [v if isinstance(v, str) else None for v in x] if c in texts else [None if v is None or v != v else float(v) for v in x] for c, x in columns.items()}
+    quoted = {c: '"' + c.replace('"', '""') + '"' for c in columns}
+    return ", ".join(f"unnest(?::{'VARCHAR' if c in texts else 'DOUBLE'}[]) as {quoted[c]}" for c in columns), list(value.values())
+
+# %% ../nbs/30_model.ipynb #4a8734c2
 def evaluate_rule(
     con,  # DuckDB connection
     expression: str,
@@ -425,13 +458,23 @@ def evaluate_rule(
     "What an SQL expression says of each row."
     import duckdb
     if not columns: return con.execute(f"select {expression}").fetchall()[0] * n
-    value = {c: [v if isinstance(v, str) else None for v in x] if c in texts else [None if v is None or v != v else float(v) for v in x] for c, x in columns.items()}
-    quoted = {c: '"' + c.replace('"', '""') + '"' for c in columns}
-    rows = ", ".join(f"unnest(?::{'VARCHAR' if c in texts else 'DOUBLE'}[]) as {quoted[c]}" for c in columns)
-    try: return [r[0] for r in con.cursor().execute(f"select {expression} from (select {rows})", list(value.values())).fetchall()]
+    rows, values = rule_rows(columns, texts)
+    try: return [r[0] for r in con.cursor().execute(f"select {expression} from (select {rows})", values).fetchall()]
     except duckdb.Error as e: raise SlmlError(f"{expression!r} does not work ({str(e).splitlines()[0]})", "rule", f"write SQL over {', '.join(columns)}") from None
 
-# %% ../nbs/30_model.ipynb #627e100a
+# %% ../nbs/30_model.ipynb #f4800b16
+def rule_features(
+    expression: str,  # SQL
+    columns: dict,  # the features
+) -> list[str]:  # by their own names
+    "The features that a rule reads."
+    from slml_nb.sql import columns_of
+    lower, used = {c.lower(): c for c in columns}, columns_of(expression, "rule")
+    for c in used:
+        if c.lower() not in lower: raise SlmlError(f"column '{c}' is not a feature", "rule", suggest(c, columns))
+    return [lower[c.lower()] for c in used]
+
+# %% ../nbs/30_model.ipynb #83194e95
 def save_rule(
     folder,
     spec: dict,  # task, target, classes, trained
@@ -440,12 +483,7 @@ def save_rule(
     target,  # (n,) the training split's target: numbers, or class labels
 ) -> Path:
     "Keep a rule, with what it says when it does not know and how often it was right."
-    from slml_nb.sql import columns_of
-    lower = {c.lower(): c for c in columns}
-    used = columns_of(expression, "rule")
-    for c in used:
-        if c.lower() not in lower: raise SlmlError(f"column '{c}' is not a feature", "rule", suggest(c, columns))
-    spec = {**spec, "kind": "rule", "features": [lower[c.lower()] for c in used], "expression": expression}
+    spec = {**spec, "kind": "rule", "features": rule_features(expression, columns), "expression": expression}
     spec["texts"] = [c for c in spec["features"] if any(isinstance(v, str) for v in columns[c])]
     if spec["task"] == "regression": return save_model(folder, {**spec, "fallback": float(np.median(target)) if len(target) else 0.0})
     classes = spec["classes"]
@@ -488,7 +526,7 @@ def softmax(
     e = np.exp(scores - scores.max(1, keepdims=True))
     return e / e.sum(1, keepdims=True)
 
-# %% ../nbs/30_model.ipynb #b9a02a07
+# %% ../nbs/30_model.ipynb #2e889430
 class Linear(Model):
     "A weighted sum."
 
@@ -500,21 +538,29 @@ class Linear(Model):
         self.tables = [w["categorical"][name] for name, _ in self.encoder.codebook]  # codes × outputs, each
         self.arrays = np.reshape(np.array(self.slope, float), (len(self.slope), len(self.bias))), [np.array(t, float) for t in self.tables]
 
-    def many(self, columns: dict) -> np.ndarray:
-        "Predict for arrays."
-        slope, tables = self.arrays
-        scores = self.encoder.dense(columns) @ slope + self.bias
-        for table, code in zip(tables, self.encoder.codes(columns).T): scores = scores + table[code]
-        return softmax(scores) if self.classes else scores[:, 0]
-
-    def one(self, columns: dict) -> np.ndarray:
-        "Predict for one row."
-        z, code = self.encoder.one_dense(columns)
-        scores = [sum(x * w[k] for x, w in zip(z, self.slope)) + b + sum(t[c][k] for t, c in zip(self.tables, code)) for k, b in enumerate(self.bias)]
-        return softmax(np.array([scores])) if self.classes else np.array(scores)
-
 
 KINDS["linear"] = Linear
+
+# %% ../nbs/30_model.ipynb #7bbca387
+def _many_linear(self: Linear, columns: dict) -> np.ndarray:
+    "Predict for arrays."
+    slope, tables = self.arrays
+    scores = self.encoder.dense(columns) @ slope + self.bias
+    for table, code in zip(tables, self.encoder.codes(columns).T): scores = scores + table[code]
+    return softmax(scores) if self.classes else scores[:, 0]
+
+
+Linear.many = _many_linear
+
+# %% ../nbs/30_model.ipynb #baf88c26
+def _one_linear(self: Linear, columns: dict) -> np.ndarray:
+    "Predict for one row."
+    z, code = self.encoder.one_dense(columns)
+    scores = [sum(x * w[k] for x, w in zip(z, self.slope)) + b + sum(t[c][k] for t, c in zip(self.tables, code)) for k, b in enumerate(self.bias)]
+    return softmax(np.array([scores])) if self.classes else np.array(scores)
+
+
+Linear.one = _one_linear
 
 # %% ../nbs/30_model.ipynb #3c197715
 def save_linear(
@@ -530,12 +576,12 @@ def save_linear(
                "categorical": {name: np.asarray(t, float).tolist() for (name, _), t in zip(encoder.codebook, categorical)}}
     return save_model(folder, {**spec, "kind": "linear"}, weights)
 
-# %% ../nbs/30_model.ipynb #c6349231
+# %% ../nbs/30_model.ipynb #051b9373
 LINKS = {"regression": "identity", "regression_l1": "identity", "huber": "identity", "fair": "identity", "quantile": "identity", "mape": "identity",
          "poisson": "exp", "gamma": "exp", "tweedie": "exp", "binary": "sigmoid", "cross_entropy": "sigmoid", "multiclass": "softmax"}
 SPLIT_LISTS = {"split_feature": int, "threshold": float, "decision_type": int, "left_child": int, "right_child": int, "leaf_value": float}
 
-
+# %% ../nbs/30_model.ipynb #21749cdc
 def read_lightgbm(
     text: str,  # `Booster.model_to_string()`
 ) -> dict:  # link, outputs, average, features, trees
@@ -614,7 +660,7 @@ def walked(
         total[i % outputs] += node
     return total
 
-# %% ../nbs/30_model.ipynb #536edcdc
+# %% ../nbs/30_model.ipynb #9a0da535
 class TreeScorer:
     "LightGBM's predictions, exactly, from nested tuples."
 
@@ -628,18 +674,26 @@ class TreeScorer:
         self.slots = list(slots)
         self.divide = max(1, len(self.roots) // self.outputs) if weights["average"] else 1
 
-    def one(self, row: list) -> np.ndarray:
-        "Raw scores of one row: (outputs,)."
-        return np.array(walked(self.roots, one_slots(self.slots, row), self.outputs))
+# %% ../nbs/30_model.ipynb #36cc9225
+def _one_row(self: TreeScorer, row: list) -> np.ndarray:
+    "Raw scores of one row: (outputs,)."
+    return np.array(walked(self.roots, one_slots(self.slots, row), self.outputs))
 
-    def many(self, x: np.ndarray, block: int = 16384) -> np.ndarray:
-        "Raw scores of (n, features): (n, outputs)."
-        total = np.zeros((len(x), self.outputs))
-        for start in range(0, len(x), block):
-            part = x[start:start + block]
-            looks = [np.ascontiguousarray(SLOTS[way](part[:, f])) if way != "category" else category_codes(part[:, f]) for f, way in self.slots]
-            for i, root in enumerate(self.roots): deal(root, looks, total[start:start + block, i % self.outputs])
-        return total
+
+TreeScorer.one = _one_row
+
+# %% ../nbs/30_model.ipynb #f4154057
+def _many_rows(self: TreeScorer, x: np.ndarray, block: int = 16384) -> np.ndarray:
+    "Raw scores of (n, features): (n, outputs)."
+    total = np.zeros((len(x), self.outputs))
+    for start in range(0, len(x), block):
+        part = x[start:start + block]
+        looks = [np.ascontiguousarray(SLOTS[way](part[:, f])) if way != "category" else category_codes(part[:, f]) for f, way in self.slots]
+        for i, root in enumerate(self.roots): deal(root, looks, total[start:start + block, i % self.outputs])
+    return total
+
+
+TreeScorer.many = _many_rows
 
 # %% ../nbs/30_model.ipynb #3a73933b
 def one_slots(
@@ -742,7 +796,7 @@ def open_session(
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
     return ort.InferenceSession(str(Path(folder) / "model.onnx"), options, providers=["CPUExecutionProvider"])
 
-# %% ../nbs/30_model.ipynb #2ccf727a
+# %% ../nbs/30_model.ipynb #d07ad51a
 class Network(Model):
     "A neural network, run by ONNX Runtime."
 
@@ -756,18 +810,26 @@ class Network(Model):
         feed = {"numeric": numeric, "categorical": categorical}
         return self.session.run(None, {k: v for k, v in feed.items() if k in self.wanted})[0].astype(float)
 
-    def many(self, columns: dict, block: int = 16384) -> np.ndarray:
-        "Predict for arrays."
-        numeric, categorical = self.encoder.dense(columns).astype(np.float32), self.encoder.codes(columns)
-        return np.concatenate([self.run(numeric[i:i + block], categorical[i:i + block]) for i in range(0, len(numeric), block)])
-
-    def one(self, columns: dict) -> np.ndarray:
-        "Predict for one row."
-        z, code = self.encoder.one_dense(columns)
-        return self.run(np.array([z], np.float32), np.array([code], np.int64))
-
 
 KINDS["network"] = Network
+
+# %% ../nbs/30_model.ipynb #e9b19d75
+def _many_network(self: Network, columns: dict, block: int = 16384) -> np.ndarray:
+    "Predict for arrays."
+    numeric, categorical = self.encoder.dense(columns).astype(np.float32), self.encoder.codes(columns)
+    return np.concatenate([self.run(numeric[i:i + block], categorical[i:i + block]) for i in range(0, len(numeric), block)])
+
+
+Network.many = _many_network
+
+# %% ../nbs/30_model.ipynb #96ba5a5d
+def _one_network(self: Network, columns: dict) -> np.ndarray:
+    "Predict for one row."
+    z, code = self.encoder.one_dense(columns)
+    return self.run(np.array([z], np.float32), np.array([code], np.int64))
+
+
+Network.one = _one_network
 
 # %% ../nbs/30_model.ipynb #1e276b56
 def save_network(

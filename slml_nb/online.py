@@ -15,7 +15,7 @@ from typing import NamedTuple
 from .core import SlmlError, canonical_json, error_code, sha256_text, suggest
 from .recipe import READ, InputError, plain
 
-# %% ../nbs/24_online.ipynb #2a65e199
+# %% ../nbs/24_online.ipynb #e20b3d64
 SECOND = 1_000_000
 _epoch = dt.datetime(1970, 1, 1)
 
@@ -26,11 +26,12 @@ def micros(
     "A moment as a whole number."
     if moment is None: return time.time_ns() // 1000
     if isinstance(moment, int): return moment
-    return (READ["TIMESTAMP"][0](moment) - _epoch) // dt.timedelta(microseconds=1)
+    try: return (READ["TIMESTAMP"][0](moment) - _epoch) // dt.timedelta(microseconds=1)
+    except (ValueError, TypeError, OverflowError): raise SlmlError(f"{moment!r} is no time", "moment", f"give {READ['TIMESTAMP'][1]}") from None
 
-
+# %% ../nbs/24_online.ipynb #39a93a1d
 def moment_of(
-    micros: int,
+    micros: int,  # since 1970 in UTC
 ) -> dt.datetime:  # in UTC, without a zone
     "A whole number as a moment."
     return _epoch + dt.timedelta(microseconds=micros)
@@ -38,11 +39,12 @@ def moment_of(
 
 def in_words(
     micros: int,  # a length of time
-) -> str:  # "3 days", in the largest unit that leaves a number of two digits
+) -> str:  # "3 days", in the largest unit of which there are two or more
     "A length of time for people."
     seconds = micros / SECOND
     unit, size = next(((u, s) for u, s in (("days", 86400), ("hours", 3600), ("minutes", 60)) if abs(seconds) >= 2 * s), ("seconds", 1))
-    return f"{seconds / size:,.0f} {unit}" if abs(seconds / size) >= 10 else f"{seconds / size:.2g} {unit}"
+    n = f"{seconds / size:,.0f}" if abs(seconds / size) >= 10 else f"{seconds / size:.2g}"
+    return "1 second" if n == "1" else f"{n} {unit}"
 
 # %% ../nbs/24_online.ipynb #4fa88b25
 AGGREGATES = ("count", "count_distinct", "sum", "avg", "min", "max", "stddev")
@@ -57,7 +59,7 @@ class Event(NamedTuple):
 
     def order(self): return self.happened, self.known, tuple((v is None, v) for v in self.values), self.name
 
-# %% ../nbs/24_online.ipynb #600bdf71
+# %% ../nbs/24_online.ipynb #e52943f1
 def exact_sum(
     values,  # numbers
 ) -> float | None:  # None when there are none
@@ -67,12 +69,15 @@ def exact_sum(
     whole = [math.floor(v * 1048576) if abs(v) < 1e21 else 0 for v in values]
     return float(sum(whole)) / 1048576 + math.fsum(v - float(w) / 1048576 for v, w in zip(values, whole))
 
-
+# %% ../nbs/24_online.ipynb #4b951bfa
 def _stddev(values):
     "Standard deviation of a sample (n - 1), in two passes; None for fewer than two."
     if len(values) < 2: return None
     mean = exact_sum(values) / len(values)
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+# %% ../nbs/24_online.ipynb #f6732c71
+_of_some = {"sum": exact_sum, "avg": lambda values: exact_sum(values) / len(values), "min": min, "max": max, "stddev": _stddev}
 
 
 def aggregate(
@@ -82,13 +87,32 @@ def aggregate(
     "An aggregate as SQL defines it: of nothing, a count is 0 and all else is missing."
     if name == "count": return len(values)
     if name == "count_distinct": return len(set(values))
-    if not values: return None
-    if name == "avg": return exact_sum(values) / len(values)
-    return {"sum": exact_sum, "min": min, "max": max, "stddev": _stddev}[name](values)
+    return _of_some[name](values) if values else None
 
-# %% ../nbs/24_online.ipynb #ec27940e
+# %% ../nbs/24_online.ipynb #1f3d00f9
+def _newest_of(events: list[Event], n: int) -> list[Event]:
+    "The n latest events, oldest first."
+    if not events: return []
+    oldest = heapq.nlargest(n, [e.happened for e in events])[-1]
+    return sorted((e for e in events if e.happened >= oldest), key=Event.order)[-n:]
+
+# %% ../nbs/24_online.ipynb #b9d636f0
+def _latest(view, feature, latest, moment):
+    "The value of the nth latest event, unless it is too old."
+    if len(latest) < feature["nth"]: return None
+    event = latest[feature["nth"] - 1]
+    return None if view["ttl"] and moment - event.happened > view["ttl"] else event.values[feature["value"]]
+
+# %% ../nbs/24_online.ipynb #681f6fdb
+def _in_window(view, feature, known, moment):
+    "An aggregate over the events of the last `width` microseconds: the moment itself is in it or its far end is, not both."
+    first, i = moment - feature["width"] + bool(view["inclusive"]), feature["value"]
+    if i is None: return sum(e.happened >= first for e in known)
+    return aggregate(feature["aggregate"], [e.values[i] for e in known if e.happened >= first and e.values[i] is not None])
+
+# %% ../nbs/24_online.ipynb #bfaf978e
 def features_at(
-    view: dict,
+    view: dict,  # its definition
     events,  # of one key: those of the longest window and the latest ones
     moment: int,  # microseconds
 ) -> tuple[dict, Event | None]:  # {feature: value}, and the latest event that is known
@@ -98,30 +122,9 @@ def features_at(
     latest = _newest_of(known, view["lags"])[::-1]
     return {f["name"]: _in_window(view, f, known, moment) if f["aggregate"] else _latest(view, f, latest, moment) for f in view["features"]}, latest[0] if latest else None
 
-
-def _newest_of(events: list[Event], n: int) -> list[Event]:
-    "The n latest events, oldest first."
-    if not events: return []
-    oldest = heapq.nlargest(n, [e.happened for e in events])[-1]
-    return sorted((e for e in events if e.happened >= oldest), key=Event.order)[-n:]
-
-
-def _latest(view, feature, latest, moment):
-    "The value of the nth latest event, unless it is too old."
-    if len(latest) < feature["nth"]: return None
-    event = latest[feature["nth"] - 1]
-    return None if view["ttl"] and moment - event.happened > view["ttl"] else event.values[feature["value"]]
-
-
-def _in_window(view, feature, known, moment):
-    "An aggregate over the events of the last `width` microseconds: the moment itself is in it or its far end is, not both."
-    first, i = moment - feature["width"] + bool(view["inclusive"]), feature["value"]
-    if i is None: return sum(e.happened >= first for e in known)
-    return aggregate(feature["aggregate"], [e.values[i] for e in known if e.happened >= first and e.values[i] is not None])
-
-# %% ../nbs/24_online.ipynb #548d2ec6
+# %% ../nbs/24_online.ipynb #92554323
 def key_text(
-    view: dict,
+    view: dict,  # its definition; its keys have types
     entity: dict,  # {key column: value}, more may be in it
 ) -> str | None:  # JSON list; None when a key is missing
     "A key as it is stored."
@@ -133,7 +136,7 @@ def key_text(
         except (ValueError, TypeError, KeyError, OverflowError): raise InputError(name, value, allowed) from None
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
-# %% ../nbs/24_online.ipynb #f4fb9595
+# %% ../nbs/24_online.ipynb #9501f4ef
 _schema = """
 create table if not exists views (view text primary key, definition text not null, until integer not null, covered integer not null);
 create table if not exists events (view text, key text, happened integer, known integer, pushed integer, name text, said text,
@@ -150,79 +153,114 @@ class SqliteEvents:
 
     def __repr__(self): return str(self.path)
 
-    @property
-    def db(self):
-        "This thread's own connection."
-        if getattr(self._local, "pid", 0) != os.getpid():
-            self._local.con, self._local.pid = sqlite3.connect(self.path, timeout=60, isolation_level=None), os.getpid()
-        return self._local.con
+# %% ../nbs/24_online.ipynb #7a6e51a1
+def _sqlite_db(self: SqliteEvents):
+    "This thread's own connection."
+    if getattr(self._local, "pid", 0) != os.getpid():
+        self._local.con, self._local.pid = sqlite3.connect(self.path, timeout=60, isolation_level=None), os.getpid()
+    return self._local.con
 
-    @contextlib.contextmanager
-    def errors(self):
-        "What SQLite says, with a way out."
-        try: yield
-        except (sqlite3.Error, OSError) as e: raise SlmlError(f"the online store says: {e}", str(self.path), "name a file on a disk of this machine that you may write; is it a SQLite file?") from None
+SqliteEvents.db = property(_sqlite_db)
 
-    @contextlib.contextmanager
-    def writing(self):
-        "One transaction, whole or not at all; one writer at a time."
-        with self.errors():
-            self.db.execute("begin immediate")
-            try: yield self.db
-            except BaseException:
-                self.db.execute("rollback")
-                raise
-            self.db.execute("commit")
+# %% ../nbs/24_online.ipynb #a12d17ad
+_sqlite_fixes = {" is locked": "another process has been writing for a minute: the same command goes on when it has ended",
+                 "disk is full": "make room on the disk; the same command then goes on", "No space left": "make room on the disk; the same command then goes on",
+                 "": "name a file on a disk of this machine that you may write; is it a SQLite file?"}
 
-# %% ../nbs/24_online.ipynb #e31c3ebb
+
+@contextlib.contextmanager
+def _sqlite_errors(self: SqliteEvents):
+    "What SQLite says, with a way out."
+    try: yield
+    except (sqlite3.Error, OSError) as e:
+        raise SlmlError(f"the online store says: {e}", str(self.path), next(fix for words, fix in _sqlite_fixes.items() if words in str(e))) from None
+
+SqliteEvents.errors = _sqlite_errors
+
+# %% ../nbs/24_online.ipynb #f5874212
+@contextlib.contextmanager
+def _sqlite_writing(self: SqliteEvents):
+    "One transaction, whole or not at all; one writer at a time."
+    with self.errors():
+        self.db.execute("begin immediate")
+        try: yield self.db
+        except BaseException:
+            self.db.execute("rollback")
+            raise
+        self.db.execute("commit")
+
+SqliteEvents.writing = _sqlite_writing
+
+# %% ../nbs/24_online.ipynb #ee4efd31
 def _sqlite_views(self: SqliteEvents) -> dict[str, dict]:
     "The views that are there: {name: {definition, until, covered}}."
     with self.errors(): rows = self.db.execute("select * from views order by view").fetchall()
     return {n: {"definition": json.loads(d), "until": u, "covered": c} for n, d, u, c in rows}
 
 
-def _sqlite_replace(self: SqliteEvents, view: dict, events, until: int, covered: int) -> tuple[int, int]:
-    "Make the materialised events of a view exactly these; (written, removed). Of two states the later one stays."
-    name = view["name"]
-    with self.writing() as db:
-        if there := db.execute("select until from views where view = ? and until > ?", [name, until]).fetchall(): return _too_late(name, there[0][0], until)
-        db.execute("create temp table if not exists fresh (key text, happened integer, known integer, name text, said text, primary key (key, happened, known, name)) without rowid")
-        db.execute("delete from fresh")
-        db.executemany("insert into fresh values (?, ?, ?, ?, ?)", ((k, e.happened, e.known, e.name, json.dumps(e.values, ensure_ascii=False)) for k, e in events))
-        gone = db.execute("delete from events where view = ? and case when pushed then known <= ? else "
-                          "(key, happened, known, name, said) not in (select * from fresh) end", [name, covered]).rowcount
-        new = db.execute("insert or ignore into events select ?, key, happened, known, 0, name, said from fresh", [name]).rowcount
-        db.execute("insert or replace into views values (?, ?, ?, ?)", [name, json.dumps(view), until, covered])
-        db.execute("delete from fresh")
-    return new, gone
+SqliteEvents.views = _sqlite_views
 
-
+# %% ../nbs/24_online.ipynb #0208cd02
 def _too_late(name, there, until):
     "Somebody was faster: what there is stays."
     print(f"· view '{name}' is materialised until {moment_of(there)} already, {in_words(there - until)} later: left as it is")
     return 0, 0
 
-SqliteEvents.views, SqliteEvents.replace = _sqlite_views, _sqlite_replace
+# %% ../nbs/24_online.ipynb #433466b8
+_fresh = """create temp table if not exists fresh (key text, happened integer, known integer, name text, said text,
+  primary key (key, happened, known, name)) without rowid"""
 
-# %% ../nbs/24_online.ipynb #a9c685ed
+
+def _said(event: Event) -> str: return json.dumps(event.values, ensure_ascii=False)
+
+
+def _differences(db, name: str, events, covered: int) -> tuple[int, int]:
+    "Make the materialised events of a view these; (written, removed)."
+    db.execute(_fresh)
+    db.execute("delete from fresh")
+    db.executemany("insert into fresh values (?, ?, ?, ?, ?)", ((k, e.happened, e.known, e.name, _said(e)) for k, e in events))
+    gone = db.execute("delete from events where view = ? and case when pushed then known <= ? else "
+                      "(key, happened, known, name, said) not in (select * from fresh) end", [name, covered]).rowcount
+    new = db.execute("insert or ignore into events select ?, key, happened, known, 0, name, said from fresh", [name]).rowcount
+    db.execute("delete from fresh")
+    return new, gone
+
+# %% ../nbs/24_online.ipynb #f0e4d4c8
+def _sqlite_replace(self: SqliteEvents, view: dict, events, until: int, covered: int) -> tuple[int, int]:
+    "Make the materialised events of a view exactly these; (written, removed). Of two states the later one stays."
+    with self.writing() as db:
+        there = db.execute("select until from views where view = ? and until > ?", [view["name"], until]).fetchall()
+        if there: return _too_late(view["name"], there[0][0], until)
+        changed = _differences(db, view["name"], events, covered)
+        db.execute("insert or replace into views values (?, ?, ?, ?)", [view["name"], json.dumps(view), until, covered])
+    return changed
+
+SqliteEvents.replace = _sqlite_replace
+
+# %% ../nbs/24_online.ipynb #538bb391
+_window = "select happened, known, pushed, name, said from events where view = ? and key = ? and happened >= ? and known < ?"
+_older = """ union all select happened, known, pushed, name, said from events where view = ? and key = ? and happened < ? and known < ? and happened >= coalesce(
+  (select happened from events where view = ? and key = ? and happened < ? and known < ? order by happened desc limit 1 offset ?), -9223372036854775808)"""
+
+
 def _sqlite_read(self: SqliteEvents, view: dict, key: str, moment: int) -> list[Event]:
     "The events of a key that count at a moment."
-    earliest, limit = moment - view["horizon"], moment + bool(view["inclusive"])
-    window = "select happened, known, pushed, name, said from events where view = ? and key = ? and happened >= ? and known < ?"
-    older = """ union all select happened, known, pushed, name, said from events where view = ? and key = ? and happened < ? and known < ? and happened >= coalesce(
-      (select happened from events where view = ? and key = ? and happened < ? and known < ? order by happened desc limit 1 offset ?), -9223372036854775808)"""
-    same = (view["name"], key, earliest, limit)
-    with self.errors(): rows = self.db.execute(window + older, [*same, *same, *same, view["lags"] - 1]).fetchall()
+    same = (view["name"], key, moment - view["horizon"], moment + bool(view["inclusive"]))
+    with self.errors(): rows = self.db.execute(_window + _older, [*same, *same, *same, view["lags"] - 1]).fetchall()
     said = json.loads(f"[{','.join(r[4] for r in rows)}]")  # all at once: parsing is most of the work
     return [Event(h, k, tuple(values), f"{p}{n}") for (h, k, p, n, _), values in zip(rows, said)]
 
+SqliteEvents.read = _sqlite_read
 
+# %% ../nbs/24_online.ipynb #8b8f80d4
 def _sqlite_push(self: SqliteEvents, view: dict, key: str, event: Event) -> None:
     "Add one event; the same once more changes nothing."
     with self.writing() as db:
-        db.execute("insert or ignore into events values (?, ?, ?, ?, 1, ?, ?)", [view["name"], key, event.happened, event.known, event.name, json.dumps(event.values, ensure_ascii=False)])
+        db.execute("insert or ignore into events values (?, ?, ?, ?, 1, ?, ?)", [view["name"], key, event.happened, event.known, event.name, _said(event)])
 
+SqliteEvents.push = _sqlite_push
 
+# %% ../nbs/24_online.ipynb #5f3bf85e
 def _sqlite_fact(self: SqliteEvents, name: str, value=None):
     "A fact about the whole store, such as the name of the field with the moment; given a value, write it."
     if value is None:
@@ -230,9 +268,9 @@ def _sqlite_fact(self: SqliteEvents, name: str, value=None):
         return json.loads(found[0][0]) if found else None
     with self.writing() as db: db.execute("insert or replace into facts values (?, ?)", [name, json.dumps(value)])
 
-SqliteEvents.read, SqliteEvents.push, SqliteEvents.fact = _sqlite_read, _sqlite_push, _sqlite_fact
+SqliteEvents.fact = _sqlite_fact
 
-# %% ../nbs/24_online.ipynb #453cd108
+# %% ../nbs/24_online.ipynb #a9eafa11
 _dynamo_fixes = {"ResourceNotFoundException": "make the table: OnlineStore(…, create=True)", "AccessDeniedException": "the role needs dynamodb:Query, PutItem, BatchWriteItem, DescribeTable there",
                  "NoCredentialsError": "export AWS_PROFILE=… or AWS_ACCESS_KEY_ID=… and AWS_SECRET_ACCESS_KEY=…", "NoRegionError": "export AWS_DEFAULT_REGION=…",
                  "ExpiredTokenException": "log in again (aws sso login); the same command then goes on", "EndpointConnectionError": "check the network, the region and endpoint_url",
@@ -255,24 +293,31 @@ class DynamoEvents:
 
     def __repr__(self): return f"dynamodb://{self.table}"
 
-    @contextlib.contextmanager
-    def errors(self):
-        "What boto3 says, with a way out."
-        import botocore.exceptions
-        try: yield
-        except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as e:
-            code = error_code(e)
-            raise SlmlError(f"DynamoDB says {code}", str(self), _dynamo_fixes.get(code, (str(e).splitlines() or [""])[0])) from None
+# %% ../nbs/24_online.ipynb #410ecfed
+@contextlib.contextmanager
+def _dynamo_errors(self: DynamoEvents):
+    "What boto3 says, with a way out."
+    import botocore.exceptions
+    try: yield
+    except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as e:
+        code = error_code(e)
+        raise SlmlError(f"DynamoDB says {code}", str(self), _dynamo_fixes.get(code, (str(e).splitlines() or [""])[0])) from None
 
-    def _create(self):
-        "The table, paid by request, unless it is there."
-        try: self.client.create_table(TableName=self.table, BillingMode="PAY_PER_REQUEST", KeySchema=[{"AttributeName": "pk", "KeyType": "HASH"}, {"AttributeName": "sk", "KeyType": "RANGE"}],
-                                      AttributeDefinitions=[{"AttributeName": n, "AttributeType": "S"} for n in ("pk", "sk")])
-        except self.client.exceptions.ResourceInUseException: return
-        self.client.get_waiter("table_exists").wait(TableName=self.table)
-        self.client.update_time_to_live(TableName=self.table, TimeToLiveSpecification={"Enabled": True, "AttributeName": "expires"})
+DynamoEvents.errors = _dynamo_errors
 
-# %% ../nbs/24_online.ipynb #f4492180
+# %% ../nbs/24_online.ipynb #b99731da
+def _create(self: DynamoEvents):
+    "The table, paid by request, unless it is there."
+    schema = {"KeySchema": [{"AttributeName": "pk", "KeyType": "HASH"}, {"AttributeName": "sk", "KeyType": "RANGE"}],
+              "AttributeDefinitions": [{"AttributeName": n, "AttributeType": "S"} for n in ("pk", "sk")]}
+    try: self.client.create_table(TableName=self.table, BillingMode="PAY_PER_REQUEST", **schema)
+    except self.client.exceptions.ResourceInUseException: return
+    self.client.get_waiter("table_exists").wait(TableName=self.table)
+    self.client.update_time_to_live(TableName=self.table, TimeToLiveSpecification={"Enabled": True, "AttributeName": "expires"})
+
+DynamoEvents._create = _create
+
+# %% ../nbs/24_online.ipynb #5fc0d94a
 def _part(view: dict, key: str = "") -> str:
     "Partition of a key in a view as it is now defined."
     return f"{view['name']}@{sha256_text(canonical_json(view))[:8]}|{key}"
@@ -282,7 +327,7 @@ def _stamp(micros: int) -> str:
     "A time whose text sorts as the time does."
     return f"{micros + 2**62:020d}"
 
-
+# %% ../nbs/24_online.ipynb #b74d7693
 def _pack(event: Event) -> list: return [event.happened, event.known, list(event.values), event.name]
 def _unpack(packed) -> Event: return Event(packed[0], packed[1], tuple(packed[2]), packed[3])
 
@@ -290,38 +335,39 @@ def _unpack(packed) -> Event: return Event(packed[0], packed[1], tuple(packed[2]
 def _log_item(view: dict, key: str, event: Event, prefix: str = "") -> dict:
     "An event as an item; one of a window expires a day after nobody asks for it any more."
     expires = {"expires": {"N": str((event.happened + view["horizon"]) // SECOND + 86400)}} if not prefix else {}
-    return {"pk": {"S": _part(view, key)}, "sk": {"S": f"{prefix}{_stamp(event.happened)}|{_stamp(event.known)}|{event.name}"}, "e": {"S": json.dumps(_pack(event), ensure_ascii=False)}, **expires}
+    sort = f"{prefix}{_stamp(event.happened)}|{_stamp(event.known)}|{event.name}"
+    return {"pk": {"S": _part(view, key)}, "sk": {"S": sort}, "e": {"S": json.dumps(_pack(event), ensure_ascii=False)}, **expires}
 
-# %% ../nbs/24_online.ipynb #a7f405db
+# %% ../nbs/24_online.ipynb #d82e93f9
 def _send(self: DynamoEvents, requests: list[dict]) -> None:
     "One batch of at most 25; what comes back unprocessed is sent again."
     for attempt in range(self.attempts):
+        if attempt: time.sleep(random.random() * 0.05 * 2 ** attempt)
         left = self.client.batch_write_item(RequestItems={self.table: requests}).get("UnprocessedItems", {})
         if not (requests := left.get(self.table, [])): return
-        time.sleep(random.random() * 0.1 * 2 ** attempt)
     raise SlmlError(f"DynamoDB left {len(requests)} items unprocessed {self.attempts} times", str(self), "raise the capacity of the table, or set it to on-demand; the same command then goes on")
 
-
+# %% ../nbs/24_online.ipynb #3387db46
 def _send_all(self: DynamoEvents, requests: list[dict]) -> None:
     "All requests, eight batches at once."
     with self.errors(), ThreadPoolExecutor(8) as pool: list(pool.map(self._send, (requests[i:i + 25] for i in range(0, len(requests), 25))))
 
-
+# %% ../nbs/24_online.ipynb #e1a607dd
 def _put_latest(self: DynamoEvents, view: dict, key: str, events: list[Event], until: int) -> bool:
     "Write the newest events of a key, unless those of a later moment are there."
     item = {"pk": {"S": _part(view, key)}, "sk": {"S": "latest"}, "until": {"N": str(until)}, "e": {"S": json.dumps([_pack(e) for e in events], ensure_ascii=False)}}
-    newer = dict(ConditionExpression="attribute_not_exists(sk) or #u <= :u", ExpressionAttributeNames={"#u": "until"}, ExpressionAttributeValues={":u": {"N": str(until)}})
+    newer = {"ConditionExpression": "attribute_not_exists(sk) or #u <= :u", "ExpressionAttributeNames": {"#u": "until"}, "ExpressionAttributeValues": {":u": {"N": str(until)}}}
     try: self.client.put_item(TableName=self.table, Item=item, **newer)
     except self.client.exceptions.ConditionalCheckFailedException: return False
     return True
 
 DynamoEvents._send, DynamoEvents._send_all, DynamoEvents._put_latest = _send, _send_all, _put_latest
 
-# %% ../nbs/24_online.ipynb #3ba574ac
+# %% ../nbs/24_online.ipynb #57048be0
 def _query(self: DynamoEvents, pk: str, low: str = " ", high: str = "~") -> list[dict]:
     "All items of a partition between two sort keys, page by page."
-    pages = self.client.get_paginator("query").paginate(TableName=self.table, ConsistentRead=True, KeyConditionExpression="pk = :p and sk between :l and :h",
-                                                        ExpressionAttributeValues={":p": {"S": pk}, ":l": {"S": low}, ":h": {"S": high}})
+    between = {":p": {"S": pk}, ":l": {"S": low}, ":h": {"S": high}}
+    pages = self.client.get_paginator("query").paginate(TableName=self.table, ConsistentRead=True, KeyConditionExpression="pk = :p and sk between :l and :h", ExpressionAttributeValues=between)
     return [item for page in pages for item in page["Items"]]
 
 
@@ -329,43 +375,39 @@ def _dynamo_views(self: DynamoEvents) -> dict[str, dict]:
     "The views that are there: {name: {definition, until, covered}}."
     with self.errors(): return {i["sk"]["S"]: json.loads(i["e"]["S"]) for i in self._query("views")}
 
-
+# %% ../nbs/24_online.ipynb #cdc74fe3
 def _dynamo_push(self: DynamoEvents, view: dict, key: str, event: Event) -> None:
     "Add one event and its entry in the list of pushes, both or none."
     item = _log_item(view, key, event, "push")
-    entry = {"pk": {"S": _part(view) + "pushes"}, "sk": {"S": f"{_stamp(event.known)}|{sha256_text(key + item['sk']['S'])[:16]}"}, "of": {"S": json.dumps([item["pk"]["S"], item["sk"]["S"]])}}
+    sort, of = item["sk"]["S"], json.dumps([item["pk"]["S"], item["sk"]["S"]])
+    entry = {"pk": {"S": _part(view) + "pushes"}, "sk": {"S": f"{_stamp(event.known)}|{sha256_text(key + sort)[:16]}"}, "of": {"S": of}}
     with self.errors(): self.client.transact_write_items(TransactItems=[{"Put": {"TableName": self.table, "Item": i}} for i in (item, entry)])
 
-# %% ../nbs/24_online.ipynb #6eff3b08
+# %% ../nbs/24_online.ipynb #fcf2e801
 def _dynamo_read(self: DynamoEvents, view: dict, key: str, moment: int) -> list[Event]:
     "The events of a key that count at a moment."
     with self.errors(): items = self._query(_part(view, key), _stamp(moment - view["horizon"]))
-    packed = [p for i in items for p in (json.loads(i["e"]["S"]) if i["sk"]["S"] == "latest" else [json.loads(i["e"]["S"])])]
+    said = [(i["sk"]["S"], json.loads(i["e"]["S"])) for i in items]
+    packed = [p for sort, e in said for p in (e if sort == "latest" else [e])]
     return [_unpack(p) for p in {json.dumps(p): p for p in packed}.values()]  # an event may be among the latest and in the window
 
+DynamoEvents._query, DynamoEvents.views, DynamoEvents.push, DynamoEvents.read = _query, _dynamo_views, _dynamo_push, _dynamo_read
 
-def _dynamo_replace(self: DynamoEvents, view: dict, events, until: int, covered: int) -> tuple[int, int]:
-    "Bring the materialised events of a view up to a moment; (written, removed)."
-    there = self.views().get(view["name"])
-    if there and there["until"] > until: return _too_late(view["name"], there["until"], until)
-    since = there["until"] if there and there["definition"] == view and view["arrivals"] else -math.inf
-    by_key: dict[str, list[Event]] = {}
-    for key, event in events: by_key.setdefault(key, []).append(event)
-    log = [_log_item(view, k, e) for k, es in by_key.items() for e in es if view["horizon"] and e.happened >= until - view["horizon"] and e.known > since]
-    newer = [k for k, es in by_key.items() if any(e.known > since for e in es)]
-    self._send_all([{"PutRequest": {"Item": i}} for i in log])
-    with self.errors(), ThreadPoolExecutor(8) as pool: list(pool.map(lambda k: self._put_latest(view, k, _newest(view, by_key[k], until), until), newer))
-    gone = self._forget(view, covered)
-    record = {"pk": {"S": "views"}, "sk": {"S": view["name"]}, "e": {"S": json.dumps({"definition": view, "until": until, "covered": covered})}}
-    with self.errors(): self.client.put_item(TableName=self.table, Item=record)
-    return len(log) + len(newer), gone
-
-# %% ../nbs/24_online.ipynb #93d94da5
+# %% ../nbs/24_online.ipynb #92e241d5
 def _newest(view: dict, events: list[Event], until: int) -> list[Event]:
     "The events that answer for the latest ones at any moment from `until` on."
     return _newest_of([e for e in events if e.known < until], view["lags"]) + [e for e in events if e.known >= until]
 
+# %% ../nbs/24_online.ipynb #2e84e845
+def _write(self: DynamoEvents, view: dict, by_key: dict, until: int, since: float) -> int:
+    "The events of the longest window, and the newest of each key of which something new is known."
+    log = [_log_item(view, k, e) for k, es in by_key.items() for e in es if view["horizon"] and e.happened >= until - view["horizon"] and e.known > since]
+    newer = [k for k, es in by_key.items() if any(e.known > since for e in es)]
+    self._send_all([{"PutRequest": {"Item": i}} for i in log])
+    with self.errors(), ThreadPoolExecutor(8) as pool: list(pool.map(lambda k: self._put_latest(view, k, _newest(view, by_key[k], until), until), newer))
+    return len(log) + len(newer)
 
+# %% ../nbs/24_online.ipynb #954d2c58
 def _forget(self: DynamoEvents, view: dict, covered: int) -> int:
     "Delete what was pushed and is in the source now."
     with self.errors(): entries = self._query(_part(view) + "pushes", " ", _stamp(covered) + "~")
@@ -373,7 +415,22 @@ def _forget(self: DynamoEvents, view: dict, covered: int) -> int:
     self._send_all([{"DeleteRequest": {"Key": {"pk": {"S": p}, "sk": {"S": s}}}} for e, k in zip(entries, keys) for p, s in (json.loads(e["of"]["S"]), k)])
     return len(entries)
 
+# %% ../nbs/24_online.ipynb #cbd8c72b
+def _dynamo_replace(self: DynamoEvents, view: dict, events, until: int, covered: int) -> tuple[int, int]:
+    "Bring the materialised events of a view up to a moment; (written, removed)."
+    there = self.views().get(view["name"])
+    if there and there["until"] > until: return _too_late(view["name"], there["until"], until)
+    since = there["until"] if there and there["definition"] == view and view["arrivals"] else -math.inf
+    by_key: dict[str, list[Event]] = {}
+    for key, event in events: by_key.setdefault(key, []).append(event)
+    written, gone = self._write(view, by_key, until, since), self._forget(view, covered)
+    record = {"pk": {"S": "views"}, "sk": {"S": view["name"]}, "e": {"S": json.dumps({"definition": view, "until": until, "covered": covered})}}
+    with self.errors(): self.client.put_item(TableName=self.table, Item=record)
+    return written, gone
 
+DynamoEvents.replace, DynamoEvents._write, DynamoEvents._forget = _dynamo_replace, _write, _forget
+
+# %% ../nbs/24_online.ipynb #211d4192
 def _dynamo_fact(self: DynamoEvents, name: str, value=None):
     "A fact about the whole store; given a value, write it."
     with self.errors():
@@ -381,10 +438,18 @@ def _dynamo_fact(self: DynamoEvents, name: str, value=None):
         found = self._query("facts", name, name)
         return json.loads(found[0]["e"]["S"]) if found else None
 
-DynamoEvents._query, DynamoEvents.views, DynamoEvents.push, DynamoEvents.read = _query, _dynamo_views, _dynamo_push, _dynamo_read
-DynamoEvents.replace, DynamoEvents._forget, DynamoEvents.fact = _dynamo_replace, _forget, _dynamo_fact
+DynamoEvents.fact = _dynamo_fact
 
-# %% ../nbs/24_online.ipynb #1146186b
+# %% ../nbs/24_online.ipynb #35951abf
+def _events_of(where: str, endpoint_url: str, create: bool) -> SqliteEvents | DynamoEvents:
+    "The events behind an address."
+    kind, there, rest = where.partition("://")
+    if not there: return SqliteEvents(where)
+    if kind != "dynamodb": raise SlmlError(f"'{kind}' is no kind of online store", where, "give a path of a file, or dynamodb://TABLE")
+    if not rest: raise SlmlError("the online store has no name", where, "give dynamodb://TABLE")
+    return DynamoEvents(rest, endpoint_url, create)
+
+# %% ../nbs/24_online.ipynb #61cf1914
 class OnlineStore:
     "Features by key, now: a file, or `dynamodb://table`."
 
@@ -394,32 +459,36 @@ class OnlineStore:
         endpoint_url: str = "",  # of a DynamoDB other than Amazon's
         create: bool = False,  # make the DynamoDB table when it is not there
     ):
-        where = str(where)
-        if where.startswith("dynamodb://"): self.events = DynamoEvents(where.removeprefix("dynamodb://"), endpoint_url, create)
-        elif "://" in where: raise SlmlError(f"'{where.split('://')[0]}' is no kind of online store", where, "give a path of a file, or dynamodb://TABLE")
-        else: self.events = SqliteEvents(where)
-        self._views, self._until, self._looked = {}, {}, -1e9
+        self.events = _events_of(str(where), endpoint_url, create)
+        self._views, self._until, self._field, self._looked = {}, {}, None, -1e9
 
     def __repr__(self): return f"OnlineStore({self.events}: {', '.join(self.views) or 'no view yet'})"
 
-    @property
-    def views(self) -> dict[str, dict]:
-        "{view: its definition}."
-        if time.monotonic() - self._looked > 60: self.refresh()
-        return self._views
+# %% ../nbs/24_online.ipynb #33b1188e
+def _store_views(self: OnlineStore) -> dict[str, dict]:
+    "{view: its definition}."
+    if time.monotonic() - self._looked > 60: self.refresh()
+    return self._views
 
-    def refresh(self):
-        "Look up the views again."
-        found = self.events.views()
-        self._views, self._until, self._looked = {n: v["definition"] for n, v in found.items()}, {n: v["until"] for n, v in found.items()}, time.monotonic()
 
-    def view(self, name: str) -> dict:
-        "The definition of one view."
-        if name not in self.views: self.refresh()
-        if name not in self.views: raise SlmlError(f"there is no view '{name}'", str(self.events), suggest(name, self.views) + "; materialize it first")
-        return self.views[name]
+def _refresh(self: OnlineStore):
+    "Look up the views again."
+    found = self.events.views()
+    self._views, self._until = {n: v["definition"] for n, v in found.items()}, {n: v["until"] for n, v in found.items()}
+    self._field, self._looked = None, time.monotonic()
 
-# %% ../nbs/24_online.ipynb #c0c1a39c
+OnlineStore.views, OnlineStore.refresh = property(_store_views), _refresh
+
+# %% ../nbs/24_online.ipynb #48e21977
+def _store_view(self: OnlineStore, name: str) -> dict:
+    "The definition of one view."
+    if name not in self.views: self.refresh()
+    if name not in self.views: raise SlmlError(f"there is no view '{name}'", str(self.events), suggest(name, self.views) + "; materialize it first")
+    return self.views[name]
+
+OnlineStore.view = _store_view
+
+# %% ../nbs/24_online.ipynb #dfdab968
 def look(
     self: OnlineStore,
     view: str,  # its name
@@ -435,7 +504,9 @@ def look(
     age = moment - latest.happened
     return {"values": values, "event_time": moment_of(latest.happened), "age_s": age / SECOND, "status": "stale" if definition["ttl"] and age > definition["ttl"] else "fresh"}
 
+OnlineStore.look = look
 
+# %% ../nbs/24_online.ipynb #0c661fd7
 def online_features(
     self: OnlineStore,
     entities: list[dict],  # each {key column: value} of all views asked for
@@ -447,9 +518,9 @@ def online_features(
     looks = [[self.look(v, e, moment) for v in names] for e in entities]
     return [{n: x for one in row for n, x in one["values"].items()} for row in looks]
 
-OnlineStore.look, OnlineStore.online_features = look, online_features
+OnlineStore.online_features = online_features
 
-# %% ../nbs/24_online.ipynb #d188e3cf
+# %% ../nbs/24_online.ipynb #ae81da5a
 def push_event(
     self: OnlineStore,
     view: str,  # its name
@@ -461,12 +532,22 @@ def push_event(
 ) -> None:
     "Add one event to the store."
     definition, happened, known = self.view(view), micros(happened), micros(known)
-    lacks, key = [k for k in definition["keys"] if entity.get(k) is None], key_text(definition, entity)
-    if key is None: raise SlmlError(f"the event has no {' or '.join(lacks)}", f"view '{view}'", "an event belongs to a key")
-    said = tuple(plain(v) for v in values)
-    self.events.push(definition, key, Event(happened, max(happened, known), said, name or hashlib.md5(canonical_json(said).encode()).hexdigest()[:12]))
+    key, said = key_text(definition, entity), tuple(plain(v) for v in values)
+    _check_event(definition, entity, said)
+    name = name or hashlib.md5(canonical_json(said).encode()).hexdigest()[:12]
+    self.events.push(definition, key, Event(happened, max(happened, known), said, name))
 
+OnlineStore.push_event = push_event
 
+# %% ../nbs/24_online.ipynb #81b52d75
+def _check_event(definition: dict, entity: dict, said: tuple):
+    "An event that belongs to no key, or says less than the features read, is refused."
+    lacks, view = [k for k in definition["keys"] if entity.get(k) is None], f"view '{definition['name']}'"
+    if lacks: raise SlmlError(f"the event has no {' or '.join(lacks)}", view, "an event belongs to a key")
+    needed = 1 + max((f["value"] for f in definition["features"] if f["value"] is not None), default=-1)
+    if len(said) < needed: raise SlmlError(f"the event has {len(said)} of {needed} values", view, "send all that the features read, None where one is missing")
+
+# %% ../nbs/24_online.ipynb #1e36acf6
 def fill(
     self: OnlineStore,
     request: dict,  # as a caller sends it
@@ -482,14 +563,17 @@ def fill(
     return {**{k: v for k, v in found.items() if v is not None}, **request}
 
 
+OnlineStore.fill = fill
+
+# %% ../nbs/24_online.ipynb #831c44d6
 def _time_field(self: OnlineStore) -> str:
     "The field of a request that holds its moment."
-    if not hasattr(self, "_field"): self._field = self.events.fact("time") or ""
+    if self._field is None: self._field = self.events.fact("time") or ""
     return self._field
 
-OnlineStore.push_event, OnlineStore.fill, OnlineStore._time_field = push_event, fill, _time_field
+OnlineStore._time_field = _time_field
 
-# %% ../nbs/24_online.ipynb #dbebc066
+# %% ../nbs/24_online.ipynb #1f0e3284
 def freshness(
     self: OnlineStore,
     moment=None,  # None: now
@@ -498,7 +582,8 @@ def freshness(
     now, out = micros(moment), []
     for name, v in self.events.views().items():
         age, limit = now - v["covered"], v["definition"]["fresh"]
-        out.append({"view": name, "until": moment_of(v["until"]), "covered": moment_of(v["covered"]), "age_s": age / SECOND, "limit_s": limit / SECOND or None, "fresh": not limit or age <= limit})
+        out.append({"view": name, "until": moment_of(v["until"]), "covered": moment_of(v["covered"]), "age_s": age / SECOND,
+                    "limit_s": limit / SECOND or None, "fresh": not limit or age <= limit})
     return out
 
 OnlineStore.freshness = freshness

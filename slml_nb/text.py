@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['remembered', 'CUTS', 'ALPHAS', 'PUNCTUATION', 'IDEOGRAPHS', 'WEIGHTS_PACKAGE', 'INSTALL', 'word_terms', 'pieces_of',
-           'character_terms', 'fit_terms', 'Terms', 'places', 'learn', 'row', 'table_of', 'said', 'Tfidf', 'save_tfidf',
-           'fit_head', 'choose_alpha', 'fit_tfidf', 'strongest', 'unknown_texts', 'as_read', 'apart', 'basic_words',
-           'WordPiece', 'padded', 'by_length', 'TextEncoder', 'save_encoder', 'weights_folder', 'read_tokenizer',
-           'load_body', 'text_network', 'apply_text', 'rectangle', 'fit_text_head', 'shuffled_batches', 'fit_text',
-           'text_step', 'text_onnx', 'fit_encoder', 'eight_bits', 'text_column', 'wordiest', 'passed_through',
-           'text_source', 'read_texts', 'known_rows', 'draw_strongest', 'drawable', 'looked_at', 'telling_rows',
-           'judgement', 'draw_attention', 'median_ms', 'constant_metric', 'remarks']
+           'character_terms', 'fit_terms', 'Terms', 'places', 'learn', 'row', 'block_table', 'table_of', 'said',
+           'Tfidf', 'save_tfidf', 'fit_head', 'choose_alpha', 'learn_terms', 'fit_tfidf', 'strongest', 'unknown_texts',
+           'as_read', 'apart', 'without_accents', 'basic_words', 'WordPiece', 'padded', 'by_length', 'TextEncoder',
+           'save_encoder', 'weights_folder', 'read_tokenizer', 'quiet_library', 'load_body', 'text_network',
+           'rectangle', 'apply_text', 'fit_text_head', 'shuffled_batches', 'text_step', 'text_pass', 'goes_on',
+           'fit_text', 'text_onnx', 'learn_text', 'told_of', 'fit_encoder', 'only_errors', 'eight_bits', 'wordiest',
+           'text_column', 'passed_through', 'text_source', 'text_targets', 'read_texts', 'known_rows', 'draw_strongest',
+           'drawable', 'looked_at', 'telling_rows', 'judgement', 'draw_attention', 'median_ms', 'constant_metric',
+           'remarks']
 
-# %% ../nbs/36_text.ipynb #03835b6f
-import json, math, re, time, unicodedata
+# %% ../nbs/36_text.ipynb #921d35f1
+import contextlib, json, math, re, time, unicodedata
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +34,7 @@ def word_terms(
     words = re.findall(r"\w+", text.lower())
     return [" ".join(words[i:i + n]) if n > 1 else words[i] for n in range(low, high + 1) for i in range(len(words) - n + 1)]
 
-# %% ../nbs/36_text.ipynb #2fa74a2f
+# %% ../nbs/36_text.ipynb #0a8da173
 def pieces_of(
     word: str,
     low: int, high: int,  # least and most characters in a row
@@ -42,7 +44,7 @@ def pieces_of(
     if len(word) <= low: return (word,)
     return tuple(word[i:i + n] for n in range(low, min(high, len(word)) + 1) for i in range(len(word) - n + 1))
 
-
+# %% ../nbs/36_text.ipynb #c8460905
 remembered = lru_cache(maxsize=20_000)(pieces_of)
 
 
@@ -83,7 +85,7 @@ class Terms:
         self.idf = np.array(learnt["idf"], float)
         self.memo = {}  # word -> places of its pieces
 
-# %% ../nbs/36_text.ipynb #07028574
+# %% ../nbs/36_text.ipynb #a415d582
 def places(self: Terms, text: str) -> list[int]:
     "The place of every known term, as often as it occurs."
     if self.cut == "words": return [i for t in word_terms(text, self.low, self.high) if (i := self.index.get(t)) is not None]
@@ -94,6 +96,9 @@ def places(self: Terms, text: str) -> list[int]:
     return out
 
 
+Terms.places = places
+
+# %% ../nbs/36_text.ipynb #6c33ddfb
 def learn(self: Terms, word: str) -> list[int]:
     "The known pieces of a word, remembered if it is short."
     known = [i for p in pieces_of(word, self.low, self.high) if (i := self.index.get(p)) is not None]
@@ -102,6 +107,9 @@ def learn(self: Terms, word: str) -> list[int]:
     return known
 
 
+Terms.learn = learn
+
+# %% ../nbs/36_text.ipynb #7200e2d2
 def row(
     self: Terms,
     text: str,
@@ -112,31 +120,37 @@ def row(
     return place, value / math.sqrt(value @ value) if len(value) else value
 
 
-Terms.places, Terms.learn, Terms.row = places, learn, row
+Terms.row = row
 
-# %% ../nbs/36_text.ipynb #5b3c06fe
+# %% ../nbs/36_text.ipynb #669a4f71
+def block_table(
+    block: Terms,
+    texts: list[str],
+):  # (n, terms) sparse
+    "Texts as a sparse table of one sort of terms."
+    from scipy.sparse import csr_matrix
+    rows = [block.row(t) for t in texts]
+    ends = np.cumsum([0] + [len(p) for p, _ in rows])
+    places, values = (np.concatenate([r[i] for r in rows]) if rows else np.zeros(0) for i in (0, 1))
+    return csr_matrix((values, places, ends), (len(texts), len(block.idf)))
+
+# %% ../nbs/36_text.ipynb #8c15a53b
 def table_of(
     blocks: list[Terms],
     texts: list[str],
 ):  # (n, terms of all blocks) sparse
     "Texts as a sparse table, the blocks side by side."
     from scipy.sparse import csr_matrix, hstack
-    parts = []
-    for block in blocks:
-        rows = [block.row(t) for t in texts]
-        ends = np.cumsum([0] + [len(p) for p, _ in rows])
-        places, values = (np.concatenate([r[i] for r in rows]) if rows else np.zeros(0) for i in (0, 1))
-        parts.append(csr_matrix((values, places, ends), (len(texts), len(block.idf))))
-    return hstack(parts).tocsr() if parts else csr_matrix((len(texts), 0))
+    return hstack([block_table(b, texts) for b in blocks]).tocsr() if blocks else csr_matrix((len(texts), 0))
 
-# %% ../nbs/36_text.ipynb #9b90f455
+# %% ../nbs/36_text.ipynb #6a00dd3c
 def said(
     value,  # of a text column
 ) -> str:  # "" for what is missing
     "A text, always."
     return value if isinstance(value, str) else ""
 
-# %% ../nbs/36_text.ipynb #b35296c3
+# %% ../nbs/36_text.ipynb #b269f8d6
 class Tfidf(Model):
     "A weighted sum of the words and pieces of words in one text."
 
@@ -146,26 +160,29 @@ class Tfidf(Model):
         self.blocks, self.bias = [Terms(b) for b in kept["blocks"]], np.array(kept["intercept"], float)
         self.slopes = [np.array(b["weights"], float).reshape(-1, len(self.bias)) for b in kept["blocks"]]  # (terms, outputs) each
 
-    def scores(self, text: str) -> np.ndarray:
-        "Of one text: (outputs,)."
-        out = self.bias
-        for block, slope in zip(self.blocks, self.slopes):
-            places, values = block.row(text)
-            out = out + values @ slope[places]
-        return out
-
-    def one(self, columns: dict) -> np.ndarray:
-        "Predict for one row."
-        scores = self.scores(said(columns[self.features[0]][0]))
-        return softmax(scores[None]) if self.classes else scores
-
-    def many(self, columns: dict) -> np.ndarray:
-        "Predict for arrays."
-        scores = np.array([self.scores(said(t)) for t in columns[self.features[0]]])
-        return softmax(scores) if self.classes else scores[:, 0]
-
 
 KINDS["tfidf"] = Tfidf
+
+# %% ../nbs/36_text.ipynb #ffae770f
+def _scores(self: Tfidf, text: str) -> np.ndarray:
+    "Of one text: (outputs,)."
+    out = self.bias
+    for block, slope in zip(self.blocks, self.slopes):
+        places, values = block.row(text)
+        out = out + values @ slope[places]
+    return out
+
+
+Tfidf.scores = _scores
+
+# %% ../nbs/36_text.ipynb #4fc24d64
+def _many(self: Tfidf, columns: dict) -> np.ndarray:
+    "Predict for arrays."
+    scores = np.array([self.scores(said(t)) for t in columns[self.features[0]]])
+    return softmax(scores) if self.classes else scores[:, 0]
+
+
+Tfidf.many = _many
 
 # %% ../nbs/36_text.ipynb #67d7e1db
 def save_tfidf(
@@ -198,7 +215,7 @@ def fit_head(
     fit = Ridge(alpha=alpha, solver="sparse_cg", tol=1e-8, max_iter=2000).fit(hot, y)
     return np.r_[fit.intercept_, fit.coef_][:, None]
 
-# %% ../nbs/36_text.ipynb #77a8e226
+# %% ../nbs/36_text.ipynb #b6ea2fb5
 def choose_alpha(
     alphas,  # to try
     train: tuple, valid: tuple,  # (dense, hot, y) each
@@ -206,18 +223,23 @@ def choose_alpha(
 ) -> tuple[np.ndarray, float, dict]:  # beta, the alpha that was kept, {alpha: metric on the validation split}
     "The alpha that is best on the validation split; the middle one when nothing can be told."
     from slml_nb.baseline import linear_scores
-    alphas = list(alphas)
-    kept, tried, betas = alphas[len(alphas) // 2], {}, {}
-    for alpha in alphas:
-        betas[alpha] = fit_head(*train, classes, alpha)
-        if not len(valid[2]): continue
-        scores = linear_scores(betas[alpha], *valid[:2])
-        tried[alpha] = metrics_of(task, valid[2], softmax(scores) if classes else scores[:, 0])[metric]
+    betas, kept = {alpha: fit_head(*train, classes, alpha) for alpha in alphas}, list(alphas)[len(alphas) // 2]
+    scores = {alpha: linear_scores(beta, *valid[:2]) for alpha, beta in betas.items() if len(valid[2])}
+    tried = {alpha: metrics_of(task, valid[2], softmax(s) if classes else s[:, 0])[metric] for alpha, s in scores.items()}
     for alpha, value in tried.items():
         if better(metric, value, tried[kept]): kept = alpha
     return betas[kept], kept, tried
 
-# %% ../nbs/36_text.ipynb #0b828609
+# %% ../nbs/36_text.ipynb #0ea8a571
+def learn_terms(
+    texts: list[str],  # of the training split
+    word_grams: int = 2, char_grams=(3, 5), min_count: int = 2, max_terms: int = 50_000,  # as for `fit_tfidf`
+) -> list[dict]:  # one or two, from `fit_terms`
+    "The words and the pieces of words that are worth a weight."
+    sorts = (("words", 1, word_grams), ("characters", *(char_grams or (1, 0))))
+    return [fit_terms(texts, cut, low, high, min_count if len(texts) >= 100 else 1, max_terms) for cut, low, high in sorts if high >= low]
+
+# %% ../nbs/36_text.ipynb #e5e045b2
 def fit_tfidf(
     folder: Path,  # where the model goes
     spec: dict,  # task, target, classes, features (one)
@@ -230,17 +252,13 @@ def fit_tfidf(
     alpha: float = 0,  # 0: chosen on the validation split
 ):  # a function texts -> predictions, computed with the training's own matrices; and what was learnt: alpha, tried, terms
     "Train the first rung, save it, and return what predicts."
-    from slml_nb.baseline import linear_scores
-    texts, y = train
-    enough = min_count if len(texts) >= 100 else 1
-    learnt = [fit_terms(texts, cut, low, high, enough, max_terms) for cut, low, high in (("words", 1, word_grams), ("characters", *(char_grams or (1, 0)))) if high >= low]
+    from slml_nb.baseline import linear_scores, one_thread
+    learnt, classes = learn_terms(train[0], word_grams, char_grams, min_count, max_terms), spec["classes"]
     blocks = [Terms(b) for b in learnt]
-    inputs = lambda texts: (np.zeros((len(texts), 0)), table_of(blocks, texts))
-    classes = spec["classes"]
-    beta, kept, tried = choose_alpha([alpha] if alpha else ALPHAS, (*inputs(texts), y), (*inputs(valid[0]), valid[1]), spec["task"], metric, len(classes))
+    def inputs(texts): return np.zeros((len(texts), 0)), table_of(blocks, texts)
+    with one_thread(): beta, kept, tried = choose_alpha([alpha] if alpha else ALPHAS, (*inputs(train[0]), train[1]), (*inputs(valid[0]), valid[1]), spec["task"], metric, len(classes))
     terms = {b["cut"]: len(b["terms"]) for b in learnt}
-    trained = {"rows": len(y), "alpha": kept, "terms": terms, "library": "scikit-learn"}
-    save_tfidf(folder, {**spec, "trained": trained}, learnt, beta)
+    save_tfidf(folder, {**spec, "trained": {"rows": len(train[1]), "alpha": kept, "terms": terms, "library": "scikit-learn"}}, learnt, beta)
     def predict(texts):
         "As the training computes it."
         scores = linear_scores(beta, *inputs(texts))
@@ -267,7 +285,7 @@ def unknown_texts(
     "How many texts hold no term that the model knows."
     return sum(not any(block.places(t) for block in model.blocks) for t in texts)
 
-# %% ../nbs/36_text.ipynb #787e417b
+# %% ../nbs/36_text.ipynb #59032c85
 PUNCTUATION = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 IDEOGRAPHS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
 
@@ -283,7 +301,7 @@ def as_read(
     if c.isspace(): return " "
     return f" {c} " if any(a <= ord(c) <= b for a, b in IDEOGRAPHS) else c
 
-
+# %% ../nbs/36_text.ipynb #36b44f9b
 @lru_cache(maxsize=20_000)
 def apart(
     c: str,
@@ -291,7 +309,12 @@ def apart(
     "Punctuation stands by itself."
     return f" {c} " if c in PUNCTUATION or unicodedata.category(c)[0] == "P" else c
 
+# %% ../nbs/36_text.ipynb #c4345e63
+def without_accents(text: str) -> str:
+    "é as e: letters are taken apart, and the marks are left out."
+    return text if text.isascii() else "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
 
+# %% ../nbs/36_text.ipynb #bf44fb9d
 def basic_words(
     text: str,
     lowercase: bool = True,
@@ -299,11 +322,11 @@ def basic_words(
 ) -> list[str]:
     "Words and punctuation, before they are cut into pieces."
     text = "".join(map(as_read, text))
-    if strip_accents: text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn") if not text.isascii() else text
+    if strip_accents: text = without_accents(text)
     if lowercase: text = text.lower() if text.isascii() else "".join(map(str.lower, text))
     return "".join(map(apart, text)).split()
 
-# %% ../nbs/36_text.ipynb #adbec0b3
+# %% ../nbs/36_text.ipynb #24ca8f8f
 class WordPiece:
     "Texts as numbers of pieces."
 
@@ -319,28 +342,41 @@ class WordPiece:
             if piece not in self.index: raise SlmlError(f"the vocabulary has no piece {piece}", "encoder", "use the weights of a model of the BERT family that cuts words by WordPiece")
         self.gap, self.unknown, self.start, self.end = (self.index[p] for p in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
 
-    def pieces(self, word: str) -> tuple[int, ...]:
-        "A word as the numbers of the longest pieces, from the left; one [UNK] when that does not work out."
-        if (known := self.memo.get(word)) is not None: return known
-        out, i = [], 0
-        while i < len(word) <= 100:
-            for j in range(len(word), i, -1):
-                if (piece := self.index.get(("##" if i else "") + word[i:j])) is not None: break
-            else: break
-            out.append(piece)
-            i = j
-        found = tuple(out) if i == len(word) else (self.unknown,)
-        if len(self.memo) >= 20_000: self.memo.clear()
-        if len(word) <= 30: self.memo[word] = found
-        return found
+# %% ../nbs/36_text.ipynb #9691ae95
+def _greedy(self: WordPiece, word: str) -> tuple[int, ...]:
+    "A word as the numbers of the longest pieces, from the left; one [UNK] when that does not work out."
+    out, i = [], 0
+    while i < len(word) <= 100:
+        for j in range(len(word), i, -1):
+            if (piece := self.index.get(("##" if i else "") + word[i:j])) is not None: break
+        else: break
+        out.append(piece)
+        i = j
+    return tuple(out) if i == len(word) else (self.unknown,)
 
-    def __call__(self, text: str) -> list[int]:
-        "[CLS], the pieces of the text, [SEP]."
-        out = [self.start]
-        for word in basic_words(text, self.lowercase, self.strip_accents):
-            out += self.pieces(word)
-            if len(out) >= self.longest: break
-        return out[:self.longest - 1] + [self.end]
+# %% ../nbs/36_text.ipynb #13bd2380
+def _pieces(self: WordPiece, word: str) -> tuple[int, ...]:
+    "The pieces of a word, remembered if it is short."
+    if (known := self.memo.get(word)) is not None: return known
+    found = _greedy(self, word)
+    if len(self.memo) >= 20_000: self.memo.clear()
+    if len(word) <= 30: self.memo[word] = found
+    return found
+
+
+WordPiece.pieces = _pieces
+
+# %% ../nbs/36_text.ipynb #ceff87a4
+def _cut_text(self: WordPiece, text: str) -> list[int]:
+    "[CLS], the pieces of the text, [SEP]."
+    out = [self.start]
+    for word in basic_words(text, self.lowercase, self.strip_accents):
+        out += self.pieces(word)
+        if len(out) >= self.longest: break
+    return out[:self.longest - 1] + [self.end]
+
+
+WordPiece.__call__ = _cut_text
 
 # %% ../nbs/36_text.ipynb #052a318d
 def padded(
@@ -429,31 +465,57 @@ def read_tokenizer(
     lowercase, strip = normal["lowercase"], normal.get("strip_accents")
     return WordPiece(sorted(vocabulary, key=vocabulary.get), lowercase, lowercase if strip is None else strip, longest)
 
-# %% ../nbs/36_text.ipynb #626bdf89
+# %% ../nbs/36_text.ipynb #3400da32
+@contextlib.contextmanager
+def quiet_library():
+    "Transformers without its progress bars and remarks."
+    from transformers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+# %% ../nbs/36_text.ipynb #f6d8a3f0
 def load_body(
     name: str,  # "minilm", a folder, or a name on the hub
     longest: int = 128,  # pieces of a text at most
 ):  # a transformers model without a head, and its WordPiece
     "The pretrained encoder."
-    try:
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
+    try: from transformers import AutoModel, AutoTokenizer
     except ImportError: raise SlmlError("the package transformers is not installed", f"encoder: {name}", f"{INSTALL}; or leave encoder empty: the first rung needs nothing") from None
-    where, level = weights_folder(name), logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    where = weights_folder(name)
     try:
-        stored = json.loads(AutoTokenizer.from_pretrained(where).backend_tokenizer.to_str())
-        body = AutoModel.from_pretrained(where, attn_implementation="eager")
+        with quiet_library():
+            stored = json.loads(AutoTokenizer.from_pretrained(where).backend_tokenizer.to_str())
+            body = AutoModel.from_pretrained(where, attn_implementation="eager")
     except SlmlError: raise
     except Exception as e: raise SlmlError(f"no encoder could be read ({(str(e).strip() or type(e).__name__).splitlines()[0]:.200})", f"encoder: {name}", "name a folder with config.json, weights and tokenizer.json, a model of the hub, or minilm") from None
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
     most = getattr(body.config, "max_position_embeddings", longest)
     return body.float().eval(), read_tokenizer(stored, min(longest, most))
 
-# %% ../nbs/36_text.ipynb #7697b97c
+# %% ../nbs/36_text.ipynb #cf9a1867
+def _vectors(self, ids, mask):
+    "One vector a text, (n, width)."
+    import torch
+    hidden, m = self.body(input_ids=ids, attention_mask=mask).last_hidden_state, mask.unsqueeze(-1).float()
+    return torch.nn.functional.normalize((hidden * m).sum(1) / m.sum(1), dim=1) * math.sqrt(hidden.shape[2])
+
+# %% ../nbs/36_text.ipynb #b7cff0a6
+def _attention(self, ids, mask):
+    "How much each piece is looked at in the last layer, the mean over heads and over the pieces that look: (n, length)."
+    a, m = self.body(input_ids=ids, attention_mask=mask, output_attentions=True).attentions[-1].mean(1), mask.unsqueeze(-1).float()
+    return (a * m).sum(1) / m.sum(1)
+
+# %% ../nbs/36_text.ipynb #b80e7d3c
+def _finished(self, ids, mask):
+    "In the unit of the target, or as probabilities."
+    out = self(ids, mask)
+    return out[:, 0] * self.scale + self.centre if self.regression else out.softmax(1)
+
+# %% ../nbs/36_text.ipynb #03a139d0
 def text_network(
     body,  # from `load_body`
     outputs: int,  # 1 in regression, else classes
@@ -461,36 +523,26 @@ def text_network(
     dropout: float = 0.1,  # share of the vector that is left out while learning
 ):  # a torch module: ids and mask (n, length) -> (n, outputs)
     "Encoder, mean, head."
-    import torch
     from torch import nn
-    width = body.config.hidden_size
 
     class TextNetwork(nn.Module):
         def __init__(self):
             super().__init__()
-            self.body, self.drop, self.head = body, nn.Dropout(dropout), nn.Linear(width, outputs)
+            self.body, self.drop, self.head = body, nn.Dropout(dropout), nn.Linear(body.config.hidden_size, outputs)
             self.centre, self.scale, self.regression = centre, scale, outputs == 1
 
-        def vectors(self, ids, mask):
-            "One vector a text, (n, width)."
-            hidden, m = self.body(input_ids=ids, attention_mask=mask).last_hidden_state, mask.unsqueeze(-1).float()
-            return nn.functional.normalize((hidden * m).sum(1) / m.sum(1), dim=1) * math.sqrt(width)
-
-        def attention(self, ids, mask):
-            "How much each piece is looked at in the last layer, the mean over heads and over the pieces that look: (n, length)."
-            a, m = self.body(input_ids=ids, attention_mask=mask, output_attentions=True).attentions[-1].mean(1), mask.unsqueeze(-1).float()
-            return (a * m).sum(1) / m.sum(1)
-
+        vectors, attention, finished = _vectors, _attention, _finished
         def forward(self, ids, mask): return self.head(self.drop(self.vectors(ids, mask)))
-
-        def finished(self, ids, mask):
-            "In the unit of the target, or as probabilities."
-            out = self(ids, mask)
-            return out[:, 0] * self.scale + self.centre if self.regression else torch.softmax(out, 1)
 
     return TextNetwork().eval()
 
-# %% ../nbs/36_text.ipynb #dc778a53
+# %% ../nbs/36_text.ipynb #41ecaff6
+def rectangle(network, tokens: list[list[int]], gap: int) -> tuple:  # ids and mask
+    "Token lists as tensors, where the network is."
+    import torch
+    return tuple(torch.from_numpy(a).to(next(network.parameters()).device) for a in padded(tokens, gap))
+
+# %% ../nbs/36_text.ipynb #a80e83cd
 def apply_text(
     network,  # from `text_network`
     what: str,  # finished, forward, vectors or attention
@@ -506,12 +558,6 @@ def apply_text(
             out.append(call(*rectangle(network, [tokens[i] for i in rows], gap)).cpu().numpy())
             order += rows
     return np.concatenate(out)[np.argsort(order)] if out else np.zeros(0)
-
-
-def rectangle(network, tokens: list[list[int]], gap: int) -> tuple:  # ids and mask
-    "Token lists as tensors, where the network is."
-    import torch
-    return tuple(torch.from_numpy(a).to(next(network.parameters()).device) for a in padded(tokens, gap))
 
 # %% ../nbs/36_text.ipynb #1e41587d
 def fit_text_head(
@@ -546,39 +592,6 @@ def shuffled_batches(
         out += [pool[i:i + batch] for i in range(0, len(pool), batch)]
     return [out[i] for i in r.permutation(len(out))]
 
-# %% ../nbs/36_text.ipynb #135cb28d
-def fit_text(
-    network,  # its head has been fitted
-    train: tuple, valid: tuple,  # tokens and y (standardised in regression)
-    settings: dict,  # metric, classes, batch, epochs, patience, lr, seed, max_seconds, gap
-) -> list[dict]:  # per pass: epoch (0: the frozen encoder), train and valid (losses), seconds
-    "Train everything a few passes, and keep the best weights."
-    import torch
-    from slml_nb.train import best_epoch, learning_rate, loss_of
-    s, kind = settings, torch.int64 if settings["classes"] else torch.float32
-    y, vy = (torch.tensor(v, dtype=kind) for v in (train[1], valid[1]))
-    optimiser = torch.optim.AdamW(network.parameters(), lr=s["lr"], weight_decay=0.01)
-    loss = lambda out, y: loss_of(out, y, s["metric"], s["classes"])
-    check = lambda: float(loss(torch.from_numpy(apply_text(network, "forward", valid[0], s["gap"])), vy)) if len(vy) else math.nan
-    copy = lambda: {k: v.detach().clone() for k, v in network.state_dict().items()}
-    history, best, began = [{"epoch": 0, "train": math.nan, "valid": check(), "seconds": 0.0}], copy(), time.perf_counter()
-    steps = math.ceil(len(y) / s["batch"])
-    for epoch in range(s["epochs"]):
-        if s["max_seconds"] and time.perf_counter() - began >= s["max_seconds"]: break
-        if s["patience"] and epoch - best_epoch(history) >= s["patience"] and len(vy): break
-        started, total = time.perf_counter(), 0.0
-        torch.manual_seed(s["seed"] + epoch)
-        network.train()
-        for i, rows in enumerate(shuffled_batches(train[0], s["batch"], s["seed"] + epoch)):
-            for group in optimiser.param_groups: group["lr"] = learning_rate(epoch * steps + i, s["epochs"] * steps, s["lr"])
-            total += text_step(network, optimiser, *rectangle(network, [train[0][r] for r in rows], s["gap"]), y[rows].to(network.head.weight.device), loss) * len(rows)
-        network.eval()
-        history.append({"epoch": epoch + 1, "train": total / len(y), "valid": check(), "seconds": time.perf_counter() - started})
-        if not math.isfinite(total + (history[-1]["valid"] if len(vy) else 0)): raise SlmlError(f"the loss is no number any more in epoch {epoch + 1}", "text", f"lower lr (it is {s['lr']:g})")
-        if best_epoch(history) == epoch + 1: best = copy()
-    network.load_state_dict(best)
-    return history
-
 # %% ../nbs/36_text.ipynb #b0c5c42f
 def text_step(network, optimiser, ids, mask, y, loss) -> float:  # the loss before the step
     "Learn from one batch."
@@ -589,6 +602,63 @@ def text_step(network, optimiser, ids, mask, y, loss) -> float:  # the loss befo
     torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
     optimiser.step()
     return float(value.detach())
+
+# %% ../nbs/36_text.ipynb #ffe9e744
+def text_pass(
+    network, optimiser,
+    tokens: list[list[int]], y,  # of the training split
+    s: dict,  # batch, epochs, lr, seed, gap
+    epoch: int,  # from 0
+    loss,
+) -> float:  # mean loss
+    "Learn from every text once, at a rate that falls from step to step."
+    import torch
+    from slml_nb.train import learning_rate
+    steps, total = math.ceil(len(y) / s["batch"]), 0.0
+    torch.manual_seed(s["seed"] + epoch)
+    network.train()
+    for i, rows in enumerate(shuffled_batches(tokens, s["batch"], s["seed"] + epoch)):
+        for group in optimiser.param_groups: group["lr"] = learning_rate(epoch * steps + i, s["epochs"] * steps, s["lr"])
+        total += text_step(network, optimiser, *rectangle(network, [tokens[r] for r in rows], s["gap"]), y[rows].to(network.head.weight.device), loss) * len(rows)
+    network.eval()
+    return total / len(y)
+
+# %% ../nbs/36_text.ipynb #7bdad476
+def goes_on(
+    history: list[dict],
+    s: dict,  # patience, max_seconds
+    began: float,  # by `time.perf_counter`
+) -> bool:
+    "Is another pass worth it?"
+    from slml_nb.train import best_epoch
+    if s["max_seconds"] and time.perf_counter() - began >= s["max_seconds"]: return False
+    told = history[-1]["valid"] == history[-1]["valid"]
+    return not (s["patience"] and told and len(history) - 1 - best_epoch(history) >= s["patience"])
+
+# %% ../nbs/36_text.ipynb #21df703d
+def fit_text(
+    network,  # its head has been fitted
+    train: tuple, valid: tuple,  # tokens and y (standardised in regression)
+    settings: dict,  # metric, classes, batch, epochs, patience, lr, seed, max_seconds, gap
+) -> list[dict]:  # per pass: epoch (0: the frozen encoder), train and valid (losses), seconds
+    "Train everything a few passes, and keep the best weights."
+    import torch
+    from slml_nb.train import best_epoch, loss_of
+    s, kind = settings, torch.int64 if settings["classes"] else torch.float32
+    y, vy = (torch.tensor(v, dtype=kind) for v in (train[1], valid[1]))
+    optimiser = torch.optim.AdamW(network.parameters(), lr=s["lr"], weight_decay=0.01)
+    def loss(out, y): return loss_of(out, y, s["metric"], s["classes"])
+    check = lambda: float(loss(torch.from_numpy(apply_text(network, "forward", valid[0], s["gap"])), vy)) if len(vy) else math.nan
+    copy = lambda: {k: v.detach().clone() for k, v in network.state_dict().items()}
+    history, best, began = [{"epoch": 0, "train": math.nan, "valid": check(), "seconds": 0.0}], copy(), time.perf_counter()
+    for epoch in range(s["epochs"]):
+        if not goes_on(history, s, began): break
+        started, mean = time.perf_counter(), text_pass(network, optimiser, train[0], y, s, epoch, loss)
+        history.append({"epoch": epoch + 1, "train": mean, "valid": check(), "seconds": time.perf_counter() - started})
+        if not math.isfinite(mean + (history[-1]["valid"] if len(vy) else 0)): raise SlmlError(f"the loss is no number any more in epoch {epoch + 1}", "text", f"lower lr (it is {s['lr']:g})")
+        if best_epoch(history) == epoch + 1: best = copy()
+    network.load_state_dict(best)
+    return history
 
 # %% ../nbs/36_text.ipynb #ff7acb94
 def text_onnx(
@@ -601,61 +671,92 @@ def text_onnx(
     example = torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)
     return export_onnx(network, example, ["ids", "mask"], ({0: rows, 1: length},) * 2)
 
-# %% ../nbs/36_text.ipynb #7061f8a7
+# %% ../nbs/36_text.ipynb #d0a0e546
+def learn_text(
+    network, data: list[tuple],  # from `text_network`; tokens and y (standardised in regression) of train and valid
+    task: str, metric: str, classes: int, frozen: bool,
+    device: str,
+    s: dict,  # epochs, batch, lr, patience, max_seconds, seed, gap; threads: 0 follows the size of a step
+) -> tuple[list, float, int]:  # history, the alpha of the head, weights
+    "The head first, then everything unless the encoder is frozen."
+    from slml_nb.baseline import one_thread
+    from slml_nb.train import use_threads
+    weights, pieces = sum(p.numel() for p in network.parameters()), sum(map(len, data[0][0])) // max(1, len(data[0][0]))
+    if device == "cpu": use_threads(s.get("threads", 0), weights, s["batch"] * max(1, pieces))
+    with one_thread(): alpha = fit_text_head(network, *data, task, metric, classes, s["gap"])
+    return [] if frozen else fit_text(network, *data, {**s, "metric": metric, "classes": classes}), alpha, weights
+
+# %% ../nbs/36_text.ipynb #8009a539
+def told_of(encoder: str, rows: int, frozen: bool, alpha: float, history: list[dict]) -> dict:
+    "How an encoder was trained, for its model.json; of a folder only the name."
+    import torch
+    return {"rows": rows, "encoder": encoder if not Path(encoder).is_absolute() else Path(encoder).name, "frozen": frozen, "alpha": alpha,
+            "epochs": max(0, len(history) - 1), "library": "transformers", "version": torch.__version__}
+
+# %% ../nbs/36_text.ipynb #a4377ee0
 def fit_encoder(
     folder: Path,  # where the model goes
     spec: dict,  # task, target, classes, features (one)
-    train: tuple, valid: tuple,  # texts and y, which is known
-    metric: str,  # of the problem
+    train: tuple, valid: tuple, metric: str,  # texts and y, which is known; the metric of the problem
     encoder: str,  # "minilm", a folder, or a name on the hub
     frozen: bool = True,  # learn the head alone
     longest: int = 128,  # pieces of a text that are read
     device: str = "cpu",  # or "cuda"
-    **settings,  # epochs, batch, lr, patience, max_seconds, seed
+    **settings,  # epochs, batch, lr, patience, max_seconds, seed; threads
 ):  # a function texts -> predictions, as torch computes it; and what was learnt: history, alpha, weights, cut_short, network, cut
     "Train the second rung, save it, and return what predicts."
     import torch
     from slml_nb.train import target_scale
     torch.manual_seed(settings["seed"])
-    body, cut = load_body(encoder, longest)
-    classes = spec["classes"]
+    (body, cut), classes = load_body(encoder, longest), spec["classes"]
     centre, scale = (0.0, 1.0) if classes else target_scale(train[1], metric)
     network = text_network(body, len(classes) or 1, centre, scale).to(device)
     data = [([cut(t) for t in texts], (y - centre) / scale) for texts, y in (train, valid)]
-    alpha = fit_text_head(network, *data, spec["task"], metric, len(classes), cut.gap)
-    plain = {**settings, "metric": metric, "classes": len(classes), "gap": cut.gap}
-    history = [] if frozen else fit_text(network, *data, plain)
+    history, alpha, weights = learn_text(network, data, spec["task"], metric, len(classes), frozen, device, {**settings, "gap": cut.gap})
     network = network.cpu()
-    trained = {"rows": len(train[1]), "encoder": encoder if not Path(encoder).is_absolute() else Path(encoder).name, "frozen": frozen, "alpha": alpha,
-               "epochs": max(0, len(history) - 1), "library": "transformers", "version": torch.__version__}
-    save_encoder(folder, {**spec, "trained": trained}, cut, text_onnx(network))
+    save_encoder(folder, {**spec, "trained": told_of(encoder, len(train[1]), frozen, alpha, history)}, cut, text_onnx(network))
     def predict(texts):
-        "As torch computes it."
         return apply_text(network, "finished", [cut(t) for t in texts], cut.gap).astype(float)
-    return predict, {"history": history, "alpha": alpha, "weights": sum(p.numel() for p in network.parameters()), "cut_short": sum(len(t) == cut.longest for t in data[0][0]), "network": network, "cut": cut}
+    cut_short = sum(len(t) == cut.longest for t in data[0][0])
+    return predict, {"history": history, "alpha": alpha, "weights": weights, "cut_short": cut_short, "network": network, "cut": cut}
 
-# %% ../nbs/36_text.ipynb #ae0970b4
+# %% ../nbs/36_text.ipynb #11f90c6f
+@contextlib.contextmanager
+def only_errors():
+    "Silence for whoever reports by `logging`."
+    import logging
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)
+    try: yield
+    finally: logging.getLogger().setLevel(level)
+
+# %% ../nbs/36_text.ipynb #ee985524
 def eight_bits(
     source,  # folder of an encoder
     folder,  # where the smaller one goes
     name: str,  # of the candidate
 ) -> Model:
     "An encoder with weights of one byte."
-    import logging
     from onnxruntime.quantization import QuantType, quantize_dynamic
     source, folder = Path(source), Path(folder)
     spec = json.loads((source / "model.json").read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
-    quiet = logging.getLogger()
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try: quantize_dynamic(str(source / "model.onnx"), str(folder / "model.onnx"), weight_type=QuantType.QInt8, extra_options={"DefaultTensorType": 1})
-    finally: quiet.setLevel(level)
+    with only_errors(): quantize_dynamic(str(source / "model.onnx"), str(folder / "model.onnx"), weight_type=QuantType.QInt8, extra_options={"DefaultTensorType": 1})
     atomic_write(folder / "vocab.txt", (source / "vocab.txt").read_bytes())
     save_model(folder, {**spec, "name": name, "trained": {**spec["trained"], "bits": 8}})
     return KINDS["encoder"](json.loads((folder / "model.json").read_text(encoding="utf-8")), folder)
 
-# %% ../nbs/36_text.ipynb #36da04e6
+# %% ../nbs/36_text.ipynb #ce28b1b6
+def wordiest(
+    con,  # DuckDB connection
+    table: str,
+    columns: list[str],  # of texts
+) -> tuple[float, str]:  # words of half of its texts, at least; and the column
+    "The column with the longest texts."
+    words = con.execute(f"select {', '.join(f'median(len(string_split({ident(c)}, chr(32))))' for c in columns)} from {table}").fetchall()[0] if columns else ()
+    return max(((w or 0, c) for w, c in zip(words, columns)), key=lambda found: found[0], default=(0, ""))
+
+# %% ../nbs/36_text.ipynb #a79c9d1e
 def text_column(
     con,  # DuckDB connection that knows the table `clean`
     problem: dict,
@@ -671,17 +772,7 @@ def text_column(
     if words < 4: raise SlmlError("no column holds free text (of four words or more)", "text", "name it, such as text: {column: review}, or leave the stage out")
     return found
 
-
-def wordiest(
-    con,  # DuckDB connection
-    table: str,
-    columns: list[str],  # of texts
-) -> tuple[float, str]:  # words of half of its texts, at least; and the column
-    "The column with the longest texts."
-    words = con.execute(f"select {', '.join(f'median(len(string_split({ident(c)}, chr(32))))' for c in columns)} from {table}").fetchall()[0] if columns else ()
-    return max(((w or 0, c) for w, c in zip(words, columns)), key=lambda found: found[0], default=(0, ""))
-
-# %% ../nbs/36_text.ipynb #7d4ead04
+# %% ../nbs/36_text.ipynb #71860984
 def passed_through(
     recipe: dict | None,  # recipe.json of the features stage
     column: str,
@@ -690,7 +781,7 @@ def passed_through(
     same = (column.lower(), ident(column).lower())
     return next((f["name"] for f in (recipe or {}).get("features", []) if f["kind"] != "numeric" and f["sql"].strip().lower() in same), "")
 
-
+# %% ../nbs/36_text.ipynb #949e3ca9
 def text_source(
     con,  # DuckDB connection that knows `clean`, and `features` where there is a recipe
     problem: dict,
@@ -705,7 +796,20 @@ def text_source(
     column = text_column(con, problem, wish)
     return "clean", column, passed_through(recipe, column)
 
-# %% ../nbs/36_text.ipynb #3d9a3763
+# %% ../nbs/36_text.ipynb #ccd4f9ff
+def text_targets(
+    values,  # (n,) of the target: numbers, or texts and None
+    problem: dict,
+    classes: list[str] | None,  # None: those that occur
+) -> tuple[np.ndarray, list[str]]:  # (n,) numbers or class indices, nan where unknown; the classes
+    "The target as models want it."
+    if problem["task"] != "classification": return numbers(values), []
+    classes = classes or sorted({v for v in values if v is not None})
+    if len(classes) < 2: raise SlmlError(f"the target '{problem['target']}' has one class only", "text", "choose another target, or read more rows")
+    place = {c: float(i) for i, c in enumerate(classes)}
+    return np.array([place.get(v, math.nan) for v in values]), classes
+
+# %% ../nbs/36_text.ipynb #f64daa49
 def read_texts(
     con,  # DuckDB connection that knows the table, and `splits`
     column: str,
@@ -716,12 +820,7 @@ def read_texts(
     "The rows of every split."
     target = "c.target" if table == "features" else f"CAST(c.{ident(problem['target'])} AS {'VARCHAR' if problem['task'] == 'classification' else 'DOUBLE'})"
     got = read_columns(con, f"select row_id, s.split as split, CAST(c.{ident(column)} AS VARCHAR) as text, {target} as target from {table} c join splits s using (row_id) order by row_id")
-    if problem["task"] != "classification": classes, y = [], numbers(got["target"])
-    else:
-        classes = classes or sorted({v for v in got["target"] if v is not None})
-        if len(classes) < 2: raise SlmlError(f"the target '{problem['target']}' has one class only", "text", "choose another target, or read more rows")
-        place = {c: float(i) for i, c in enumerate(classes)}
-        y = np.array([place.get(v, math.nan) for v in got["target"]])
+    y, classes = text_targets(got["target"], problem, classes)
     texts, found = [said(t) for t in got["text"]], {}
     for split in ("train", "valid", "test"):
         rows = np.flatnonzero(got["split"] == split)
@@ -729,7 +828,7 @@ def read_texts(
     if np.isnan(found["train"][2]).all(): raise SlmlError("the train split has no row whose target is known", "text", "give the sample stage a larger share for it")
     return found, classes
 
-
+# %% ../nbs/36_text.ipynb #ce5b2743
 def known_rows(part: tuple) -> tuple[list[str], np.ndarray]:
     "Texts and target of the rows whose target is known."
     keep = np.flatnonzero(~np.isnan(part[2]))
@@ -799,7 +898,13 @@ def judgement(
     k = int(np.argmax(p))
     return f"{100 * p[k]:.0f} % sure of {classes[k]}: " + ("right" if k == int(y) else f"it is {classes[int(y)]}")
 
-# %% ../nbs/36_text.ipynb #7a2df36e
+# %% ../nbs/36_text.ipynb #123505e1
+def _shade(x, y, width, colour, alpha):
+    "A rectangle behind a word."
+    from matplotlib.patches import Rectangle
+    return Rectangle((x - 0.3, y - 0.48), width + 0.6, 0.96, facecolor=colour, alpha=0.75 * alpha, linewidth=0)
+
+# %% ../nbs/36_text.ipynb #20312319
 def draw_attention(
     ax,  # matplotlib axes, as wide as the figure
     lines: list[tuple[str, list]],  # a heading, and words with shares from `looked_at`
@@ -820,12 +925,6 @@ def draw_attention(
         y -= 1.5
     ax.set(xlim=(-0.5, columns + 4), ylim=(y + 0.6, 0.8))
     ax.axis("off")
-
-
-def _shade(x, y, width, colour, alpha):
-    "A rectangle behind a word."
-    from matplotlib.patches import Rectangle
-    return Rectangle((x - 0.3, y - 0.48), width + 0.6, 0.96, facecolor=colour, alpha=0.75 * alpha, linewidth=0)
 
 # %% ../nbs/36_text.ipynb #410d6cd4
 def median_ms(

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['POLICIES', 'LEARNING', 'DEFAULTS', 'LEAST', 'CLAIM_DAYS', 'read_spec', 'context_names', 'chance_best', 'beta_chance',
            'student_chance', 'anytime_radius', 'spread_of', 'difference', 'Reward', 'fresh_state', 'better', 'learned',
-           'context_of', 'Linear', 'alarm', 'shares', 'SqliteState', 'swap_sqlite', 'DynamoState', 'letters_in_table',
-           'swap', 'open_state', 'learn_into', 'Choice', 'spot', 'Traffic', 'refresh', 'choose', 'learn', 'check',
-           'reward_of', 'forget', 'simulate', 'status', 'traffic_text']
+           'context_of', 'Linear', 'alarm', 'shares', 'SqliteState', 'claimed_in_file', 'letters_in_file',
+           'swap_sqlite', 'DynamoState', 'load_from_table', 'claimed_in_table', 'letters_in_table', 'swap',
+           'open_state', 'learn_into', 'Choice', 'spot', 'Traffic', 'refresh', 'choose', 'learn', 'check', 'reward_of',
+           'forget', 'simulate', 'status', 'traffic_text']
 
 # %% ../nbs/44_traffic.ipynb #c2580236
 import base64, contextlib, hashlib, json, math, os, random, re, threading, time
@@ -18,11 +19,13 @@ import numpy as np
 from .core import SlmlError, suggest
 from .online import DynamoEvents, SqliteEvents, micros, moment_of
 
-# %% ../nbs/44_traffic.ipynb #13e1976e
+# %% ../nbs/44_traffic.ipynb #de896c01
 POLICIES = {"shares": "fixed shares, an A/B test", "canary": "a little first, more by steps, back to nothing when it is worse",
             "shadow": "the others answer too, and nobody sees it", "thompson": "each by the chance that it is the best one", "ucb": "the one that could be the best", "greedy": "the best one so far",
             "linear": "each by the chance that it is the best one for this request"}
 LEARNING = ("thompson", "ucb", "greedy", "linear")
+
+# %% ../nbs/44_traffic.ipynb #fbb0de02
 DEFAULTS = {
     "policy": "shares",  # one of POLICIES
     "shares": {},        # of `shares`: {variant: weight}; {}: all alike
@@ -91,13 +94,13 @@ def _spec_file(path):
     if isinstance(spec, dict): return spec
     raise SlmlError("a traffic spec is a mapping", str(path), like)
 
-# %% ../nbs/44_traffic.ipynb #41b2f0f3
+# %% ../nbs/44_traffic.ipynb #4dbf65ad
 LEAST = {"explore": 0, "half_life": 0, "wait_s": 0.001, "per_step": 1, "margin": 0, "alpha": 1e-9, "refresh_s": 0.001}  # of the numbers
 
 
-def _number(value) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e100
 
-
+# %% ../nbs/44_traffic.ipynb #4134edf6
 def _check_kinds(s, wrong):
     "Is each setting of the kind that it has to be?"
     names = {dict: "a mapping", list: "a list", bool: "true or false", str: "a text"}
@@ -112,14 +115,14 @@ def _check_kinds(s, wrong):
     for v in (*s["shares"].values(), *s["steps"]):
         if not _number(v): wrong(f"{v!r} is no share", "a number")
 
-
+# %% ../nbs/44_traffic.ipynb #5eee6c0e
 def _check_context(s, wrong):
     "Is each field of the context a range or a list of values?"
     for field, c in s["context"].items():
         whole = isinstance(c, dict) and (isinstance(c.get("values"), (list, tuple)) and c["values"] or _number(c.get("min")) and _number(c.get("max")) and c["min"] < c["max"])
         if not whole: wrong(f"context: '{field}' is {c!r}", "{min: 0, max: 30} of a number, {values: [Bronx, Queens]} of a class")
 
-# %% ../nbs/44_traffic.ipynb #74d10bca
+# %% ../nbs/44_traffic.ipynb #0c81be82
 def _check_spec(s):
     "The first thing that is wrong with a spec."
     def wrong(what, fix): raise SlmlError(what, f"traffic '{s['name']}'", fix)
@@ -127,19 +130,29 @@ def _check_spec(s):
     _check_kinds(s, wrong), _check_context(s, wrong)
     for key, allowed in (("policy", POLICIES), ("kind", ("binary", "number")), ("goal", ("max", "min")), ("reward", ("given", "match", "error"))):
         if s[key] not in allowed: wrong(f"{key} is '{s[key]}'", suggest(s[key], allowed))
+    if s["stream"] and not re.fullmatch(r"(kinesis|firehose)://[\w.-]+", s["stream"]): wrong(f"stream is '{s['stream']}'", "kinesis://NAME or firehose://NAME")
+    _check_rewards(s, wrong), _check_policy(s, wrong)
+
+# %% ../nbs/44_traffic.ipynb #ae85a3ce
+def _check_rewards(s, wrong):
+    "Can every reward that this spec leads to be learned?"
+    if s["kind"] == "binary" and s["reward"] == "error": wrong("kind is 'binary', and an error is any number", "kind: number, or leave it out")
+    if s["kind"] == "binary" and not 0 <= (s["silence"] or 0) <= 1: wrong(f"silence is {s['silence']}", "a number from 0 to 1, as every reward of kind binary")
+
+# %% ../nbs/44_traffic.ipynb #59c36b60
+def _check_policy(s, wrong):
+    "What the policies ask for, each by itself."
     for name in s["shares"]:
         if name not in s["variants"]: wrong(f"shares: there is no variant '{name}'", suggest(name, s["variants"]))
     weights = list(s["shares"].values()) or [1]
     if any(not w >= 0 for w in weights) or not sum(weights) > 0: wrong("shares are not positive", "give each variant a weight of 0 or more")
     if not 0.001 <= s["explore"] <= 1: wrong(f"explore is {s['explore']}", "a share from 0.001 to 1: without it a change is never seen")
-    if s["half_life"] < 0: wrong(f"half_life is {s['half_life']}", "a number of rewards, or 0")
-    if s["stream"] and not re.fullmatch(r"(kinesis|firehose)://[\w.-]+", s["stream"]): wrong(f"stream is '{s['stream']}'", "kinesis://NAME or firehose://NAME")
     if s["policy"] == "canary" and (len(s["variants"]) != 2 or not all(0 < x < 1 for x in s["steps"]) or sorted(s["steps"]) != list(s["steps"]) or not s["steps"]):
         wrong("a canary has two variants and rising steps", "variants: [champion, challenger], steps: [0.01, 0.1, 0.5]")
     if s["policy"] == "linear" and not s["context"]: wrong("linear has no context", "context: {km: {min: 0, max: 30}, zone: {values: [Bronx, Queens]}}")
     if len(context_names(s["context"])) > 64: wrong("the context is wider than 64 numbers", "fewer fields, or fewer values of each")
 
-
+# %% ../nbs/44_traffic.ipynb #9b2c28d1
 def context_names(context: dict) -> list[str]:
     "What the numbers of a context stand for."
     return ["always 1"] + [n for f, c in context.items() for n in ([f"{f} = {v}" for v in c["values"]] if "values" in c else [f])]
@@ -172,7 +185,14 @@ def beta_chance(
     grid = _merged(*(np.clip(m + s * np.linspace(-12, 12, 401), 1e-9, 1 - 1e-9) for m, s in zip(mean, sd)))
     return chance_best(grid, (a - 1)[:, None] * np.log(grid) + (b - 1)[:, None] * np.log1p(-grid))
 
-# %% ../nbs/44_traffic.ipynb #a3f6dcab
+# %% ../nbs/44_traffic.ipynb #7f3b1f06
+def _posteriors(n, s, q, spread):  # of sums around the common mean
+    "Place, scale and degrees of freedom of each mean, when one reward's worth was known before."
+    mean, freedom = s / (n + 1), 2 + n
+    squares = np.maximum(q - np.divide(s**2, n, out=np.zeros_like(s), where=n > 0), 0) + np.divide(s**2, n * (n + 1), out=np.zeros_like(s), where=n > 0)
+    return mean, np.sqrt((2 * spread + squares) / freedom / (n + 1)), freedom
+
+# %% ../nbs/44_traffic.ipynb #0256c5e5
 def student_chance(
     n: np.ndarray,  # shape (k,): rewards
     s: np.ndarray,  # shape (k,): their sum
@@ -185,13 +205,11 @@ def student_chance(
     s, q = s - n * centre, q - 2 * centre * s + n * centre**2  # around the common mean, where squares are small
     spread = q.sum() / n.sum()
     if not spread > 1e-18 * max(centre**2, 1e-300): return np.full(len(n), 1 / len(n))
-    mean, freedom = s / (n + 1), 2 + n
-    squares = np.maximum(q - np.divide(s**2, n, out=np.zeros_like(s), where=n > 0), 0) + np.divide(s**2, n * (n + 1), out=np.zeros_like(s), where=n > 0)
-    scale = np.sqrt((2 * spread + squares) / freedom / (n + 1))
+    mean, scale, freedom = _posteriors(n, s, q, spread)
     grid = _merged(*(m + c * np.sinh(np.linspace(-7, 7, 401)) for m, c in zip(mean, scale)))
     return chance_best(grid, -(freedom + 1)[:, None] / 2 * np.log1p(((grid - mean[:, None]) / scale[:, None]) ** 2 / freedom[:, None]))
 
-# %% ../nbs/44_traffic.ipynb #c362f90d
+# %% ../nbs/44_traffic.ipynb #0d5f63d4
 def anytime_radius(
     variance,  # of the estimate: v1 / n1 + v2 / n2; array or number
     n,  # effective rewards: 1 / (1 / n1 + 1 / n2)
@@ -202,7 +220,7 @@ def anytime_radius(
     r = np.asarray(n) * (-2 * math.log(alpha) + math.log(1 - 2 * math.log(alpha))) / tune
     return np.sqrt(np.asarray(variance) * (1 + 1 / r) * (np.log1p(r) - 2 * math.log(alpha)))
 
-
+# %% ../nbs/44_traffic.ipynb #8a75ffb1
 def spread_of(
     n, s, q,  # number, sum and sum of squares of rewards; arrays or numbers
     kind: str = "binary",
@@ -228,7 +246,7 @@ def difference(
     radius = np.where((n1 < 20) | (n2 < 20), np.inf, radius)
     return gap, gap - radius, gap + radius
 
-# %% ../nbs/44_traffic.ipynb #410a0bfc
+# %% ../nbs/44_traffic.ipynb #1c2afb7c
 class Reward(NamedTuple):
     "What came back for one prediction."
     id: str
@@ -236,7 +254,7 @@ class Reward(NamedTuple):
     value: float
     context: tuple = ()  # numbers, for the policy linear
 
-
+# %% ../nbs/44_traffic.ipynb #10bb7270
 def fresh_state(
     spec: dict,
 ) -> dict:  # nothing learned yet
@@ -275,13 +293,13 @@ def learned(
     if spec["policy"] == "canary": _watch(state, spec)
     return state
 
-# %% ../nbs/44_traffic.ipynb #461c28de
+# %% ../nbs/44_traffic.ipynb #a8d25ed4
 def _add(arm, value, faded, shown):
     "One reward; divided by how much will fade, since all fade together afterwards."
     arm["n"] += 1 / faded; arm["s"] += value / faded; arm["q"] += value * value / faded
     arm["rewards"] += 1; arm["total"] += shown
 
-
+# %% ../nbs/44_traffic.ipynb #b755fd1e
 def _fade(arms, by):
     for arm in arms.values():
         for k in "nsq": arm[k] *= by
@@ -292,7 +310,7 @@ def _count(arm, answers, failures):
     arm["answers"] += answers; arm["failures"] += failures
     arm["since"] = [arm["since"][0] + answers, arm["since"][1] + failures]
 
-# %% ../nbs/44_traffic.ipynb #30d20e37
+# %% ../nbs/44_traffic.ipynb #1a09e357
 def context_of(
     request: dict,
     context: dict,  # of the spec
@@ -305,18 +323,18 @@ def context_of(
         else: out.append(_level(value, c["min"], c["max"]))
     return tuple(out)
 
-
+# %% ../nbs/44_traffic.ipynb #5aa92cfc
 def _level(value, low, high):
     "A number between -1 and 1; twice the range is the end."
     try: x = (float(value) - (low + high) / 2) / ((high - low) / 2)
-    except (TypeError, ValueError, ZeroDivisionError): return 0.0
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError): return 0.0
     return min(3.0, max(-3.0, x)) if math.isfinite(x) else 0.0
 
 # %% ../nbs/44_traffic.ipynb #de762b91
 def _pack(matrix): return base64.b64encode(np.ascontiguousarray(matrix, np.float64).tobytes()).decode()
 def _unpack(text, *shape): return np.frombuffer(base64.b64decode(text), np.float64).reshape(shape).copy()
 
-# %% ../nbs/44_traffic.ipynb #cdae3164
+# %% ../nbs/44_traffic.ipynb #81b1bb12
 def _learn_linear(arms, rewards, spec, keep):
     "Add each reward to the sums of its variant; all fade."
     d = len(context_names(spec["context"]))
@@ -328,14 +346,11 @@ def _learn_linear(arms, rewards, spec, keep):
         A, b = A * keep ** len(rewards) + (x * weight[:, None]).T @ x, b * keep ** len(rewards) + (x * weight[:, None]).T @ y
         arms[name].update(A=_pack(A), b=_pack(b))
 
-
+# %% ../nbs/44_traffic.ipynb #454ce0af
 def _sums(arm, d):
     "X'X and X'y of a variant; zeros when the context has changed."
     try: return _unpack(arm["A"], d, d), _unpack(arm["b"], d)
     except (KeyError, ValueError): return np.zeros((d, d)), np.zeros(d)
-
-# %% ../nbs/44_traffic.ipynb #44f9f079
-_EIGHT = np.linspace(-8, 8, 81)  # standard deviations
 
 # %% ../nbs/44_traffic.ipynb #1547d597
 class Linear:
@@ -358,7 +373,10 @@ class Linear:
         theta = inverse @ b
         return theta, inverse * (max(squares - theta @ b, 0) + spread) / (n + 1)
 
-# %% ../nbs/44_traffic.ipynb #4df8b98d
+# %% ../nbs/44_traffic.ipynb #691bdc94
+_EIGHT = np.linspace(-8, 8, 81)  # standard deviations
+
+
 def _linear_chance(self: Linear, x) -> np.ndarray:
     "The chance of each variant to be the best one for a context."
     x = np.asarray(x)
@@ -369,7 +387,7 @@ def _linear_chance(self: Linear, x) -> np.ndarray:
     grid = _merged(*(m + s * _EIGHT for m, s in zip(mean, sd)))
     return chance_best(grid, -(((grid - mean[:, None]) / sd[:, None]) ** 2) / 2)
 
-
+# %% ../nbs/44_traffic.ipynb #dc224de9
 def _linear_shares(self: Linear, x) -> list[float]:
     "Shares for a context, the exploring one included."
     wanted = (1 - self.spec["explore"]) * self.chance(x) + self.spec["explore"] / len(self.theta)
@@ -412,7 +430,7 @@ def _step(state, to, step, why):
     state["canary"] = {"step": step, "state": to, "why": why}
     for arm in state["arms"].values(): arm.update(n=0.0, s=0.0, q=0.0, since=[0, 0])
 
-# %% ../nbs/44_traffic.ipynb #dd130fd1
+# %% ../nbs/44_traffic.ipynb #797e72ba
 def shares(
     state: dict,
     spec: dict,
@@ -427,7 +445,7 @@ def shares(
     wanted = _WANTED[spec["policy"]](n, s, q, spec["kind"])
     return _scaled(dict(zip(names, ((1 - spec["explore"]) * wanted + spec["explore"] / len(names)).tolist())))
 
-
+# %% ../nbs/44_traffic.ipynb #282dffb4
 def _scaled(weights):
     total = math.fsum(weights.values())
     return {v: w / total for v, w in weights.items()}
@@ -438,10 +456,10 @@ def _canary_shares(canary, spec, names):
     new = {"running": spec["steps"][min(canary["step"], len(spec["steps"]) - 1)], "rolled back": 0.0, "promoted": 1 - spec["explore"], "waiting": 0.0}[canary["state"]]
     return dict(zip(names, (1 - new, new)))
 
-# %% ../nbs/44_traffic.ipynb #9263a000
+# %% ../nbs/44_traffic.ipynb #e79062ab
 def _thompson(n, s, q, kind): return beta_chance(s, np.maximum(n - s, 0)) if kind == "binary" else student_chance(n, s, q)
 
-
+# %% ../nbs/44_traffic.ipynb #a84edd28
 def _greedy(n, s, q, kind):
     "All to the highest mean; those never tried first; equals share."
     return _top(np.where(n > 1e-9, s / np.maximum(n, 1e-9), np.inf))
@@ -452,7 +470,7 @@ def _ucb(n, s, q, kind):
     spread = 0.5 if kind == "binary" or n.sum() < 2 else math.sqrt(max(q.sum() / n.sum() - (s.sum() / n.sum()) ** 2, 0))
     return _top(np.where(n > 1e-9, s / np.maximum(n, 1e-9) + spread * np.sqrt(2 * np.log(max(n.sum(), math.e)) / np.maximum(n, 1e-9)), np.inf))
 
-
+# %% ../nbs/44_traffic.ipynb #aeb5db55
 def _top(index):
     best = index >= index.max() - 1e-12 if np.isfinite(index.max()) else np.isinf(index)
     return best / best.sum()
@@ -462,7 +480,7 @@ _WANTED = {"thompson": _thompson, "greedy": _greedy, "ucb": _ucb, "linear": _tho
 # %% ../nbs/44_traffic.ipynb #973a0514
 CLAIM_DAYS = 30  # a reward sent again after that would count again; a letter is kept as long
 
-# %% ../nbs/44_traffic.ipynb #6fd9583d
+# %% ../nbs/44_traffic.ipynb #c2fae929
 class SqliteState(SqliteEvents):
     "Policies' states in a SQLite file."
     batch = 5000  # rewards in one transaction
@@ -481,14 +499,18 @@ class SqliteState(SqliteEvents):
         with self.errors(): found = self.db.execute("select version, state from traffic where name = ?", [name]).fetchone()
         return (found[0], json.loads(found[1])) if found else (0, None)
 
-    def claimed(self, name: str, ids) -> set[str]:
-        "Which of these rewards were learned already."
-        with self.errors(): return {i for i in ids if self.db.execute("select 1 from claims where name = ? and id = ?", [name, i]).fetchone()}
+# %% ../nbs/44_traffic.ipynb #09694136
+def claimed_in_file(self: SqliteState, name: str, ids) -> set[str]:
+    "Which of these rewards were learned already."
+    with self.errors(): return {i for i in ids if self.db.execute("select 1 from claims where name = ? and id = ?", [name, i]).fetchone()}
 
-    def letters(self, name: str, after: int, upto: int) -> list[dict]:
-        "The letters of these versions, the first one not included."
-        with self.errors(): found = self.db.execute("select said from letters where name = ? and version > ? and version <= ? order by version, n", [name, after, upto]).fetchall()
-        return [json.loads(said) for said, in found]
+
+def letters_in_file(self: SqliteState, name: str, after: int, upto: int) -> list[dict]:
+    "The letters of these versions, the first one not included."
+    with self.errors(): found = self.db.execute("select said from letters where name = ? and version > ? and version <= ? order by version, n", [name, after, upto]).fetchall()
+    return [json.loads(said) for said, in found]
+
+SqliteState.claimed, SqliteState.letters = claimed_in_file, letters_in_file
 
 # %% ../nbs/44_traffic.ipynb #694e991f
 def swap_sqlite(self: SqliteState, name: str, version: int, state: dict, claims=(), letters=()) -> bool:
@@ -505,7 +527,7 @@ def swap_sqlite(self: SqliteState, name: str, version: int, state: dict, claims=
 
 SqliteState.swap = swap_sqlite
 
-# %% ../nbs/44_traffic.ipynb #79d43149
+# %% ../nbs/44_traffic.ipynb #0865daa2
 class DynamoState(DynamoEvents):
     "Policies' states in a DynamoDB table with keys pk and sk."
     batch = 90  # a transaction of DynamoDB holds 100 items
@@ -529,21 +551,25 @@ class DynamoState(DynamoEvents):
 
     def _key(self, pk, sk): return {"pk": {"S": pk}, "sk": {"S": sk}}
 
-    def load(self, name: str) -> tuple[int, dict | None]:
-        "Version and state; 0 and None when there is none."
-        with self.errors(): item = self.client.get_item(TableName=self.table, Key=self._key("traffic", name), ConsistentRead=True).get("Item")
-        return (int(item["version"]["N"]), json.loads(item["state"]["S"])) if item else (0, None)
+# %% ../nbs/44_traffic.ipynb #b2d24418
+def load_from_table(self: DynamoState, name: str) -> tuple[int, dict | None]:
+    "Version and state; 0 and None when there is none."
+    with self.errors(): item = self.client.get_item(TableName=self.table, Key=self._key("traffic", name), ConsistentRead=True).get("Item")
+    return (int(item["version"]["N"]), json.loads(item["state"]["S"])) if item else (0, None)
 
-    def claimed(self, name: str, ids) -> set[str]:
-        "Which of these rewards were learned already."
-        if not ids: return set()
-        asked = {self.table: {"Keys": [self._key(f"claims|{name}", i) for i in ids], "ConsistentRead": True}}
-        found = set()
-        while asked:
-            with self.errors(): answer = self.client.batch_get_item(RequestItems=asked)
-            found |= {i["sk"]["S"] for i in answer["Responses"].get(self.table, [])}
-            asked = answer.get("UnprocessedKeys")
-        return found
+
+def claimed_in_table(self: DynamoState, name: str, ids) -> set[str]:
+    "Which of these rewards were learned already."
+    if not ids: return set()
+    asked = {self.table: {"Keys": [self._key(f"claims|{name}", i) for i in ids], "ConsistentRead": True}}
+    found = set()
+    while asked:
+        with self.errors(): answer = self.client.batch_get_item(RequestItems=asked)
+        found |= {i["sk"]["S"] for i in answer["Responses"].get(self.table, [])}
+        asked = answer.get("UnprocessedKeys")
+    return found
+
+DynamoState.load, DynamoState.claimed = load_from_table, claimed_in_table
 
 # %% ../nbs/44_traffic.ipynb #cd78394b
 def letters_in_table(self: DynamoState, name: str, after: int, upto: int) -> list[dict]:
@@ -594,7 +620,7 @@ def open_state(
     if "://" in where: raise SlmlError(f"'{where.split('://')[0]}' is no kind of state store", where, "give a path of a file, or dynamodb://TABLE")
     return SqliteState(where)
 
-# %% ../nbs/44_traffic.ipynb #ccc2e49a
+# %% ../nbs/44_traffic.ipynb #38fca5a4
 def _open_dynamo(table, endpoint_url):
     "A table; only when there is none it takes the right to make one."
     found = DynamoState(table, endpoint_url)
@@ -604,7 +630,7 @@ def _open_dynamo(table, endpoint_url):
         return DynamoState(table, endpoint_url, create=True)
     return found
 
-
+# %% ../nbs/44_traffic.ipynb #d2cd9afb
 def learn_into(
     store,  # SqliteState or DynamoState
     rewards: list[Reward],  # those learned before are told apart by their ids
@@ -660,7 +686,7 @@ def _noted(state, spec, most: int = 200):
     if len(state["history"]) > most: state["history"] = state["history"][::2]
     return state
 
-# %% ../nbs/44_traffic.ipynb #49280d97
+# %% ../nbs/44_traffic.ipynb #3e01813f
 class Choice(NamedTuple):
     "Who answers one request."
     id: str  # of the prediction: feedback is joined by it
@@ -670,7 +696,7 @@ class Choice(NamedTuple):
 
     def part(self, i: int): return self._replace(id=f"{self.id}/{i}")  # of one of many requests in a list
 
-
+# %% ../nbs/44_traffic.ipynb #d315261a
 def spot(
     salt: str,  # name of the traffic: two experiments do not split callers alike
     unit: str,
@@ -709,7 +735,7 @@ class Traffic:
         if self._store is None: self._store = open_state(self.spec["state"], self.spec["endpoint_url"])
         return self._store
 
-# %% ../nbs/44_traffic.ipynb #0f8dd5b6
+# %% ../nbs/44_traffic.ipynb #702b194d
 def _opened(
     cls,
     spec,  # a dictionary, or the path of a JSON or YAML file
@@ -724,7 +750,7 @@ def _opened(
     if not looked.wait(wait_s): self.away = self.away or f"no answer in {wait_s:g} s"
     return self
 
-
+# %% ../nbs/44_traffic.ipynb #f96022ec
 def _look_on(self: Traffic, looked):
     "Look at the store until the traffic is closed."
     self.refresh()
@@ -733,14 +759,14 @@ def _look_on(self: Traffic, looked):
 
 Traffic.open, Traffic._look_on, Traffic.close = classmethod(_opened), _look_on, lambda self: self._stop.set()
 
-# %% ../nbs/44_traffic.ipynb #4384ea81
+# %% ../nbs/44_traffic.ipynb #45399f88
 def _take(self: Traffic, state):
     "Make a state the one by which is chosen."
     self.state, self.shares = state, shares(state, self.spec)
     self.linear = Linear(state, self.spec) if self.spec["policy"] == "linear" else None
     self._now = _line(self.shares)
 
-
+# %% ../nbs/44_traffic.ipynb #0f894e13
 def _found(self: Traffic) -> tuple[int, dict | None]:
     "Version and state of the store. One that has forgotten (its version is lower than the one that was seen) is told what is known here, if that is more."
     name, (version, state) = self.spec["name"], self.store.load(self.spec["name"])
@@ -764,7 +790,7 @@ def refresh(self: Traffic) -> bool:
         self.away = f"{e} (since {moment_of(micros()).isoformat(' ', 'seconds')} UTC)" if not self.away else self.away
     return not self.away
 
-# %% ../nbs/44_traffic.ipynb #dd83936a
+# %% ../nbs/44_traffic.ipynb #babace95
 def choose(
     self: Traffic,
     request: dict | None = None,  # read by the policy linear, and for the field `unit` of the spec
@@ -772,14 +798,14 @@ def choose(
 ) -> Choice:
     "Who answers this request. Touches no store."
     id = id or os.urandom(9).hex()
-    unit = str((request or {}).get(self._field) or id) if self._field else id
+    unit = str(said) if self._field and ((said := (request or {}).get(self._field)) or said not in (None, "")) else id  # a caller may well be number 0
     names, ends, parts = self._now if self.linear is None else _line(dict(zip(self.names, self.linear.shares(context_of(request or {}, self.spec["context"])))))
     i = bisect_right(ends, spot(self._salt, unit))
     return Choice(id, names[i], parts[i], self.shadows)
 
 Traffic._take, Traffic._found, Traffic.refresh, Traffic.choose = _take, _found, refresh, choose
 
-# %% ../nbs/44_traffic.ipynb #2f8737a7
+# %% ../nbs/44_traffic.ipynb #0e2ad8ca
 def learn(
     self: Traffic,
     rewards: list[Reward],
@@ -792,34 +818,57 @@ def learn(
     self.refresh()
     return told
 
-
+# %% ../nbs/44_traffic.ipynb #66d61abd
 def check(self: Traffic, value) -> float:
     "A reward that can be learned from."
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or self.spec["kind"] == "binary" and not 0 <= value <= 1 or abs(value) > 1e100:
+    if not _number(value) or self.spec["kind"] == "binary" and not 0 <= value <= 1:
         raise SlmlError(f"the reward is {value!r}", f"traffic '{self.spec['name']}'", "send a number from 0 to 1" if self.spec["kind"] == "binary" else "send a finite number")
     return float(value)
 
-# %% ../nbs/44_traffic.ipynb #84342530
+# %% ../nbs/44_traffic.ipynb #e1615d59
 def reward_of(
     self: Traffic,
     prediction,  # what the variant said
     truth,  # what was right
 ) -> float:
     "The reward of a prediction, from the truth."
-    if self.spec["reward"] == "match": return float(str(prediction) == str(truth))
+    if self.spec["reward"] == "match": return float(_word(prediction) == _word(truth))
     return abs(float(prediction) - float(truth))
 
+
+def _word(value) -> str:
+    "A class as JSON writes it: a model's class is the text `true`, a caller's truth may be true."
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+# %% ../nbs/44_traffic.ipynb #c7381f17
 def forget(self: Traffic) -> None:
     "Begin anew, as after a challenger that was sent back has been mended. How far the logs were read stays known."
     for _ in range(50):
         version, state = self.store.load(self.spec["name"])
         if self.store.swap(self.spec["name"], version, fresh_state(self.spec) | {k: state[k] for k in ("read", "mail") if k in (state or {})}): break
+        time.sleep(random.random() * 0.02)
+    else: raise SlmlError("the state changed 50 times while it was to be forgotten", str(self.store), "the same command again, when fewer servers learn")
     self.refresh()
 
 Traffic.learn, Traffic.check, Traffic.reward_of, Traffic.forget = learn, check, reward_of, forget
 
-# %% ../nbs/44_traffic.ipynb #6f8de3e5
+# %% ../nbs/44_traffic.ipynb #dea6cbaa
+def _between_looks(state, spec, reward, moments, chance, request, noise) -> tuple[list[Reward], list[float]]:
+    "What is asked while the shares stay as they are: the rewards, and what each choice has lost against the best one."
+    line, some, losses = shares(state, spec), [], []
+    linear = Linear(state, spec) if spec["policy"] == "linear" else None
+    for moment in moments:
+        asked = request(chance)
+        x = context_of(asked, spec["context"]) if linear else ()
+        p = linear.shares(x) if linear else list(line.values())
+        v = list(line)[bisect_right(np.cumsum(p).tolist()[:-1], chance.random())]
+        means = {n: reward(n, moment, asked) for n in line}
+        value = float(chance.random() < means[v]) if spec["kind"] == "binary" else means[v] + noise * chance.standard_normal()
+        some.append(Reward("", v, value, x))
+        losses.append(abs((max if spec["goal"] == "max" else min)(means.values()) - means[v]))
+    return some, losses
+
+# %% ../nbs/44_traffic.ipynb #08c779b3
 def simulate(
     spec: dict,
     reward,  # function (variant, moment 0 to 1, request) -> expected reward
@@ -833,22 +882,14 @@ def simulate(
     spec, chance = read_spec(spec), np.random.default_rng(seed)
     state, lines, regret, lost = fresh_state(spec), [], [], 0.0
     for start in range(0, rounds, batch):
-        line, some = shares(state, spec), []
-        linear = Linear(state, spec) if spec["policy"] == "linear" else None
-        for t in range(start, min(start + batch, rounds)):
-            asked = request(chance)
-            x = context_of(asked, spec["context"]) if linear else ()
-            p = linear.shares(x) if linear else list(line.values())
-            v = list(line)[bisect_right(np.cumsum(p).tolist()[:-1], chance.random())]
-            means = {n: reward(n, t / rounds, asked) for n in line}
-            value = float(chance.random() < means[v]) if spec["kind"] == "binary" else means[v] + noise * chance.standard_normal()
-            some.append(Reward("", v, value, x))
-            lost += abs((max if spec["goal"] == "max" else min)(means.values()) - means[v])
-        learned(state, some, spec, {n: (sum(r.variant == n for r in some), 0) for n in line})
+        moments = [t / rounds for t in range(start, min(start + batch, rounds))]
+        some, losses = _between_looks(state, spec, reward, moments, chance, request, noise)
+        for less in losses: lost += less
+        learned(state, some, spec, {n: (sum(r.variant == n for r in some), 0) for n in spec["variants"]})
         lines.append(list(shares(state, spec).values())); regret.append(lost)
     return {"shares": np.array(lines), "regret": np.array(regret), "variants": list(spec["variants"]), "batch": batch, "state": state}
 
-# %% ../nbs/44_traffic.ipynb #ec4ba863
+# %% ../nbs/44_traffic.ipynb #7be2e3d6
 def status(
     self: Traffic,
 ) -> dict:  # name, policy, variants (share, answers, failures, rewards, mean, low, high, chance), why, away, history
@@ -860,7 +901,7 @@ def status(
     return {"name": self.spec["name"], "policy": self.spec["policy"], "variants": rows, "why": self._why(rows), "rewards": self.state["rewards"],
             "away": self.away, "version": self.version, "history": self.state["history"]}
 
-
+# %% ../nbs/44_traffic.ipynb #1d82463b
 def _row(arm, spec):
     "One variant: its rewards, and the mean of those that still count, with limits that hold at any look."
     out = {"answers": arm["answers"], "failures": arm["failures"], "rewards": arm["rewards"], "mean": None, "low": None, "high": None}

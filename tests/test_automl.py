@@ -138,6 +138,34 @@ def test_an_answer_does_not_depend_on_how_many_are_asked():
     assert np.allclose(alone, found.predict(data), rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
+def test_the_same_bits_on_one_core_and_on_all(tmp_path):
+    "Linear models, trees and a network by a validation split, the first two in folds, with tries that are counted and seconds enough."
+    from test_fleet import on_one_core_and_on_all
+    one, every = on_one_core_and_on_all(f"""
+        import hashlib, shutil
+        from pathlib import Path
+        import numpy as np
+        from slml_nb.automl import Clock, fold_rows, held_rows, run_automl
+        def world(n, seed):
+            r = np.random.default_rng(seed)
+            c = {{f"x{{i}}": r.normal(size=n) for i in range(6)}} | {{"town": np.array(["Bonn", "Ulm"], object)[r.integers(0, 2, n)]}}
+            y = np.sin(2 * c["x0"]) + np.where(c["town"] == "Ulm", c["x1"], -c["x1"]) + 0.2 * r.normal(size=n)
+            return {{**c, "target": y}}, y
+        (c, y), valid = world(3000, 0), world(800, 1)
+        three = np.digitize(y[:600], [-0.5, 0.5])
+        kinds = {{k: "categorical" if k == "town" else "numeric" for k in c if k != "target"}}
+        spec = dict(task="regression", metric="mae", target="y", classes=[], kinds=kinds, threads=0)
+        for name, rows, more in (("split", held_rows((c, y), valid), {{}}), ("folds", fold_rows({{k: v[:600] for k, v in c.items()}}, three, 2), dict(task="classification", metric="log_loss", classes=["a", "b", "c"]))):
+            folder = Path({str(tmp_path)!r}) / name
+            shutil.rmtree(folder, ignore_errors=True)
+            says, job = run_automl(rows, {{**spec, **more}}, folder, Clock(600), kinds=("linear", "trees", "network")[:2 if more else 3], tries=6)
+            assert more or any(t["kind"] == "network" and t["state"] == "scored" for t in job.tries), [t["state"] for t in job.tries]
+            for p in sorted(folder.rglob("*.*")): print(p.relative_to(folder), hashlib.sha256(p.read_bytes()).hexdigest())
+            for say in says.values(): print(hashlib.sha256(say(valid[0]).tobytes()).hexdigest())""")
+    assert one == every and any("members" in line for line in one)
+
+
 # ---- with a network
 
 @pytest.mark.slow

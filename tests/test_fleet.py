@@ -1,5 +1,6 @@
 """The stage fleet as a user runs it: segments that are features or not, that fail or are never seen; and many models in one folder."""
-import json, random
+import json, os, random, subprocess, sys, textwrap
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from slml_nb.model import load_model, read_split
 from slml_nb.stage import artifact_path, made_in
 
+root = Path(__file__).resolve().parent.parent
 PARAMS = """project: shops
 about: What does a delivery cost?
 frame: {{target: price, task: {task}, metric: {metric}, unit: EUR, time: ordered, known_later: [rating], at_most: {{{metric}: 10}}}}
@@ -77,3 +79,37 @@ def test_a_segment_that_is_no_feature_and_one_that_must_not_be(project):
     np.testing.assert_allclose(told, model.predict(read_split(con, "test", [])[0]), rtol=1e-9)  # what a request would be told
     code, record, made, _ = run(project, segment="[twon]")
     assert code != 0 and made is None and "did you mean 'town'" in json.dumps(record), record
+
+
+def on_one_core_and_on_all(script):
+    "The lines that a script prints where it may use one core and one thread, and where it may use whatever there is."
+    if not hasattr(os, "sched_setaffinity"): pytest.skip("the cores of a process cannot be chosen here")
+    free = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    ways = [("import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n", {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}), ("", {})]
+    done = [subprocess.run([sys.executable, "-c", before + textwrap.dedent(script)], capture_output=True, text=True, cwd=root, env={**free, **env, "PYTHONPATH": str(root)}) for before, env in ways]
+    for d in done: assert d.returncode == 0, d.stderr[-3000:]
+    return [d.stdout.splitlines() for d in done]
+
+
+@pytest.mark.slow
+def test_the_same_bits_on_one_core_and_on_all(tmp_path):
+    one, every = on_one_core_and_on_all(f"""
+        import hashlib
+        from pathlib import Path
+        import numpy as np
+        from slml_nb.fleet import fit_fleet
+        def orders(n, width, seed):
+            r = np.random.default_rng(seed)
+            shop, x = (12 * r.random(n) ** 2).astype(int), r.normal(size=(n, width))
+            y = 3 + (1 + 0.3 * shop) * x[:, 0] + 2 * x[:, 1] + 2 * r.normal(size=n)
+            return {{**{{f"x{{i}}": v for i, v in enumerate(x.T)}}, "shop": np.array([f"shop {{i}}" for i in shop], object)}}, y
+        how = dict(min_rows=30, alpha=1.0, shrinkage=[0, 300], max_categories=20, hidden=[32], epochs=4, patience=5, lr=0.005, seed=0, device="cpu")
+        for kind, metric, rows, width in (("ridge", "rmse", 12_000, 200), ("ridge", "log_loss", 3000, 12), ("mlp", "mae", 20_000, 200)):
+            (train, y), (valid, vy) = orders(rows, width, 0), orders(rows // 4, width, 1)
+            classes = ["a", "b", "c"] if metric == "log_loss" else []
+            if classes: y, vy = (np.digitize(v, [2.5, 4.5]).astype(float) for v in (y, vy))
+            recipe = dict(task="classification" if classes else "regression", target="y", classes=classes, features=[dict(name=k, kind="categorical" if k == "shop" else "numeric") for k in train])
+            folder = Path({str(tmp_path)!r}) / kind
+            says = fit_fleet(folder, recipe, metric, ["shop"], (train, y), (valid, vy), dict(how, kind=kind, batch=4096 if kind == "mlp" else 256))
+            for made in ((folder / "weights.json").read_bytes(), *(say(valid).tobytes() for say in says[:2])): print(kind, metric, hashlib.sha256(made).hexdigest())""")
+    assert one == every and len(set(one)) == 9

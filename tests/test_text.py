@@ -262,3 +262,41 @@ def test_a_changed_weight_runs_the_stage_again(project, weights):
     file.write_bytes(held)
     found = plan()
     assert found["text"] != "reused" and found["features"] == "reused"
+
+
+# Any number of cores
+
+BITS = """
+import hashlib
+from pathlib import Path
+import numpy as np
+from slml_nb.text import fit_encoder, fit_tfidf
+SPEC = dict(task="classification", target="mood", classes=["blame", "praise"], features=["review"])
+def reviews(n, seed, words):
+    "What somebody might have written, and whether they praise."
+    r = np.random.default_rng(seed)
+    y = r.integers(0, 2, n)
+    return [" ".join(r.choice(words, r.integers(5, 25))) + (" good" if k else " bad") for k in y], y.astype(float)
+def show(folder, said):
+    "What was made and what it says."
+    for p in sorted(Path(folder).iterdir()): print(p.name, hashlib.sha256(p.read_bytes()).hexdigest())
+    print(hashlib.sha256(said.tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_the_same_bits_on_one_core_and_on_all(weights, tmp_path):
+    "Counted words, with more terms than a library adds up in one thread; and an encoder whose head is learnt first and then everything."
+    from test_fleet import on_one_core_and_on_all
+    one, every = on_one_core_and_on_all(BITS + f"""
+many = [f"word{{i:04}}" for i in range(3000)]
+train, valid = reviews(1500, 0, many), reviews(200, 1, many)
+for name, spec, metric in (("classes", SPEC, "log_loss"), ("number", dict(SPEC, task="regression", classes=[]), "mae")):
+    say, _ = fit_tfidf(Path({str(tmp_path)!r}) / name, spec, train, valid, metric)
+    show(Path({str(tmp_path)!r}) / name, say(valid[0]))
+few = ["the", "box", "is", "not", "un", "!", "good"]
+train, valid = reviews(400, 0, few), reviews(60, 1, few)
+say, _ = fit_encoder(Path({str(tmp_path)!r}) / "encoder", SPEC, train, valid, "log_loss", {weights!r}, False, 40, epochs=2, batch=128, lr=2e-3, patience=0, max_seconds=0, seed=0)
+show(Path({str(tmp_path)!r}) / "encoder", say(valid[0]))
+""")
+    assert one == every and len(one) == 10

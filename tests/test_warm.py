@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tiny import HEAD, answer, artifacts, drive, nobody_left, notebook, start, states, until, use_case
-from slml_nb.kernel import HEAVY, KernelDied, WarmKernels, warm_possible
+from slml_nb.kernel import HEAVY, KernelDied, TimeUp, WarmKernels, warm_possible
 from slml_nb.run import Kernels, run_notebook
 
 pytestmark = pytest.mark.skipif(bool(warm_possible()), reason=warm_possible() or "there are warm kernels")
@@ -229,3 +229,35 @@ def test_many_kernels_one_after_the_other(heavy, tmp_path):
     from slml_nb.meter import descendants
     assert until(lambda: not descendants(heavy.template.process.pid), 10)  # they end in the background
     assert until(lambda: all(now < then + 5 for now, then in zip(here(), before)), 10), (here(), before)  # one each would be twenty
+
+
+# ---- an interrupt in the moment between receiving a cell and beginning it
+
+PAUSE = """import slml_nb.kernel as inside, time
+begin = inside._run_cell
+def paused(*a):
+    open({ready!r}, 'w').close()
+    end = time.monotonic() + {seconds}
+    while time.monotonic() < end: time.sleep(0.01)
+    return begin(*a)
+inside._run_cell = paused"""
+
+
+def test_a_limit_that_is_reached_before_the_cell_begins_stops_it(heavy, tmp_path):
+    "The cell does not run, the kernel need not be killed, and the reason is the limit."
+    kernel, got = heavy.warm(tmp_path, {}, []), []
+    kernel.execute(PAUSE.format(ready=str(tmp_path / "ready"), seconds=1.0), got.append)
+    with pytest.raises(TimeUp, match="^the cell ran longer than 0.2 s$"): kernel.execute("open('ran', 'w').close()", got.append, limit=0.2)
+    assert [m["ename"] for m in got] == ["KeyboardInterrupt"] and not (tmp_path / "ran").exists()
+    assert kernel.ended is None and kernel.execute("print('alive')", got.append)["status"] == "ok" and got[-1]["text"] == "alive\n"
+    heavy.retire(kernel)
+
+
+def test_ctrl_c_before_a_cell_begins_ends_the_run(project):
+    use = use_case(project, {"one": notebook("one", "", "kept", "n: int = 1", PAUSE.format(ready=f"{project.folder}/ready", seconds=600), HEAD.format(stage="one") + "stage.save('kept', {'n': n})\nstage.done()")})
+    p = start(project, use)
+    assert until(lambda: (project.folder / "ready").exists() or p.poll() is not None) and p.poll() is None
+    os.killpg(p.pid, signal.SIGINT)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and "Traceback" not in err, err
+    assert nobody_left(project.folder) and json.loads(next(project.folder.glob("runs/mine/*/run.json")).read_text())["state"] == "interrupted"

@@ -1,7 +1,7 @@
 """Submitting a stage as a training job: the time that is our own, beside that of the calls to AWS.
 
-The account is moto's, in a process of its own. Each round is a process of its own too, as `slml run --on` is one: the first job of it pays for importing SageMaker's SDK and for packing the
-package, those after it do not. What counts as a call is the time between a request that leaves and its answer.
+The account is moto's, in a process of its own. Each run is a process of its own too, as `slml run --on` is one. A round is two of them: the first finds an empty cache folder, so SageMaker's SDK must be asked for a form
+of the request; the second finds the form. Within a run, the first job pays for imports and clients, those after it do not. What counts as a call is the time between a request that leaves and its answer.
 
     python bench/submit.py 2        rounds
 """
@@ -38,7 +38,7 @@ class Calls:
         URLLib3Session.send = timed
 
 
-def submit() -> list[dict]:  # stage, seconds, api_s, own_s, calls; the first includes what a run pays once
+def submit() -> list[dict]:  # stage, seconds, api_s, own_s, calls, sdk; the first includes what a run pays once
     "Submit some stages, as one run does."
     begun, calls = time.perf_counter(), Calls()
     from slml_nb.core import load_params
@@ -53,16 +53,16 @@ def submit() -> list[dict]:  # stage, seconds, api_s, own_s, calls; the first in
     runner = SimpleNamespace(store=store_of(params), emit=lambda **event: None, kernels=SimpleNamespace(stopped=False))
     for stage in STAGES:
         node, seen = graph.nodes[stage], (calls.seconds, calls.count)
-        parts = key_parts(node, values[stage], {"bench": os.urandom(8).hex()}, {})  # inputs that nobody has had: a job of its own
+        parts = key_parts(node, values[stage], {"bench": {"sha256": os.urandom(8).hex()}}, {})  # inputs that nobody has had: a job of its own
         away.begin(runner, task_of(node, values[stage], run, graph, False), key_of(parts), parts)
         took, begun = time.perf_counter() - begun, time.perf_counter()
-        found.append({"stage": stage, "seconds": took, "api_s": calls.seconds - seen[0], "own_s": took - calls.seconds + seen[0], "calls": calls.count - seen[1]})
+        found.append({"stage": stage, "seconds": took, "api_s": calls.seconds - seen[0], "own_s": took - calls.seconds + seen[0], "calls": calls.count - seen[1], "sdk": "sagemaker.train" in sys.modules})
     return found
 
 
 def measure(
     rounds: int = 3,
-) -> list[dict]:  # round, first (whether it was the run's first job, with a package that the bucket lacks or has), stage, seconds, api_s, own_s, calls
+) -> list[dict]:  # round, form (whether the machine has the form of the request), first (whether it was the run's first job), stage, seconds, api_s, own_s, calls, sdk (whether the SDK was imported)
     "The first round uploads the package; to the later ones it is there."
     env = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "SLML_"))}
     server = subprocess.Popen([sys.executable, __file__, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -72,9 +72,10 @@ def measure(
         found = []
         for i in range(rounds):
             with tempfile.TemporaryDirectory(prefix="slml_bench_") as cache:
-                done = subprocess.run([sys.executable, __file__, "submit"], cwd=root, env={**env, "SLML_CACHE": cache}, capture_output=True, text=True)
-            if done.returncode: sys.exit(f"submit: {done.stderr[-2000:]}")
-            found += [{"round": i, "first": n == 0, **job} for n, job in enumerate(json.loads(done.stdout.splitlines()[-1]))]
+                for form in (False, True):
+                    done = subprocess.run([sys.executable, __file__, "submit"], cwd=root, env={**env, "SLML_CACHE": cache}, capture_output=True, text=True)
+                    if done.returncode: sys.exit(f"submit: {done.stderr[-2000:]}")
+                    found += [{"round": i, "form": form, "first": n == 0, **job} for n, job in enumerate(json.loads(done.stdout.splitlines()[-1]))]
         return found
     finally: server.stdin.close(), server.wait(timeout=30)
 

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['WAYS_OUT', 'WORDS', 'FACTS', 'CALLS', 'LOGS', 'ECR', 'SETS', 'BLOCKED', 'OLD_PARTS', 'MEND', 'MARKS', 'POLICY',
-           'NEEDS', 'START_UP', 'SPOT', 'GUESS', 'MAX_HOURS', 'VOLUME_GB', 'aws_errors', 'Account', 'account_of',
-           'session_region', 'role_of', 'caller_of', 'number_of', 'name_part', 'job_stem', 'job_name', 'tags_of',
-           'sagemaker_model', 'quiet_sdk', 'instance', 'usd_per_hour', 'training_types', 'fitting_type', 'action_of',
-           'Scope', 'run_statements', 'job_statements', 'doctor_statements', 'bucket_statements', 'pipeline_statements',
-           'pipeline_role_statements', 'scope_of', 'policy_for', 'trust_policy', 'only_tls', 'encryption_of',
-           'bucket_settings', 'lacks', 'make_bucket', 'Line', 'look', 'check_caller', 'check_bucket', 'check_role',
-           'quotas_wanted', 'check_quotas', 'check_types', 'check_images', 'check_key', 'check_network', 'doctor',
-           'doctor_text', 'Idle', 'idle_endpoints', 'idle_notebooks', 'idle_apps', 'idle_pools', 'idle_uploads', 'idle',
-           'idle_text', 'volume_usd', 'machine_usd', 'probes', 'likenesses', 'expect', 'estimate_stage', 'estimate',
-           'estimate_text', 'Purse', 'job_bill', 'Money', 'cost_first', 'away_machines', 'examine', 'printed_policy']
+           'NEEDS', 'START_UP', 'SPOT', 'GUESS', 'MAX_HOURS', 'VOLUME_GB', 'ENDING', 'LEAST', 'OVER', 'aws_errors',
+           'Account', 'account_of', 'session_region', 'role_of', 'caller_of', 'number_of', 'name_part', 'job_stem',
+           'job_name', 'tags_of', 'sagemaker_model', 'quiet_sdk', 'instance', 'usd_per_hour', 'training_types',
+           'fitting_type', 'action_of', 'Scope', 'run_statements', 'job_statements', 'doctor_statements',
+           'bucket_statements', 'pipeline_statements', 'pipeline_role_statements', 'scope_of', 'policy_for',
+           'trust_policy', 'only_tls', 'encryption_of', 'bucket_settings', 'lacks', 'make_bucket', 'Line', 'look',
+           'check_caller', 'check_bucket', 'check_role', 'quotas_wanted', 'check_quotas', 'check_types', 'check_images',
+           'check_key', 'check_network', 'doctor', 'doctor_text', 'Idle', 'idle_endpoints', 'idle_notebooks',
+           'idle_apps', 'idle_pools', 'idle_uploads', 'idle', 'idle_text', 'volume_usd', 'machine_usd', 'probes',
+           'likenesses', 'expect', 'estimate_stage', 'estimate', 'estimate_text', 'least_usd', 'Purse', 'share_of',
+           'job_bill', 'Money', 'cost_first', 'away_machines', 'examine', 'printed_policy']
 
 # %% ../nbs/61_aws.ipynb #57d772da
 import contextlib, datetime as dt, functools, json, math, os, re, threading
@@ -41,7 +42,7 @@ def aws_errors(
 # %% ../nbs/61_aws.ipynb #2b714c6b
 WORDS = {"role": str, "region": str, "kms": str, "subnets": list, "security_groups": list, "images": dict, "budget_usd": float, "tags": dict, "pipeline": dict}  # of `sagemaker:`
 
-# %% ../nbs/61_aws.ipynb #6b0d5e13
+# %% ../nbs/61_aws.ipynb #ffa8417b
 @dataclass
 class Account:
     "The account that stages on other machines run in."
@@ -58,29 +59,34 @@ class Account:
     pipeline: dict = field(default_factory=dict)  # of a SageMaker pipeline: approval, schedule, … (see `63_pipeline`)
     where: str = ""  # the parameter set, for messages
     owner: str = ""  # number of the account whose bucket the store must be: s3://…?owner=…; "": whoever can be reached
-
-    def environment(self) -> dict[str, str]:
-        "What a job must be told of its store: key and owner, where there are any."
-        return {n: v for n, v in (("SLML_S3_KMS", self.kms), ("SLML_S3_OWNER", self.owner)) if v}
-
     def client(self, service: str):
         "A client of boto3 for a service, in this account's region."
         return client_of(service, self.region)
 
-    @property
-    def bucket(self) -> str:
-        "The bucket of the store; '' when it is a folder."
-        return self.store.removeprefix("s3://").partition("?")[0].partition("/")[0] if self.store.startswith("s3://") else ""
+# %% ../nbs/61_aws.ipynb #2e4facb0
+@property
+def _bucket(self: Account) -> str:
+    "The bucket of the store; '' when it is a folder."
+    return self.store.removeprefix("s3://").partition("?")[0].partition("/")[0] if self.store.startswith("s3://") else ""
 
-    @property
-    def prefix(self) -> str:
-        "What stands before every key of the store, without slashes at its ends."
-        return self.store.removeprefix("s3://").partition("?")[0].partition("/")[2].strip("/") if self.bucket else ""
 
-# %% ../nbs/61_aws.ipynb #bb169543
+@property
+def _prefix(self: Account) -> str:
+    "What stands before every key of the store, without slashes at its ends."
+    return self.store.removeprefix("s3://").partition("?")[0].partition("/")[2].strip("/") if self.bucket else ""
+
+
+def _environment(self: Account) -> dict[str, str]:
+    "What a job must be told of its store: key and owner, where there are any."
+    return {n: v for n, v in (("SLML_S3_KMS", self.kms), ("SLML_S3_OWNER", self.owner)) if v}
+
+Account.bucket, Account.prefix, Account.environment = _bucket, _prefix, _environment
+
+# %% ../nbs/61_aws.ipynb #d903dd66
 def _word(name: str, value, where: str):
     "One word of `sagemaker:`, typed; lists and mappings may come as text."
     kind = {str: "str", list: "list[str]", dict: "dict[str, str]", float: "float"}[WORDS[name]]
+    if isinstance(value, dict): value = {k: str(v) if type(v) in (int, float) else v for k, v in value.items()}  # steps: 4, a cost centre
     try: return coerce(value, kind)
     except Refused as e: raise SlmlError(f"sagemaker.{name} is {value!r}", where, f"give {e}") from None
 
@@ -285,7 +291,7 @@ def _allow(sid: str, actions: str, resources, **condition) -> dict:
     service, _, names = actions.partition(":")
     return {"Sid": sid, "Effect": "Allow", "Action": [f"{service}:{n}" for n in sorted(names.split())], "Resource": resources, **({"Condition": condition} if condition else {})}
 
-# %% ../nbs/61_aws.ipynb #642c8078
+# %% ../nbs/61_aws.ipynb #05141d30
 @dataclass
 class Scope:
     "What a policy is about: an account, and what a parameter set does there."
@@ -297,22 +303,27 @@ class Scope:
     tunes: bool = False  # whether the set has a search
 
     @property
-    def partition(self) -> str:
-        "aws; aws-cn in China, aws-us-gov for its government."
-        return {"cn": "aws-cn", "us-gov": "aws-us-gov"}.get(re.sub(r"-\w+-\d$", "", self.account.region), "aws")
-
-    def arn(self, service: str, rest: str) -> str:
-        "The name of something in this account and region."
-        return f"arn:{self.partition}:{service}:{self.account.region or '*'}:{self.number}:{rest}"
-
-    def s3(self, path: str) -> str:
-        "The name of something in S3."
-        return f"arn:{self.partition}:s3:::{path}"
-
-    @property
     def folder(self) -> str:
         "The project's folder in the bucket."
         return "/".join(filter(None, [self.account.prefix, self.account.project]))
+
+# %% ../nbs/61_aws.ipynb #b050e0b7
+@property
+def _partition(self: Scope) -> str:
+    "aws; aws-cn in China, aws-us-gov for its government."
+    return {"cn": "aws-cn", "us-gov": "aws-us-gov"}.get(re.sub(r"-\w+-\d$", "", self.account.region), "aws")
+
+
+def _arn(self: Scope, service: str, rest: str) -> str:
+    "The name of something in this account and region."
+    return f"arn:{self.partition}:{service}:{self.account.region or '*'}:{self.number}:{rest}"
+
+
+def _in_s3(self: Scope, path: str) -> str:
+    "The name of something in S3."
+    return f"arn:{self.partition}:s3:::{path}"
+
+Scope.partition, Scope.arn, Scope.s3 = _partition, _arn, _in_s3
 
 # %% ../nbs/61_aws.ipynb #dce62c73
 def _jobs(scope: Scope, service: str, before: str = "") -> list[str]:
@@ -415,7 +426,7 @@ def bucket_statements(scope: Scope) -> list[dict]:
     "For whoever makes the bucket, once."
     return [_allow("MakeBucket", "s3: CreateBucket GetBucketPolicy GetBucketPublicAccessBlock GetEncryptionConfiguration GetLifecycleConfiguration ListBucket PutBucketPolicy PutBucketPublicAccessBlock PutEncryptionConfiguration PutLifecycleConfiguration", [scope.s3(scope.account.bucket)])]
 
-# %% ../nbs/61_aws.ipynb #9e6e395b
+# %% ../nbs/61_aws.ipynb #3685d10b
 def _pipeline_name(scope: Scope) -> str:
     "The name of the set's pipeline, and of its group of models (see `63_pipeline`)."
     return f"slml-{name_part(scope.account.project, 200)}"
@@ -430,21 +441,22 @@ def pipeline_statements(scope: Scope) -> list[dict]:
                    sm(f"pipeline/{name}", f"pipeline/{name}/execution/*")),
             _allow("ModelGroup", "sagemaker: AddTags CreateModelPackageGroup", sm(f"model-package-group/{name}")), _allow("Models", "sagemaker: DescribeModelPackage", sm(f"model-package/{name}/*")),
             *([_allow("Search", "sagemaker: AddTags CreateHyperParameterTuningJob DescribeHyperParameterTuningJob StopHyperParameterTuningJob", jobs)] if scope.tunes else []),
-            _hand_over(scope), *_starts_itself(scope, name)]
+            _hand_over(scope), *_starts_itself(scope)]
 
-# %% ../nbs/61_aws.ipynb #4b7c80f0
-def _starts_itself(scope: Scope, name: str) -> list[dict]:
+# %% ../nbs/61_aws.ipynb #a5b96be1
+def _starts_itself(scope: Scope) -> list[dict]:
     "What a schedule and new objects need, where the set has them: the rules, and the role that may start the pipeline."
-    words, out = scope.account.pipeline, []
+    words, out, project = scope.account.pipeline, [], scope.account.project
+    short = f"slml-{name_part(project, 59)}"
     by = [s for s, word in (("scheduler", "cron"), ("events", "new_objects")) if words.get(word)]
     if not by: return out
-    role = words.get("trigger_role") or f"arn:{scope.partition}:iam::{scope.number}:role/{name[:50]}-trigger"
+    role = words.get("trigger_role") or f"arn:{scope.partition}:iam::{scope.number}:role/slml-{name_part(project, 45)}-trigger"
     if not words.get("trigger_role"): out.append(_allow("Trigger", "iam: CreateRole GetRole PutRolePolicy TagRole", [role]))
     out.append(_hand_over(scope, *by, role=role, sid="HandOverTrigger"))
-    if "scheduler" in by: out.append(_allow("Schedule", "scheduler: CreateSchedule UpdateSchedule", [scope.arn("scheduler", f"schedule/default/{name[:64]}")]))
+    if "scheduler" in by: out.append(_allow("Schedule", "scheduler: CreateSchedule DeleteSchedule UpdateSchedule", [scope.arn("scheduler", f"schedule/default/{short}")]))
     if "events" not in by: return out
     bucket = words["new_objects"].removeprefix("s3://").partition("/")[0]
-    return [*out, _allow("Rule", "events: PutRule PutTargets", [scope.arn("events", f"rule/{name[:64]}")]), _allow("NewObjects", "s3: GetBucketNotification PutBucketNotification", [scope.s3(bucket)])]
+    return [*out, _allow("Rule", "events: DeleteRule PutRule PutTargets RemoveTargets", [scope.arn("events", f"rule/{short}")]), _allow("NewObjects", "s3: GetBucketNotification PutBucketNotification", [scope.s3(bucket)])]
 
 # %% ../nbs/61_aws.ipynb #a05c28b9
 def pipeline_role_statements(scope: Scope) -> list[dict]:
@@ -1049,12 +1061,25 @@ def estimate_text(found: dict, budget_usd: float | None = None) -> str:
     ends = f" (jobs are ended when {dollars(budget_usd)} are spent)" if budget_usd is not None and budget_usd < found["most_usd"] else ""
     return "\n".join([*table_text(rows), "", f"About {dollars(found['usd'])}{within}, at most {dollars(found['most_usd'])}{ends}.", *(f"Note: {n}" for n in found["notes"])])
 
-# %% ../nbs/61_aws.ipynb #c5c172ec
+# %% ../nbs/61_aws.ipynb #1ac10414
+ENDING = 120  # seconds that a job has to end when it is told to
+LEAST = 60  # seconds: no job is given less
+
+
+def least_usd(
+    usd: float,  # estimate
+    machine: dict,
+    prices: dict,
+) -> float:  # US dollars
+    "The least that must be set aside for a job: its estimate, and never less than a minute and the time to end."
+    return max(usd, machine_usd(LEAST + ENDING, machine, prices))
+
+# %% ../nbs/61_aws.ipynb #987a501f
 class Purse:
     "The money of one run: what was billed, and what is set aside for stages that are under way."
 
     def __init__(self, budget_usd: float | None = None):
-        self.budget, self.spent, self.aside, self.lock = budget_usd, 0.0, {}, threading.Lock()
+        self.budget, self.spent, self.aside, self.lock = budget_usd, 0.0, {}, threading.RLock()
 
     def left(self) -> float:
         "What is neither billed nor set aside; infinite without a budget."
@@ -1067,35 +1092,61 @@ class Purse:
         parts = ", ".join(f"{s['stage']} {dollars(s['usd'])} on {s['instance']}: {s['basis']}" for s in dear[:3])
         raise SlmlError(f"the run would cost about {dollars(found['usd'])} and at most {dollars(found['most_usd'])} ({parts}), the budget is {dollars(self.budget)}; nothing was started", where, self._way_out(dear[0]["stage"]))
 
-    def reserve(self, stage: str, usd: float, where: str = "sagemaker.budget_usd"):
-        "Set money aside for a stage that is about to start, or stop it."
-        with self.lock:
-            if usd > self.left():
-                under_way = f", {dollars(sum(self.aside.values()))} set aside for {', '.join(self.aside)}" if self.aside else ""
-                raise SlmlError(f"{stage} would cost about {dollars(usd)}, and of {dollars(self.budget)} {dollars(max(0.0, self.left()))} are left ({dollars(self.spent)} billed{under_way}); it was not started", where, self._way_out(stage))
-            self.aside[stage] = usd
-
     def _way_out(self, stage: str) -> str:
         return f"a smaller machine or spot (-p {stage}.on=…, -p {stage}.spot=true), less time (-p {stage}.max_hours=…), or more money: sagemaker: {{budget_usd: …}}; what is finished is reused"
 
-# %% ../nbs/61_aws.ipynb #507d5f2a
+# %% ../nbs/61_aws.ipynb #405c6089
+def share_of(
+    left: float,  # US dollars
+    usd: float,  # that a stage needs
+    others: float = 0.0,  # that stages still to come need
+    some: float = 0.0,  # that ten minutes cost
+    most: float = math.inf,  # that it can cost
+) -> float:  # US dollars; never above what is left
+    "What is set aside for a stage."
+    fair = left * usd / (usd + others) if others else left
+    return min(left, most, max(usd, fair, min(some, left - others)))
+
+# %% ../nbs/61_aws.ipynb #0b612c37
+def _reserve(
+    self: Purse,
+    stage: str,
+    usd: float,  # that it needs
+    others: float = 0.0, some: float = 0.0, most: float = math.inf,  # as in `share_of`
+    where: str = "sagemaker.budget_usd",
+):
+    "Set money aside for a stage that is about to start, or stop it."
+    with self.lock:
+        if usd > self.left() + 1e-9:  # sums of cents are not exact
+            under_way = f", {dollars(sum(self.aside.values()))} set aside for {', '.join(self.aside)}" if self.aside else ""
+            raise SlmlError(f"{stage} would cost about {dollars(usd)}, and of {dollars(self.budget)} {dollars(max(0.0, self.left()))} are left ({dollars(self.spent)} billed{under_way}); it was not started", where, self._way_out(stage))
+        self.aside[stage] = usd if self.budget is None else share_of(self.left(), usd, others, some, most)
+
+# %% ../nbs/61_aws.ipynb #c21068a5
+def _owe(self: Purse, stage: str, usd: float):
+    "Set money aside for a job that is under way already; what is left may be less than nothing then."
+    with self.lock: self.aside[stage] = usd
+
+
 def _settle(self: Purse, stage: str, usd: float | None):
-    "A stage is over: what it cost counts instead of what was set aside; a bill that is not known counts as estimated."
+    "A stage is over: what it cost counts instead of what was set aside; a bill that is not known counts as all of that."
     with self.lock:
         aside = self.aside.pop(stage, 0.0)
         self.spent += aside if usd is None else usd
 
-# %% ../nbs/61_aws.ipynb #dc51e741
+# %% ../nbs/61_aws.ipynb #cae60d21
 def _seconds(self: Purse, stage: str, machine: dict, prices: dict | None = None) -> int:
-    "The most seconds a job may take: its max_hours, or what the budget still pays for when that is less; ten minutes at least."
+    "The most seconds a job may take: its max_hours, or what the money set aside for it pays for when that is less."
     most = machine.get("max_hours", MAX_HOURS) * 3600
     if self.budget is None: return int(most)
-    hour = machine_usd(3600, machine, prices or load_prices())
-    return int(min(most, max(GUESS, (self.left() + self.aside.get(stage, 0.0)) / hour * 3600)))
+    return int(min(most, max(LEAST, self.aside[stage] / machine_usd(3600, machine, prices or load_prices()) * 3600 - ENDING)))
 
-Purse.settle, Purse.seconds = _settle, _seconds
+Purse.reserve, Purse.owe, Purse.settle, Purse.seconds = _reserve, _owe, _settle, _seconds
 
-# %% ../nbs/61_aws.ipynb #c7a5027a
+# %% ../nbs/61_aws.ipynb #a184d87a
+OVER = ("Completed", "Failed", "Stopped")  # what SageMaker calls a job that has ended
+
+
 def job_bill(
     job: dict,  # the answer of DescribeTrainingJob
     prices: dict | None = None,
@@ -1106,13 +1157,14 @@ def job_bill(
     spot, took, seconds = bool(job.get("EnableManagedSpotTraining")), job.get("TrainingTimeInSeconds"), job.get("BillableTimeInSeconds")
     if took is None and job.get("TrainingEndTime") and job.get("TrainingStartTime"): took = (job["TrainingEndTime"] - job["TrainingStartTime"]).total_seconds()
     if seconds is None and not spot: seconds = took
+    if seconds is took is None and not job.get("TrainingStartTime") and job.get("TrainingJobStatus") in OVER: seconds = 0  # it never had a machine, and AWS bills from that moment
     known = seconds is not None and machine["on"] in prices["sagemaker"]
     warm = (job.get("WarmPoolStatus") or {}).get("ResourceRetainedBillableTimeInSeconds") or 0
     warm_usd = machine_usd(warm, machine, prices) if warm and known else 0.0
     return {"job": job.get("TrainingJobName", ""), "state": job.get("TrainingJobStatus", ""), "instance": machine["on"], "instances": machine["instances"], "spot": spot, "seconds": seconds, "took": took,
             "usd": machine_usd(seconds, machine, prices) + warm_usd if known else None, "warm_usd": warm_usd, "spot_saved": 1 - seconds / took if spot and took and seconds is not None else None}
 
-# %% ../nbs/61_aws.ipynb #c416a477
+# %% ../nbs/61_aws.ipynb #bde6fb34
 class Money:
     "Estimate, budget and bills of one run."
 
@@ -1131,17 +1183,40 @@ class Money:
         self.purse.check(found)
         return found
 
-    def start(self, stage: str, machine: dict) -> tuple[dict, int]:  # its line of the estimate, for the record; the seconds that it may take
-        "Set money aside for a job; an error when there is not enough."
+    def expects(self, stage: str, machine: dict) -> tuple[dict, float]:  # its line of the estimate; US dollars that must be set aside for it
+        "What a stage will cost."
         said = estimate_stage(stage, machine, self.before.get(stage, []), self.prices, self.like.get(stage))
-        self.purse.reserve(stage, said["usd"])
+        return said, least_usd(said["usd"], machine, self.prices)
+
+# %% ../nbs/61_aws.ipynb #a3dc3802
+def _start(
+    self: Money,
+    stage: str,
+    machine: dict,
+    to_come: dict | None = None,  # {stage: machine} of those that will be made away too and have no job yet
+) -> tuple[dict, int]:  # its line of the estimate, for the record; the seconds that it may take
+    "Set money aside for a job; an error when there is not enough."
+    said, usd = self.expects(stage, machine)
+    with self.purse.lock:  # two that start together must not share the same money
+        others = sum(self.expects(s, m)[1] for s, m in (to_come or {}).items() if s != stage and s not in self.purse.aside)
+        self.purse.reserve(stage, usd, others, machine_usd(GUESS + ENDING, machine, self.prices), machine_usd(machine.get("max_hours", MAX_HOURS) * 3600 + ENDING, machine, self.prices))
         return said, self.purse.seconds(stage, machine, self.prices)
 
-    def over(self, stage: str, job: dict) -> dict:  # the answer of DescribeTrainingJob; its bill, for the record, comes back
-        "A job is over, however it ended: what it cost."
-        bill = job_bill(job, self.prices)
-        self.purse.settle(stage, bill["usd"])
-        return bill
+# %% ../nbs/61_aws.ipynb #d5a4fc04
+def _over(self: Money, stage: str, job: dict) -> dict:  # the answer of DescribeTrainingJob; its bill, for the record, comes back
+    "A job is over, however it ended: what it cost."
+    bill = job_bill(job, self.prices)
+    self.purse.settle(stage, bill["usd"])
+    return bill
+
+
+def _found(self: Money, stage: str, job: dict):  # the answer of DescribeTrainingJob
+    "A job of an earlier run is under way: what it may cost is set aside."
+    has = job["ResourceConfig"]
+    machine = {"on": has["InstanceType"], "instances": has.get("InstanceCount", 1), "volume_gb": has.get("VolumeSizeInGB", VOLUME_GB)}
+    self.purse.owe(stage, machine_usd(job["StoppingCondition"]["MaxRuntimeInSeconds"] + ENDING, machine, self.prices))
+
+Money.start, Money.over, Money.found = _start, _over, _found
 
 # %% ../nbs/61_aws.ipynb #a50dd755
 def cost_first(

@@ -10,12 +10,13 @@ __all__ = ['DONE', 'FAILED', 'WRONG', 'NOT_MET', 'INTERRUPTED', 'EXIT_CODES', 'C
            'new_command', 'runs_command', 'report_command', 'cost_command', 'profile_command', 'lineage_command',
            'cascade_command', 'watch_command', 'diff_command', 'verify_command', 'gc_command', 'traffic_command',
            'track_command', 'tune_command', 'registry_command', 'sql_command', 'tables_command', 'described_text',
-           'package_of', 'serve_command', 'served', 'package_command', 'place_command', 'deploy_command', 'as_ingested',
-           'predict_command', 'Check', 'check_packages', 'check_machine', 'check_reach', 'doctor_command',
+           'package_of', 'serve_command', 'serving_text', 'served', 'package_command', 'place_command',
+           'deploy_command', 'as_ingested', 'sifted_lines', 'refused_lines', 'ending_of', 'from_pipe',
+           'predict_command', 'Check', 'check_packages', 'check_machine', 'check_reach', 'doctor_command', 'forms_of',
            'make_parser', 'guarded', 'main']
 
-# %% ../nbs/69_cli.ipynb #561d66ad
-import argparse, json, os, re, shutil, socket, sys, tempfile, threading, time
+# %% ../nbs/69_cli.ipynb #3e97e0c0
+import argparse, contextlib, json, os, re, shlex, shutil, socket, sys, tempfile, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import SlmlError, suggest
@@ -675,14 +676,14 @@ _WATCH_OPTIONS = (
     arg("--once", action="store_true", help="look once and end"),
 )
 
-# %% ../nbs/69_cli.ipynb #baa7441f
+# %% ../nbs/69_cli.ipynb #6fd61276
 @command("predict each new file or record, or run at the moments of a timetable, each once", *_WATCH_OPTIONS)
 def watch_command(args) -> Outcome:
     "`slml watch FOLDER`."
     from slml_nb.events import look_once, told_text, watching
     watched = watching(args.out, args.folder, args.records, args.cron, args.zone, args.package, args.run, args.more, args.pattern, args.missed)
     if args.again: _say(f"{watched.ledger.again(args.again, args.out):,} events are forgotten")
-    if args.once: return (lambda told: Outcome(told_text(told) or "nothing new", told, FAILED if told["failed"] else DONE))(look_once(watched))
+    if args.once: return (lambda told: Outcome(told_text(told) or "nothing new", told, FAILED if told["failed"] or told.get("problem") else DONE))(look_once(watched))
     try: watched.watch(on_step=lambda told: (text := told_text(told)) and _say(text))
     except KeyboardInterrupt: return Outcome("stopped", watched.ledger.counts())
 
@@ -718,7 +719,7 @@ def gc_command(args) -> Outcome:
     found = gc(keep=args.keep, dry_run=args.dry_run, runs=args.runs, store=args.store)
     return Outcome(gc_text(found), found)
 
-# %% ../nbs/69_cli.ipynb #83cee157
+# %% ../nbs/69_cli.ipynb #a02a547f
 @command("who gets which requests, and why: shares, rewards, what the log proves",
          arg("spec", metavar="SPEC", help="JSON or YAML file with name, policy and variants"),
          arg("--picture", metavar="FILE", default="", help="also draw how the shares have changed: .png or .svg"),
@@ -735,7 +736,9 @@ def traffic_command(args) -> Outcome:
     if args.size: return Outcome(size_text(*args.size))
     if args.forget: Traffic(spec).forget()
     if args.compact: _say("{segments:,} segments with {rows:,} lines are Parquet now".format(**tidy(spec)))
-    if args.collect: _say("{lines:,} lines came from {shards:,} shards".format(**collect(spec)))
+    if args.collect:
+        _say("{lines:,} lines came from {shards:,} shards".format(**(came := collect(spec))))
+        if came["unreadable"]: _say(f"{came['unreadable']:,} records are no lines of a log and were left out: somebody else writes into this stream")
     text, found = traffic_report(spec)
     if args.picture: picture(found, args.picture)
     return Outcome(text, found)
@@ -960,10 +963,10 @@ def package_of(
     if "package" not in made: raise SlmlError("this run has no package", _short(folder), "run it to the end: slml run PARAMS")
     return artifact_path(made["package"])
 
-# %% ../nbs/69_cli.ipynb #b3a4a707
+# %% ../nbs/69_cli.ipynb #48f2bc9a
 _SERVE_OPTIONS = (
     arg("run", metavar="RUN", nargs="*", help="latest, a run id, a project, a path, or the folder of a package (default: latest); several: [NAME=]RUN …; or a folder of packages, followed as it changes"),
-    arg("--port", type=int, default=8000, help="default: 8000"),
+    arg("--port", type=int, default=8000, help="default: 8000; 0: any that is free, which is then said"),
     arg("--host", default="127.0.0.1", help="default: this machine only; where others can reach it, keys are asked for (SLML_KEYS)"),
     arg("--jwt", default="", metavar="RULES", help="tokens that are good, too: 'alg=RS256 jwks=URL_OR_FILE iss=ISSUER aud=AUDIENCE' (or key=FILE; RS256, ES256, HS256); default: the variable SLML_JWT"),
     arg("--open", action="store_true", help="ask for no keys, though others can reach it: something in front of it does"),
@@ -976,28 +979,39 @@ _SERVE_OPTIONS = (
     arg("--online", default="", metavar="STORE", help="feature store to ask for what a request leaves out: the SQLite file of the stage feature_store, or dynamodb://TABLE"),
 )
 
-# %% ../nbs/69_cli.ipynb #1bfa2fe4
+# %% ../nbs/69_cli.ipynb #38359261
 @command("serve models over HTTP: one, or many beside each other", *_SERVE_OPTIONS)
 def serve_command(args) -> Outcome:
     "`slml serve RUN …`."
-    from slml_nb.serve import limits_for, serve
+    from slml_nb.serve import claim, limits_for, serve
     packages, watch = served(args.run or ([] if args.traffic else ["latest"]))
     traffic = [_variants(spec, packages, args.log, watch) for spec in args.traffic]
     limits = limits_for(args.host, args.open, args.rate, args.jwt)
-    if not args.json:
-        for name in (t.spec["name"] for t, _ in traffic): print(f"traffic {name}: POST /{name}/predict, POST /{name}/feedback (with the x-prediction-id of the answer), GET /{name}/traffic")
-        print(f"serving {', '.join(filter(None, [*packages, watch and f'what is in {watch}']))}\n  http://{args.host}:{args.port}/{'docs' if len(packages) == 1 and not (watch or traffic) else ''}   Ctrl-C stops", flush=True)
     alone = len(packages) == 1 and not (watch or traffic or args.workers)
     if not alone and (args.replicas > 1 or args.log and not traffic): raise SlmlError("--replicas, and --log without --traffic, are for a single package without --workers", "command line", "serve one, or name a --traffic")
+    ready = (lambda sock: None) if args.json else (lambda sock: print(serving_text(sock, packages, watch, [t.spec["name"] for t, _ in traffic]), flush=True))
     if alone:
         noted = _noted(args.log, *packages) if args.log else None
-        serve(*packages.values(), host=args.host, port=args.port, online=args.online, limits=limits, replicas=max(1, args.replicas), noted=noted)
+        serve(*packages.values(), host=args.host, port=args.port, online=args.online, limits=limits, replicas=max(1, args.replicas), noted=noted, ready=ready)
     else:
         from slml_nb.host import host
-        try: host(packages, watch, address=args.host, port=args.port, limits=limits, traffic=traffic, online=args.online, most=args.workers, idle=args.idle)
+        try:
+            ready(sock := claim(args.host, args.port))
+            host(packages, watch, sock, limits=limits, traffic=traffic, online=args.online, most=args.workers, idle=args.idle)
         finally:
             for variants, log in traffic: variants.close(); log.close()  # what is left goes to disk, and into the stream
     return Outcome()
+
+# %% ../nbs/69_cli.ipynb #c922a972
+def serving_text(
+    sock,  # bound
+    packages, watch: str, traffic: list[str],  # names; a folder, or ""; names of traffics
+) -> str:
+    "What is served, and where."
+    from slml_nb.serve import address_of
+    lines = [f"traffic {name}: POST /{name}/predict, POST /{name}/feedback (with the x-prediction-id of the answer), GET /{name}/traffic" for name in traffic]
+    served = ", ".join(filter(None, [*packages, watch and f"what is in {watch}"]))
+    return "\n".join([*lines, f"serving {served}", f"  {address_of(sock)}/{'docs' if len(packages) == 1 and not (watch or traffic) else ''}   Ctrl-C stops"])
 
 # %% ../nbs/69_cli.ipynb #8aaeaa21
 def _noted(log: str, name: str):  # noted() -> a note, as `invoke` takes it
@@ -1139,14 +1153,14 @@ def _deployed(d, args) -> Outcome:
     now = d.execute(client, storage, stack, changeset, d.kept_bucket(client))
     return Outcome("\n".join([f"{stack}: {now['status']}", *(f"  {k}: {v}" for k, v in now["outputs"].items()), f"back again: slml deploy --undo {stack}"]), {"stack": stack, **{k: now[k] for k in ("status", "outputs")}})
 
-# %% ../nbs/69_cli.ipynb #d679c594
+# %% ../nbs/69_cli.ipynb #c709951a
 def as_ingested(
     run: Path,  # folder of a run
     file: str,  # as typed
     folder: Path,  # an empty place on disk
-) -> tuple[Path, list]:  # a Parquet file of the typed rows, and (line, reason) of those that cannot be read
+) -> tuple[Path, int, object]:  # a Parquet file of the typed rows; how many lines are none; (place, why) of each
     "A file, read the way a run has read its data."
-    from slml_nb.ingest import READINGS, How, read_table
+    from slml_nb.ingest import READINGS, How, find_files, read_table
     from slml_nb.new import place_of
     from slml_nb.run import load_run
     from slml_nb.sql import columns_of, connect, to_parquet
@@ -1160,12 +1174,69 @@ def as_ingested(
     types |= {n: t for n, t in given.get("types", {}).items() if n in found}
     table = _read("again", types=types, columns={n: sql for n, sql in given.get("columns", {}).items() if set(columns_of(sql)) <= set(found)})
     to_parquet(con, f"select * exclude (row_id, source) from ({table.query}) order by row_id", folder / "typed.parquet")
-    return folder / "typed.parquet", [r for f in table.files for r in f.rejects]
+    found, before = find_files([place_of(file)], folder / "found"), [sum(f.rows + len(f.rejects) for f in table.files[:i]) for i in range(len(table.files))]
+    refused = (line for f, file, n in zip(found, table.files, before) if len(file.rejects) for line in refused_lines(f.path, file, how, folder / "found", n))
+    return folder / "typed.parquet", sum(len(f.rejects) for f in table.files), refused
 
-# %% ../nbs/69_cli.ipynb #314789a4
+# %% ../nbs/69_cli.ipynb #1a53b20a
+def sifted_lines(
+    path: Path, file, how,  # as `slml_nb.ingest.read_file` has read it
+    folder: Path,  # a place on disk
+):  # yields the header; then (line, reason, fields) of each record; the reason is "" for those that can be read
+    "The records of a text file."
+    from slml_nb.ingest import _head, _header, _json_line, as_utf8, numbered_lines, sieve
+    path, skip, header = as_utf8(path, file.name, how, folder), 0, []
+    text = path.suffix.lower() not in (".json", ".jsonl", ".ndjson")
+    if text:
+        lines, above = _head(path, how)
+        header, taken = _header(path, above[0], file.delimiter, file.name)
+        skip = above[0] + (1 + taken) * how.header
+    yield [h.strip() for h in header]
+    with open(path, "rb") as f:
+        lines = ((n, line) for n, line in numbered_lines(f) if n > skip)
+        if text: yield from ((n, reason, fields) for n, fields, reason, _ in sieve(lines, file.delimiter, len(file.columns)))
+        else: yield from ((n, _json_line(line)[1], None) for n, line in lines if line.strip(b"\xef\xbb\xbf \t\r\n"))
+
+# %% ../nbs/69_cli.ipynb #5eeccd21
+def refused_lines(path: Path, file, how, folder: Path, before: int = 0):  # yields (place, why)
+    "The lines of a file that are no rows, at their places among all."
+    records, reasons, sound, told = sifted_lines(path, file, how, folder), file.rejects.reasons, 0, 0
+    header = next(records)
+    again, total = reasons["the header again"], reasons["a line of totals, not a row"]
+    last = file.rows + again + total - 1
+    for place, (line, why, fields) in enumerate(records, before):
+        if not why and again and [f.strip() for f in fields] == header: why = "the header again"
+        elif not why and total and sound == last: why = "a line of totals, not a row"
+        sound += not why or fields is not None
+        if why:
+            told += 1
+            yield place, f"line {line} is no row: {why}"
+    if told != len(file.rejects): raise SlmlError(f"{len(file.rejects):,} lines were set aside, {told:,} of them found again", file.name, "please report this file")
+
+# %% ../nbs/69_cli.ipynb #94caf350
+def ending_of(
+    head: bytes,  # the first bytes of a file
+) -> str:  # .csv, .jsonl, .parquet, each perhaps with .gz
+    "How the name of a file should end."
+    import zlib
+    if head[:2] == b"\x1f\x8b": return ending_of(zlib.decompressobj(31).decompress(head)) + ".gz"
+    if head[:4] == b"PAR1": return ".parquet"
+    return ".jsonl" if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[") else ".csv"
+
+
+def from_pipe(folder: Path) -> Path:
+    "Standard input, as a file."
+    head = sys.stdin.buffer.read(1 << 16)
+    with open(path := folder / f"stdin{ending_of(head)}", "wb") as f:
+        f.write(head)
+        shutil.copyfileobj(sys.stdin.buffer, f, 1 << 20)
+    return path
+
+# %% ../nbs/69_cli.ipynb #d44659a1
 @command("predict the rows of a file with the model of a run",
          arg("run", metavar="RUN", help="latest, a run id, a project, a path, or the folder of a package"),
-         arg("file", metavar="FILE", help="CSV (also gz), JSON lines or Parquet, written like the data of the run; a row a prediction"),
+         arg("file", metavar="FILE", help="CSV, JSON lines (both also gz) or Parquet, written like the data of the run; - reads standard input. A row that cannot be read or answered keeps its place and says why "
+             "in the column error: the exit code is 0 as long as one row is answered, 1 if none is, 2 if the file as a whole cannot be read (one of which most lines are no rows, too)"),
          arg("--out", metavar="FILE", help=".csv or .parquet to write; default: CSV on standard output"))
 def predict_command(args) -> Outcome:
     "`slml predict RUN FILE`."
@@ -1174,16 +1245,23 @@ def predict_command(args) -> Outcome:
     alone = (Path(args.run) / "manifest.json").is_file()  # a package needs no run beside it, and for CSV no DuckDB
     predictor = load_package(args.run if alone else package_of(args.run))
     with tempfile.TemporaryDirectory() as folder:
-        typed, rejects = args.file, []
+        file = str(from_pipe(Path(folder))) if args.file == "-" else args.file
+        typed, rejects, refused = file, 0, ()
         if not alone:
             from slml_nb.run import find_run
-            typed, rejects = as_ingested(find_run(args.run), args.file, Path(folder))
-        try: done = predict_table(predictor, typed, args.out or Path(folder) / "answers.csv")
-        except SlmlError as e: raise SlmlError(e.what, args.file, e.fix) from None
-        text = f"{done['rows']:,} rows answered in {args.out}" if args.out else Path(done["out"]).read_text(encoding="utf-8").rstrip("\n")
-    if rejects: _say(f"{len(rejects):,} lines of {args.file} cannot be read, such as line {rejects[0][0]} ({rejects[0][1]}): they are left out")
+            typed, rejects, refused = as_ingested(find_run(args.run), file, Path(folder))
+        try: done = predict_table(predictor, typed, args.out or Path(folder) / "answers.csv", refused=refused)
+        except SlmlError as e: raise SlmlError(e.what, file, e.fix) from None
+        if not (args.out or args.json): _show_file(done["out"])
     if done["errors"]: _say(f"{done['errors']:,} of {done['rows']:,} rows have no prediction; the column error says why")
-    return Outcome(text, {**done, "out": args.out, "rejects": len(rejects)}, FAILED if done["errors"] == done["rows"] > 0 else DONE)
+    return Outcome(f"{done['rows']:,} rows answered in {args.out}" if args.out else "", {**done, "out": args.out, "rejects": rejects}, FAILED if done["errors"] == done["rows"] > 0 else DONE)
+
+# %% ../nbs/69_cli.ipynb #e8c5984f
+def _show_file(path):
+    "A file on standard output, whatever its size."
+    sys.stdout.flush()
+    with open(path, encoding="utf-8", newline="") as f: shutil.copyfileobj(f, sys.stdout, 1 << 20)
+    sys.stdout.flush()
 
 # %% ../nbs/69_cli.ipynb #96713cd1
 @dataclass
@@ -1236,16 +1314,19 @@ def check_reach() -> list[Check]:
     return [Check("jupyter kernel", "python3" if kernel else "missing", kernel, "python -m ipykernel install --sys-prefix"),
             Check("aws credentials", f"from {keys}" if keys else "none: s3:// is closed, everything else works")]
 
-# %% ../nbs/69_cli.ipynb #4c1b0ca5
+# %% ../nbs/69_cli.ipynb #99b074b0
 @command("what is installed, what is missing, what to type; with --on sagemaker, of an account on AWS",
          arg("params", metavar="PARAMS", nargs="?", default="", help="with --on: the parameter set that shall run there"),
          arg("--on", default="", metavar="PLACE", help="sagemaker: look at an account instead of this machine"),
          arg("--policy", nargs="?", const="run", default="", metavar="WHO", help="print only the smallest IAM policy: of who starts a run (run, the default), of its jobs (job), or pipeline, pipeline-role, trust, doctor, bucket"),
          arg("--make-bucket", action="store_true", help="make the bucket of the store first: private, encrypted; of one that is there, mend what is missing"),
          arg("--store", default="", metavar="URI", help="another store than that of the parameter set"),
+         arg("--dockerfile", default="", metavar="FOLDER", help="write what an image of one's own for the jobs of PARAMS is built from"),
+         arg("--base", default="", metavar="IMAGE", help="with --dockerfile: an image that has PyTorch and CUDA, for GPUs"),
          arg("-p", "--param", action="append", metavar="STAGE.NAME=VALUE", help="set one parameter; may be repeated"))
 def doctor_command(args) -> Outcome:
     "`slml doctor`."
+    if args and args.dockerfile: return _job_image_folder(args)
     if args and (args.on or args.policy or args.make_bucket): return _account_doctor(args)
     checks = check_machine() + check_reach() + check_packages()
     wide, bad = max(len(c.name) for c in checks), [c for c in checks if not c.ok]
@@ -1253,7 +1334,18 @@ def doctor_command(args) -> Outcome:
     text.append(f"\n{len(bad)} thing{'s' if len(bad) > 1 else ''} to mend" if bad else "\neverything is here")
     return Outcome("\n".join(text), [vars(c) for c in checks], FAILED if bad else DONE)
 
-# %% ../nbs/69_cli.ipynb #b180b628
+# %% ../nbs/69_cli.ipynb #26da687f
+@contextlib.contextmanager
+def forms_of(params, overrides: dict, on: str):
+    "While an account is looked at, SageMaker's SDK is asked for what the first job would wait for."
+    if not (params and on): return (yield)
+    from slml_nb.graph import plan
+    from slml_nb.jobs import Away, made_beside
+    with contextlib.suppress(SlmlError): Away(params, plan(params, overrides)[0], on)  # what is wrong is the doctor's to say
+    yield
+    made_beside()
+
+# %% ../nbs/69_cli.ipynb #74d3ab70
 def _account_doctor(args) -> Outcome:
     "`slml doctor --on sagemaker`."
     from slml_nb.aws import examine, printed_policy
@@ -1266,8 +1358,21 @@ def _account_doctor(args) -> Outcome:
         params.store = args.store or params.store
     overrides = overrides_of(args.param)
     if args.policy: return Outcome(*printed_policy(params, args.policy, overrides, _job_image))
-    text, found, fine = examine(params, overrides, args.make_bucket, _job_image)
+    with forms_of(params, overrides, args.on): text, found, fine = examine(params, overrides, args.make_bucket, _job_image)
     return Outcome(text, found, DONE if fine else FAILED)
+
+# %% ../nbs/69_cli.ipynb #95f36800
+def _job_image_folder(args) -> Outcome:
+    "`slml doctor PARAMS --dockerfile FOLDER`."
+    from slml_nb.core import load_params
+    from slml_nb.graph import plan
+    from slml_nb.jobs import write_job_image
+    if not args.params: raise SlmlError("no parameter set is named", "--dockerfile", "an image is made for the stages of one: slml doctor params/taxi.yaml --dockerfile image")
+    libraries, out = write_job_image(*plan(load_params(args.params), overrides_of(args.param)), Path(args.dockerfile), args.base), args.dockerfile
+    kind = "gpu" if args.base else "cpu"
+    text = f"{out} has a Dockerfile and {len(libraries)} libraries\n  docker build -t slml-jobs {shlex.quote(out)}\n  docker tag slml-jobs ACCOUNT.dkr.ecr.REGION.amazonaws.com/slml-jobs:1, and push it\n" \
+           f"then, in {args.params}:  sagemaker: {{images: {{{kind}: ACCOUNT.dkr.ecr.REGION.amazonaws.com/slml-jobs:1}}}}"
+    return Outcome(text, {"folder": out, "libraries": libraries})
 
 # %% ../nbs/69_cli.ipynb #821c528c
 def _job_image(account, machine) -> str:

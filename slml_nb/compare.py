@@ -518,7 +518,7 @@ def _with_secrets(then, now):
     if isinstance(then, dict): return {k: _with_secrets(v, now.get(k) if isinstance(now, dict) else None) for k, v in then.items()}
     return then
 
-# %% ../nbs/52_compare.ipynb #956819bb
+# %% ../nbs/52_compare.ipynb #637c755b
 def changed_since(
     run,  # folder of a run
     params,  # ParamSet
@@ -530,7 +530,7 @@ def changed_since(
     for stage in set(graph.order) & set(then["stages"]):
         old = then["stages"][stage]
         if not old["key"]: continue
-        parts = json.loads(canonical_json(key_parts(graph.nodes[stage], values[stage], old["key"].get("inputs", {}), old["key"].get("outside", {}))))
+        parts = json.loads(canonical_json(key_parts(graph.nodes[stage], values[stage], {a: {"sha256": h} for a, h in old["key"].get("inputs", {}).items()}, old["key"].get("outside", {}))))
         code = code_changes(stage, old, {"key": parts, "notebook": graph.nodes[stage].notebook}, [])
         versions = differing(old["key"].get("versions", {}), parts["versions"])
         if code or versions: found[stage] = {"stage": stage, **(code or {"cells": [], "modules": [], "patch": []}), "versions": versions}

@@ -11,18 +11,32 @@ __all__ = ['ARRAYS', 'FILES', 'CUT', 'LAMBDA_ROOTS', 'EDGE_ROOTS', 'ZIP_MB', 'UN
            'tried', 'same_answer', 'write_zip', 'storage_template', 'lambda_template', 'container_template',
            'sagemaker_template', 'check_enums', 'instance_types', 'dockerfile', 'write_image', 'write_edge', 'around',
            'monthly', 'sensible', 'check_words', 'known_words', 'aws_words', 'permissions', 'plan', 'plan_text',
-           'stack_now', 'made_by', 'version_before', 'propose', 'execute', 'settle', 'undo', 'deploy', 'image_steps',
-           'changes_text', 'kept_bucket', 'bucket_of', 'apart', 'batch_template', 'batch_form', 'batch_requests',
-           'plan_batch', 'deploy_batch', 'batch_file', 'run_batch', 'undo_batch', 'lines_in', 'refused_as', 'outcome',
-           'counted', 'outcome_text', 'place', 'place_text']
+           'stack_now', 'made_by', 'version_before', 'check_given', 'propose', 'changes_of', 'nothing_to_do', 'execute',
+           'settle', 'undo', 'storage_first', 'deploy', 'image_steps', 'changes_text', 'kept_bucket', 'bucket_of',
+           'apart', 'batch_template', 'batch_form', 'batch_requests', 'plan_batch', 'deploy_batch', 'batch_file',
+           'run_batch', 'undo_batch', 'lines_in', 'refused_as', 'outcome', 'counted', 'outcome_text', 'place',
+           'place_text']
 
-# %% ../nbs/43_deploy.ipynb #fa9ce160
-import hashlib, json, math, os, platform, re, subprocess, sys, time, zipfile
+# %% ../nbs/43_deploy.ipynb #352e3f4e
+import hashlib, importlib.util, json, math, os, platform, re, subprocess, sys, time, zipfile
 from pathlib import Path
 from .core import SlmlError, atomic_write, load_yaml, sha256_file, suggest
 from .package import PLAIN, check_seal, load_package, package_key, seal
 from .query import prices_file
 from .store import aws_errors, client_of, if_there
+
+# %% ../nbs/43_deploy.ipynb #1f77625b
+def run_alone(
+    code: str,  # prints JSON as its last line
+    *arguments,
+) -> tuple:  # what it printed, None when it failed; the last line of its complaint
+    "Run some code in a process of its own, on one core, where nothing but what it imports itself is loaded."
+    path = os.pathsep.join(filter(None, [str(_home()), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    return json.loads(done.stdout.splitlines()[-1]) if not done.returncode else None, (done.stderr.strip().splitlines() or ["it ended"])[-1]
+
+# %% ../nbs/43_deploy.ipynb #c61e7c50
+def _home() -> Path: return Path(sys.modules["slml_nb"].__file__).parent.parent
 
 # %% ../nbs/43_deploy.ipynb #6eee49cd
 _LOOK = """import json, sys, time
@@ -44,19 +58,6 @@ for _ in range(int(sys.argv[2])):
 peak = [int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")] if sys.platform == "linux" else [0]
 print(json.dumps({"status": first[0], "opened_s": opened, "times_s": sorted(times), "peak_mb": peak[0] / 1024, "modules": {n: m.__file__ for n, m in sys.modules.items() if getattr(m, "__file__", None)}}))
 """
-
-# %% ../nbs/43_deploy.ipynb #18729c37
-def run_alone(
-    code: str,  # prints JSON as its last line
-    *arguments,
-) -> tuple:  # what it printed, None when it failed; the last line of its complaint
-    "Run some code in a process of its own, on one core, where nothing but what it imports itself is loaded."
-    path = os.pathsep.join(filter(None, [str(_home()), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
-    return json.loads(done.stdout.splitlines()[-1]) if not done.returncode else None, (done.stderr.strip().splitlines() or ["it ended"])[-1]
-
-
-def _home() -> Path: return Path(sys.modules["slml_nb"].__file__).parent.parent
 
 # %% ../nbs/43_deploy.ipynb #c9e93b8a
 def observe(
@@ -94,13 +95,13 @@ def units(
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call): about.append((_root(node.value.func), "", node))
     return named, about, imported
 
-# %% ../nbs/43_deploy.ipynb #901b1334
+# %% ../nbs/43_deploy.ipynb #fef6e063
 def _root(node) -> str:
     "The name at the beginning of `a.b[c].d`."
     while not hasattr(node, "id"): node = node.value
     return node.id
 
-
+# %% ../nbs/43_deploy.ipynb #1f705f7a
 def _assigned(node, named, about):
     "One assignment as many: `A.x, A.y = f, g` is two."
     import ast
@@ -114,7 +115,7 @@ def _assigned(node, named, about):
             elif isinstance(to, ast.Tuple): named |= {e.id: alone for e in to.elts}
             else: about.append((_root(to), to.attr if isinstance(to, ast.Attribute) else "", alone))
 
-# %% ../nbs/43_deploy.ipynb #32733291
+# %% ../nbs/43_deploy.ipynb #7f42d098
 class Reached:
     "The part of slml_nb that some functions reach."
 
@@ -127,21 +128,25 @@ class Reached:
         self.folder, self.cut, self.extra, self.modules = folder, cut, extra, {}
         self.kept, self.attributes, self.imports = {}, set(), {}
 
-    def module(self, name: str):
-        "The units of a module."
-        if name not in self.modules:
-            self.modules[name] = units((self.folder / f"{name}.py").read_text(encoding="utf-8") + self.extra.get(name, ""))
-            self.kept[name], self.imports[name] = {}, set()
-        return self.modules[name]
+# %% ../nbs/43_deploy.ipynb #d5368d12
+def _module(self: Reached, name: str) -> tuple:
+    "The units of a module."
+    if name not in self.modules:
+        self.modules[name] = units((self.folder / f"{name}.py").read_text(encoding="utf-8") + self.extra.get(name, ""))
+        self.kept[name], self.imports[name] = {}, set()
+    return self.modules[name]
 
-    def want(self, module: str, name: str) -> None:
-        "Keep what a name means in a module, and what that leads to."
-        named, _, imported = self.module(module)
-        if name in named and name not in self.kept[module]:
-            node = self.kept[module][name] = self.instead(module, name) or self.trimmed(module, named[name])
-            self.follow(module, node)
-        elif name in imported and name not in named: self.imports[module].add(name)
-        if name in imported and (home := _ours(imported[name][0])) is not None: self.want(home, imported[name][1])
+# %% ../nbs/43_deploy.ipynb #a1d7c9bd
+def _want(self: Reached, module: str, name: str) -> None:
+    "Keep what a name means in a module, and what that leads to."
+    named, _, imported = self.module(module)
+    if name in named and name not in self.kept[module]:
+        node = self.kept[module][name] = self.instead(module, name) or self.trimmed(module, named[name])
+        self.follow(module, node)
+    elif name in imported and name not in named: self.imports[module].add(name)
+    if name in imported and (home := _ours(imported[name][0])) is not None: self.want(home, imported[name][1])
+
+Reached.module, Reached.want = _module, _want
 
 # %% ../nbs/43_deploy.ipynb #23bae793
 def _ours(module: str) -> str | None:  # None: not of slml_nb
@@ -162,7 +167,7 @@ def asked_names(
         found |= {s.get_name() for s in scope.get_symbols() if s.is_referenced() and (top or s.is_global())}
     return found
 
-# %% ../nbs/43_deploy.ipynb #6ebd84e0
+# %% ../nbs/43_deploy.ipynb #bfcfc72e
 def follow(self: Reached, module: str, node) -> None:
     "Keep what a statement refers to."
     import ast
@@ -172,7 +177,7 @@ def follow(self: Reached, module: str, node) -> None:
         elif isinstance(part, ast.ImportFrom) and (home := _ours("." * part.level + (part.module or ""))):
             for a in part.names: self.want(home, a.name)
 
-
+# %% ../nbs/43_deploy.ipynb #d251ff35
 def trimmed(self: Reached, module: str, node):
     "A statement without docstrings and annotations; of a class, what is no method: those come when they are asked for."
     import ast
@@ -197,48 +202,74 @@ def instead(self: Reached, module: str, name: str):
 
 Reached.follow, Reached.trimmed, Reached.instead = follow, trimmed, instead
 
-# %% ../nbs/43_deploy.ipynb #6a54aace
+# %% ../nbs/43_deploy.ipynb #2a356e6d
+def _asked(self: Reached, attribute: str) -> bool:
+    "Does anything that is kept ask for an attribute of this name?"
+    return attribute in self.attributes or attribute.startswith("__")
+
+
+def _settle_class(self: Reached, module: str, of):
+    "The methods that stand in a class, as far as they are asked for."
+    import ast
+    for method in [m for m in of.body if isinstance(m, ast.FunctionDef)]:
+        name = f"{of.name}.{method.name}"
+        if name in self.kept[module] or not self._asked(method.name) or (module, name) in self.cut: continue
+        self.kept[module][name] = node = self.trimmed(module, method)
+        self.follow(module, node)
+
+# %% ../nbs/43_deploy.ipynb #3d22ec5d
+def _settle_about(self: Reached, module: str):
+    "Statements about a name that is kept, as far as their attributes are asked for."
+    for i, (name, attribute, node) in enumerate(self.modules[module][1]):
+        if f"about {i}" in self.kept[module] or name not in self.kept[module] or attribute and not self._asked(attribute): continue
+        self.kept[module][f"about {i}"] = node
+        self.follow(module, node)
+
+# %% ../nbs/43_deploy.ipynb #2beb8621
 def settle_methods(self: Reached) -> bool:  # whether anything was added
     "Methods and statements about what is kept, as far as their names are asked for."
     import ast
     size = sum(map(len, self.kept.values()))
-    for module, (named, about, _) in list(self.modules.items()):
-        for name in [n for n in self.kept[module] if isinstance(named.get(n), ast.ClassDef)]:
-            for method in [m for m in named[name].body if isinstance(m, ast.FunctionDef)]:
-                place = f"{name}.{method.name}"
-                asked = method.name in self.attributes or method.name.startswith("__")
-                if place in self.kept[module] or not asked or (module, place) in self.cut: continue
-                self.kept[module][place] = node = self.trimmed(module, method)
-                self.follow(module, node)
-        for i, (name, attribute, node) in enumerate(about):
-            if f"about {i}" in self.kept[module] or name not in self.kept[module] or attribute and attribute not in self.attributes and not attribute.startswith("__"): continue
-            self.kept[module][f"about {i}"] = node
-            self.follow(module, node)
+    for module, (named, _, _) in list(self.modules.items()):
+        for name in [n for n in self.kept[module] if isinstance(named.get(n), ast.ClassDef)]: self._settle_class(module, named[name])
+        self._settle_about(module)
     return sum(map(len, self.kept.values())) > size
 
-Reached.settle = settle_methods
+Reached._asked, Reached._settle_class, Reached._settle_about, Reached.settle = _asked, _settle_class, _settle_about, settle_methods
 
-# %% ../nbs/43_deploy.ipynb #0044f7f2
-def module_text(self: Reached, module: str) -> str:
-    "What is left of a module, in its order."
-    import ast
-    named, about, imported = self.modules[module]
-    kept, lines, seen = self.kept[module], [], set()
+# %% ../nbs/43_deploy.ipynb #2b2e0146
+def _import_lines(self: Reached, module: str) -> list[str]:
+    "The imports that are left of a module."
+    lines, imported = [], self.modules[module][2]
     for name in sorted(self.imports[module]):
         source, there = imported[name]
         lines.append((f"from {source} import {there}" if there else f"import {source}") + (f" as {name}" if name != (there or source) else ""))
+    return lines
+
+# %% ../nbs/43_deploy.ipynb #a3fdb9c2
+def _with_methods(self: Reached, module: str, name: str, node):
+    "A class as it is kept; anything else as it is."
+    import ast
+    kept = self.kept[module]
+    if not isinstance(put := kept[name], ast.ClassDef): return put
+    methods = [kept[f"{name}.{m.name}"] for m in node.body if isinstance(m, ast.FunctionDef) and f"{name}.{m.name}" in kept]
+    put.body = [*(n for n in put.body if not (methods and isinstance(n, ast.Pass))), *methods]
+    return put
+
+# %% ../nbs/43_deploy.ipynb #ac705731
+def module_text(self: Reached, module: str) -> str:
+    "What is left of a module, in its order."
+    import ast
+    named, about, _ = self.modules[module]
+    lines, seen, kept = self._import_lines(module), set(), self.kept[module]
     for node in sorted([*named.values(), *(n for _, _, n in about)], key=lambda n: n.lineno):
         mine = [k for k, n in [*named.items(), *((f"about {i}", n) for i, (_, _, n) in enumerate(about))] if n is node and k in kept]
         if not mine or id(node) in seen: continue
         seen.add(id(node))
-        put = kept[mine[0]]
-        if isinstance(put, ast.ClassDef):
-            methods = [kept[f"{mine[0]}.{m.name}"] for m in node.body if isinstance(m, ast.FunctionDef) and f"{mine[0]}.{m.name}" in kept]
-            put.body = [*(n for n in put.body if not (methods and isinstance(n, ast.Pass))), *methods]
-        lines.append(ast.unparse(ast.fix_missing_locations(put)))
+        lines.append(ast.unparse(ast.fix_missing_locations(self._with_methods(module, mine[0], node))))
     return "\n".join(lines) + "\n"
 
-Reached.text = module_text
+Reached._import_lines, Reached._with_methods, Reached.text = _import_lines, _with_methods, module_text
 
 # %% ../nbs/43_deploy.ipynb #370f4a42
 def reached_code(
@@ -283,7 +314,7 @@ def written_out(
     told = {"source": function.source, "columns": function.columns, "features": function.features, "lines": [(0, "", at, feature) for _, _, at, feature in function._lines]}
     return f"{told!r} | {{'names': {{{', '.join(f'{n!r}: {code}' for n, code in names.items())}}}}}"
 
-# %% ../nbs/43_deploy.ipynb #aaaf80c8
+# %% ../nbs/43_deploy.ipynb #6ce74883
 _READY = """
 READY = {%s}
 def taken_ready(self, program, present=(), finite=False, where=''):
@@ -294,7 +325,7 @@ def taken_ready(self, program, present=(), finite=False, where=''):
 RowFunction.__init__ = taken_ready
 """
 
-
+# %% ../nbs/43_deploy.ipynb #d3d52594
 def ready_features(
     package,  # folder
 ) -> str:  # source for the module rowwise; "" when the compiler must travel
@@ -305,13 +336,13 @@ def ready_features(
     if (Path(package) / "rule.json").is_file(): made["rule.json"] = written_out(read("rule.json"))
     return _READY % ", ".join(f"{n!r}: {code}" for n, code in made.items()) if all(made.values()) else ""
 
-# %% ../nbs/43_deploy.ipynb #0d8d704a
+# %% ../nbs/43_deploy.ipynb #57f8c3fd
 ARRAYS, FILES = "this needs NumPy, which did not travel along", "this needs DuckDB, which did not travel along: give a CSV"
 CUT = {**dict.fromkeys([("package", n) for n in ("open_model", "quantile_model", "network_row", "many_trees", "raw", "sure_of", "answers_of", "store_for")], ARRAYS), ("package", "_predict_by_duckdb"): FILES,
        **dict.fromkeys([("model", n) for n in ("predict", "Model.__init__", "Model.weights", "Rule.load", "Rule.answers", "Rule.many")], ARRAYS)}
 LAMBDA_ROOTS, EDGE_ROOTS = [("serve", "lambda_handler")], [("package", n) for n in ("answer_all", "load_package", "predict_table")] + [("core", "SlmlError")]
 
-
+# %% ../nbs/43_deploy.ipynb #a8337dd5
 def is_plain(
     package,  # folder
 ) -> bool:
@@ -319,7 +350,7 @@ def is_plain(
     predictor = load_package(package)
     return predictor.spec["kind"] in PLAIN and bool(predictor.score) and not any(i.get("online") for i in json.loads((Path(package) / "recipe.json").read_text(encoding="utf-8"))["inputs"])
 
-
+# %% ../nbs/43_deploy.ipynb #28c807f6
 def plain_code(
     package,  # folder of a package that is plain
     roots: list[tuple[str, str]],
@@ -330,9 +361,11 @@ def plain_code(
     modules = reached_code(roots, {**CUT, **others, **({("rowwise", "RowFunction.__init__"): ""} if ready else {})}, {"rowwise": ready})
     return {"slml_nb/__init__.py": b"", **{f"slml_nb/{m}.py": text.encode() for m, text in modules.items()}}
 
-# %% ../nbs/43_deploy.ipynb #d3b900aa
+# %% ../nbs/43_deploy.ipynb #1e241359
 ZIP_MB, UNZIPPED_MB = 50, 250  # AWS Lambda's quotas for a function's zip
 LEFT_OUT = re.compile(r"(^|/)(tests?|testing/tests|include|f2py|distutils|__pycache__|transformers|quantization|tools|datasets|doc)(/|$)|\.(pyi|a|h|c|pxd|pyx|md|pyc|lib)$")
+
+# %% ../nbs/43_deploy.ipynb #b6c7256f
 APP = """import os
 os.environ.setdefault("SLML_PACKAGE", os.path.join(os.path.dirname(os.path.abspath(__file__)), "package"))
 from slml_nb.serve import lambda_handler
@@ -369,7 +402,7 @@ def function_files(
     for name in others: code |= library_files(name)
     return {"app.py": APP.encode(), **compiled_files(code), **own}
 
-# %% ../nbs/43_deploy.ipynb #668f340c
+# %% ../nbs/43_deploy.ipynb #8a59e554
 RUNTIME = (3, 11)  # Python of the function
 
 
@@ -381,7 +414,7 @@ def bytecode(
     import importlib.util, marshal
     return importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + importlib.util.source_hash(source) + marshal.dumps(compile(source, place, "exec", dont_inherit=True), 2)
 
-
+# %% ../nbs/43_deploy.ipynb #2e6fc343
 def compiled_files(
     files: dict[str, Path],  # {place in the zip: file}
 ) -> dict[str, bytes | Path]:  # the same, compiled where that helps
@@ -389,7 +422,7 @@ def compiled_files(
     if sys.version_info[:2] != RUNTIME: return files
     return {f"{place}c" if place.endswith(".py") else place: bytecode(f.read_bytes(), place) if place.endswith(".py") else f for place, f in files.items()}
 
-# %% ../nbs/43_deploy.ipynb #2cc7bf47
+# %% ../nbs/43_deploy.ipynb #f4c78767
 _TRY = """import json, sys
 sys.path.insert(0, ".")
 sample = json.load(open("package/sample.json"))
@@ -397,7 +430,7 @@ from app import handler
 print(json.dumps([handler(sample["request"]), sample["response"]] if sample["response"] else [1, 1]))
 """
 
-
+# %% ../nbs/43_deploy.ipynb #b71fefcd
 def tried(
     files: dict[str, bytes | Path],  # of a function that needs nothing beside Python
 ) -> dict[str, bytes | Path]:  # the same
@@ -407,20 +440,21 @@ def tried(
         for place, content in files.items():
             (target := Path(folder) / place).parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-        done = subprocess.run([sys.executable, "-I", "-S", "-c", _TRY], cwd=folder, capture_output=True, text=True)
+        bare = {k: v for k, v in os.environ.items() if k != "SLML_PACKAGE"}
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", _TRY], cwd=folder, capture_output=True, text=True, env=bare)
     said = json.loads(done.stdout or "[0, 1]") if not done.returncode else [0, 1]
     if not same_answer(*said): raise SlmlError(f"the function does not answer its own example ({(done.stderr.strip().splitlines() or [str(said)[:200]])[-1]})", "deploy",
                                          "report the kind of model; until then deploy it as a container: --to container")
     return files
 
-
+# %% ../nbs/43_deploy.ipynb #17023170
 def same_answer(a, b) -> bool:
     "Two answers, up to the last digits."
     if isinstance(a, dict) and isinstance(b, dict): return a.keys() == b.keys() and all(same_answer(a[k], b[k]) for k in a)
     if isinstance(a, list) and isinstance(b, list): return len(a) == len(b) and all(map(same_answer, a, b))
     return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) if isinstance(a, float) and isinstance(b, float) else a == b
 
-# %% ../nbs/43_deploy.ipynb #fccb46fa
+# %% ../nbs/43_deploy.ipynb #55be43b4
 def write_zip(
     files: dict,  # {place: content or file}
     out: Path,  # to write
@@ -435,17 +469,21 @@ def write_zip(
             entry.external_attr, entry.compress_type = 0o644 << 16, zipfile.ZIP_DEFLATED
             z.writestr(entry, content)
             size += len(content)
-    made = {"file": str(out), "sha256": sha256_file(out), "zip_mb": out.stat().st_size / 1e6, "unzipped_mb": size / 1e6}
-    if made["zip_mb"] > ZIP_MB or made["unzipped_mb"] > UNZIPPED_MB: raise SlmlError(f"the function is {made['zip_mb']:.0f} MB, {made['unzipped_mb']:.0f} MB unzipped; Lambda takes {ZIP_MB} and {UNZIPPED_MB}", "deploy", "deploy it as a container: --to container")
-    return made
+    return _within({"file": str(out), "sha256": sha256_file(out), "zip_mb": out.stat().st_size / 1e6, "unzipped_mb": size / 1e6})
 
-# %% ../nbs/43_deploy.ipynb #ca983345
+# %% ../nbs/43_deploy.ipynb #0aeb7924
+def _within(made: dict) -> dict:  # the same
+    "Refuse a zip that Lambda would refuse."
+    if made["zip_mb"] <= ZIP_MB and made["unzipped_mb"] <= UNZIPPED_MB: return made
+    raise SlmlError(f"the function is {made['zip_mb']:.0f} MB, {made['unzipped_mb']:.0f} MB unzipped; Lambda takes {ZIP_MB} and {UNZIPPED_MB}", "deploy", "deploy it as a container: --to container")
+
+# %% ../nbs/43_deploy.ipynb #7a1bd5bd
 def _ref(name): return {"Ref": name}
 def _att(name, what): return {"Fn::GetAtt": [name, what]}
 def _sub(text): return {"Fn::Sub": text}
 def _if(condition, yes, no): return {"Fn::If": [condition, yes, no]}
 
-
+# %% ../nbs/43_deploy.ipynb #b6115f59
 def _role(
     service: str,  # that takes the role
     *statements,  # (actions, resources)
@@ -457,7 +495,7 @@ def _role(
                                                      **({"Policies": [{"PolicyName": "least",
                                                                        "PolicyDocument": {"Version": "2012-10-17", "Statement": allow}}]} if allow else {})}}
 
-# %% ../nbs/43_deploy.ipynb #d8dd7c37
+# %% ../nbs/43_deploy.ipynb #e5f1b962
 def _log(name: str) -> dict: return {"Type": "AWS::Logs::LogGroup", "Properties": {"LogGroupName": _sub(name), "RetentionInDays": 30}}
 def _text(about, default=None, **more): return {"Type": "String", "Description": about, **({} if default is None else {"Default": default}), **more}
 
@@ -467,30 +505,64 @@ def _template(about: str, parameters: dict, resources: dict, outputs: dict, **mo
     return {"AWSTemplateFormatVersion": "2010-09-09", "Description": about, "Parameters": parameters, **more, "Resources": resources,
             "Outputs": {k: {"Value": v} for k, v in outputs.items()}}
 
-
+# %% ../nbs/43_deploy.ipynb #260b4d62
 _IMAGE_PULL = (["ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer", "ecr:BatchCheckLayerAvailability"],
                _sub("arn:${AWS::Partition}:ecr:${AWS::Region}:${AWS::AccountId}:repository/${Repository}"))
 _ECR_TOKEN = (["ecr:GetAuthorizationToken"], "*")  # this action knows no resource
 
-# %% ../nbs/43_deploy.ipynb #8712b3ef
+# %% ../nbs/43_deploy.ipynb #70fa7579
+def _private_bucket() -> dict:
+    "A bucket that nobody can open to the world by mistake."
+    return {"BucketEncryption": {"ServerSideEncryptionConfiguration": [{"ServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}]},
+            "VersioningConfiguration": {"Status": "Enabled"},
+            "PublicAccessBlockConfiguration": dict.fromkeys(("BlockPublicAcls", "BlockPublicPolicy", "IgnorePublicAcls", "RestrictPublicBuckets"), True),
+            "OwnershipControls": {"Rules": [{"ObjectOwnership": "BucketOwnerEnforced"}]},
+            "LifecycleConfiguration": {"Rules": [{"Id": "old", "Status": "Enabled", "NoncurrentVersionExpiration": {"NoncurrentDays": 90}}]}}
+
+# %% ../nbs/43_deploy.ipynb #9801f86c
 def storage_template() -> dict:
     "The bucket and the repository that deployments are made from."
-    bucket = {"BucketEncryption": {"ServerSideEncryptionConfiguration": [{"ServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}]},
-              "VersioningConfiguration": {"Status": "Enabled"},
-              "PublicAccessBlockConfiguration": dict.fromkeys(("BlockPublicAcls", "BlockPublicPolicy", "IgnorePublicAcls", "RestrictPublicBuckets"),
-                                                              True), "OwnershipControls": {"Rules": [{"ObjectOwnership": "BucketOwnerEnforced"}]},
-              "LifecycleConfiguration": {"Rules": [{"Id": "old", "Status": "Enabled", "NoncurrentVersionExpiration": {"NoncurrentDays": 90}}]}}
     tls = {"Effect": "Deny", "Principal": "*", "Action": "s3:*", "Resource": [_att("Bucket", "Arn"), _sub("${Bucket.Arn}/*")],
            "Condition": {"Bool": {"aws:SecureTransport": "false"}}}
     repository = {"ImageTagMutability": "IMMUTABLE", "ImageScanningConfiguration": {"ScanOnPush": True},
                   "EncryptionConfiguration": {"EncryptionType": "AES256"}, "RepositoryName": _sub("${AWS::StackName}")}
     keep = {"DeletionPolicy": "Retain", "UpdateReplacePolicy": "Retain"}
-    return _template("slml: where code and images wait", {}, {"Bucket": {"Type": "AWS::S3::Bucket", **keep, "Properties": bucket},
+    return _template("slml: where code and images wait", {}, {"Bucket": {"Type": "AWS::S3::Bucket", **keep, "Properties": _private_bucket()},
         "BucketPolicy": {"Type": "AWS::S3::BucketPolicy", "Properties": {"Bucket": _ref("Bucket"),
                                                                          "PolicyDocument": {"Version": "2012-10-17", "Statement": [tls]}}},
         "Images": {"Type": "AWS::ECR::Repository", **keep, "Properties": repository}}, {"Bucket": _ref("Bucket"), "Repository": _ref("Images")})
 
-# %% ../nbs/43_deploy.ipynb #32b9ea38
+# %% ../nbs/43_deploy.ipynb #dce6c1c4
+def _lambda_alias(version: str) -> dict:  # version: its name in the template
+    "The name that callers know, and whom it leads to."
+    alias = {"FunctionName": _ref("Function"), "Name": "live", "FunctionVersion": _if("Shared", _ref("Before"), _att(version, "Version")),
+             "RoutingConfig": _if("Shared", {"AdditionalVersionWeights": [{"FunctionVersion": _att(version, "Version"),
+                                                                           "FunctionWeight": _ref("Share")}]}, _ref("AWS::NoValue"))}
+    return {"Type": "AWS::Lambda::Alias", "Properties": alias}
+
+
+def _lambda_version(sha256: str) -> dict:
+    "This code, for good: it stays when a later template no longer names it, because the alias may still lead to it."
+    return {"Type": "AWS::Lambda::Version", "DeletionPolicy": "Retain", "UpdateReplacePolicy": "Retain",
+            "Properties": {"FunctionName": _ref("Function"), "Description": sha256[:12]}}
+
+# %% ../nbs/43_deploy.ipynb #fb4c7c58
+def _lambda_function(memory_mb: int, seconds: int, online: str) -> dict:
+    "The function."
+    function = {"Handler": "app.handler", "Runtime": "python3.11", "Architectures": ["x86_64"], "Role": _att("Role", "Arn"),
+                "Code": {"S3Bucket": _ref("Bucket"), "S3Key": _ref("Key")}, "MemorySize": memory_mb,
+                "Timeout": seconds, "ReservedConcurrentExecutions": _ref("AtOnce"), "LoggingConfig": {"LogGroup": _ref("Log"), "LogFormat": "JSON"},
+                **({"Environment": {"Variables": {"SLML_ONLINE": f"dynamodb://{online}"}}} if online else {})}
+    return {"Type": "AWS::Lambda::Function", "Properties": function}
+
+
+_LAMBDA_PARAMETERS = {
+    "Bucket": _text("bucket of the zip"), "Key": _text("key of the zip"),
+    "AtOnce": {"Type": "Number", "Description": "invocations at the same time, and so the most that a flood of requests can cost", "Default": 50},
+    "Before": _text("version that keeps the rest of the traffic; empty: none", ""),
+    "Share": {"Type": "Number", "Description": "share of the traffic for the new version", "Default": 1, "MinValue": 0, "MaxValue": 1}}
+
+# %% ../nbs/43_deploy.ipynb #9ac472f4
 def lambda_template(
     sha256: str,  # of the zip: a new one makes a new version
     auth: str = "AWS_IAM",  # or NONE: anybody may call
@@ -503,101 +575,114 @@ def lambda_template(
     logs = (["logs:CreateLogStream", "logs:PutLogEvents"], _att("Log", "Arn"))
     store = [(["dynamodb:GetItem", "dynamodb:BatchGetItem"],
               _sub(f"arn:${{AWS::Partition}}:dynamodb:${{AWS::Region}}:${{AWS::AccountId}}:table/{online}"))] if online else []
-    parameters = {"Bucket": _text("bucket of the zip"), "Key": _text("key of the zip"),
-                  "AtOnce": {"Type": "Number", "Description": "invocations at the same time, and so the most that a flood of requests can cost", "Default": 50},
-                  "Before": _text("version that keeps the rest of the traffic; empty: none", ""),
-                  "Share": {"Type": "Number", "Description": "share of the traffic for the new version", "Default": 1, "MinValue": 0, "MaxValue": 1}}
-    function = {"Handler": "app.handler", "Runtime": "python3.11", "Architectures": ["x86_64"], "Role": _att("Role", "Arn"),
-                "Code": {"S3Bucket": _ref("Bucket"), "S3Key": _ref("Key")}, "MemorySize": memory_mb,
-                "Timeout": seconds, "ReservedConcurrentExecutions": _ref("AtOnce"), "LoggingConfig": {"LogGroup": _ref("Log"), "LogFormat": "JSON"},
-                **({"Environment": {"Variables": {"SLML_ONLINE": f"dynamodb://{online}"}}} if online else {})}
-    alias = {"FunctionName": _ref("Function"), "Name": "live", "FunctionVersion": _if("Shared", _ref("Before"), _att(version, "Version")),
-             "RoutingConfig": _if("Shared", {"AdditionalVersionWeights": [{"FunctionVersion": _att(version, "Version"),
-                                                                           "FunctionWeight": _ref("Share")}]}, _ref("AWS::NoValue"))}
     resources = {"Log": _log("/slml/${AWS::StackName}"), "Role": _role("lambda.amazonaws.com", logs, *store),
-                 "Function": {"Type": "AWS::Lambda::Function", "Properties": function},
-                 version: {"Type": "AWS::Lambda::Version", "DeletionPolicy": "Retain", "UpdateReplacePolicy": "Retain",
-                           "Properties": {"FunctionName": _ref("Function"), "Description": sha256[:12]}},
-                 "Alias": {"Type": "AWS::Lambda::Alias", "Properties": alias}, **_http_api(auth)}
-    return _template("slml: a model as a function", parameters, resources,
+                 "Function": _lambda_function(memory_mb, seconds, online), version: _lambda_version(sha256), "Alias": _lambda_alias(version), **_http_api(auth)}
+    return _template("slml: a model as a function", _LAMBDA_PARAMETERS, resources,
                      {"Url": _att("Api", "ApiEndpoint"), "Version": _att(version, "Version"), "Function": _ref("Function")},
                      Conditions={"Shared": {"Fn::Not": [{"Fn::Equals": [_ref("Before"), ""]}]}})
 
-# %% ../nbs/43_deploy.ipynb #2bcd01cc
+# %% ../nbs/43_deploy.ipynb #4010c20a
+def _api_stage() -> dict:
+    "Throttling and access log of an API."
+    told = {"at": "$context.requestTime", "status": "$context.status", "ms": "$context.responseLatency", "path": "$context.path"}
+    stage = {"ApiId": _ref("Api"), "StageName": "$default", "AutoDeploy": True,
+             "DefaultRouteSettings": {"ThrottlingBurstLimit": 200, "ThrottlingRateLimit": 100},
+             "AccessLogSettings": {"DestinationArn": _att("ApiLog", "Arn"), "Format": json.dumps(told)}}
+    return {"Type": "AWS::ApiGatewayV2::Stage", "Properties": stage}
+
+# %% ../nbs/43_deploy.ipynb #40c5f4d5
 def _http_api(auth: str) -> dict:
     "An HTTP API in front of the alias `live`."
     routes = {"Predict": "POST /predict", "Invocations": "POST /invocations", "Health": "GET /healthz"}
     route = lambda key: {"Type": "AWS::ApiGatewayV2::Route", "Properties": {"ApiId": _ref("Api"), "RouteKey": key, "AuthorizationType": auth,
                                                                             "Target": _sub("integrations/${Integration}")}}
-    stage = {"ApiId": _ref("Api"), "StageName": "$default", "AutoDeploy": True,
-             "DefaultRouteSettings": {"ThrottlingBurstLimit": 200, "ThrottlingRateLimit": 100},
-             "AccessLogSettings": {"DestinationArn": _att("ApiLog", "Arn"),
-                                   "Format": json.dumps({"at": "$context.requestTime", "status": "$context.status", "ms": "$context.responseLatency",
-                                                         "path": "$context.path"})}}
     return {"Api": {"Type": "AWS::ApiGatewayV2::Api", "Properties": {"Name": _sub("${AWS::StackName}"), "ProtocolType": "HTTP"}},
             "ApiLog": _log("/slml/${AWS::StackName}/api"),
             "Integration": {"Type": "AWS::ApiGatewayV2::Integration", "Properties": {"ApiId": _ref("Api"), "IntegrationType": "AWS_PROXY",
                                                                                      "IntegrationUri": _ref("Alias"), "PayloadFormatVersion": "2.0",
                                                                                      "TimeoutInMillis": 15000}},
-            **{n: route(k) for n, k in routes.items()}, "Stage": {"Type": "AWS::ApiGatewayV2::Stage", "Properties": stage},
+            **{n: route(k) for n, k in routes.items()}, "Stage": _api_stage(),
             "MayInvoke": {"Type": "AWS::Lambda::Permission", "Properties": {"Action": "lambda:InvokeFunction", "FunctionName": _ref("Alias"),
                                                                             "Principal": "apigateway.amazonaws.com",
                           "SourceArn": _sub("arn:${AWS::Partition}:execute-api:${AWS::Region}:${AWS::AccountId}:${Api}/*")}}}
 
-# %% ../nbs/43_deploy.ipynb #f7b83c77
+# %% ../nbs/43_deploy.ipynb #813e8814
+def _server() -> dict:
+    "The container: no rights, no file system to write to, its keys from Secrets Manager."
+    return {"Name": "slml", "Image": _ref("Image"), "Essential": True, "User": "10001:10001", "ReadonlyRootFilesystem": True,
+            "PortMappings": [{"ContainerPort": 8080}], "MountPoints": [{"SourceVolume": "tmp", "ContainerPath": "/tmp"}],
+            "LinuxParameters": {"Capabilities": {"Drop": ["ALL"]}, "InitProcessEnabled": True},
+            "Secrets": [{"Name": "SLML_KEYS", "ValueFrom": _ref("Keys")}],
+            "LogConfiguration": {"LogDriver": "awslogs", "Options": {"awslogs-group": _ref("Log"), "awslogs-region": _ref("AWS::Region"),
+                                                                     "awslogs-stream-prefix": "slml"}}}
+
+
+def _task(cpu: int, memory_mb: int) -> dict:
+    "A container and what starts it."
+    return {"Cpu": str(cpu), "Memory": str(memory_mb), "NetworkMode": "awsvpc", "RequiresCompatibilities": ["FARGATE"],
+            "ExecutionRoleArn": _att("Starter", "Arn"), "TaskRoleArn": _att("Role", "Arn"), "Volumes": [{"Name": "tmp"}], "ContainerDefinitions": [_server()]}
+
+# %% ../nbs/43_deploy.ipynb #165d0796
+def _service(least: int) -> dict:
+    "What keeps tasks running."
+    return {"Cluster": _ref("Cluster"), "TaskDefinition": _ref("Task"), "LaunchType": "FARGATE", "DesiredCount": least,
+            "LoadBalancers": [{"ContainerName": "slml", "ContainerPort": 8080, "TargetGroupArn": _ref("Targets")}],
+            "DeploymentConfiguration": {"DeploymentCircuitBreaker": {"Enable": True, "Rollback": True}, "MinimumHealthyPercent": 100, "MaximumPercent": 200},
+            "NetworkConfiguration": {"AwsvpcConfiguration": {"Subnets": _ref("Subnets"), "SecurityGroups": [_ref("Inside")], "AssignPublicIp": "DISABLED"}}}
+
+
+_CONTAINER_PARAMETERS = {
+    "Image": _text("address of the image, with its digest"), "Repository": _text("name of its repository"),
+    "Vpc": {"Type": "AWS::EC2::VPC::Id"}, "Subnets": {"Type": "List<AWS::EC2::Subnet::Id>"},
+    "Callers": _text("addresses that may call, as CIDR", "10.0.0.0/8"), "Keys": _text("ARN of the secret with the keys"),
+    "Certificate": _text("ARN of a certificate; empty: plain HTTP, inside the network only", "")}
+
+# %% ../nbs/43_deploy.ipynb #eff77fc0
 def container_template(
     cpu: int = 1024,  # thousandths of a vCPU (1024: one)
     memory_mb: int = 2048,
     least: int = 1, most: int = 4,  # tasks
 ) -> dict:
     "The server on Fargate behind a load balancer."
-    parameters = {"Image": _text("address of the image, with its digest"), "Repository": _text("name of its repository"),
-                  "Vpc": {"Type": "AWS::EC2::VPC::Id"}, "Subnets": {"Type": "List<AWS::EC2::Subnet::Id>"},
-                  "Callers": _text("addresses that may call, as CIDR", "10.0.0.0/8"), "Keys": _text("ARN of the secret with the keys"),
-                  "Certificate": _text("ARN of a certificate; empty: plain HTTP, inside the network only", "")}
     logs = (["logs:CreateLogStream", "logs:PutLogEvents"], _att("Log", "Arn"))
-    container = {"Name": "slml", "Image": _ref("Image"), "Essential": True, "User": "10001:10001", "ReadonlyRootFilesystem": True,
-                 "PortMappings": [{"ContainerPort": 8080}], "MountPoints": [{"SourceVolume": "tmp", "ContainerPath": "/tmp"}],
-                 "LinuxParameters": {"Capabilities": {"Drop": ["ALL"]}, "InitProcessEnabled": True},
-                 "Secrets": [{"Name": "SLML_KEYS", "ValueFrom": _ref("Keys")}],
-                 "LogConfiguration": {"LogDriver": "awslogs", "Options": {"awslogs-group": _ref("Log"), "awslogs-region": _ref("AWS::Region"),
-                                                                          "awslogs-stream-prefix": "slml"}}}
-    task = {"Cpu": str(cpu), "Memory": str(memory_mb), "NetworkMode": "awsvpc", "RequiresCompatibilities": ["FARGATE"],
-            "ExecutionRoleArn": _att("Starter", "Arn"), "TaskRoleArn": _att("Role", "Arn"), "Volumes": [{"Name": "tmp"}], "ContainerDefinitions": [container]}
-    service = {"Cluster": _ref("Cluster"), "TaskDefinition": _ref("Task"), "LaunchType": "FARGATE", "DesiredCount": least,
-               "LoadBalancers": [{"ContainerName": "slml", "ContainerPort": 8080, "TargetGroupArn": _ref("Targets")}],
-               "DeploymentConfiguration": {"DeploymentCircuitBreaker": {"Enable": True, "Rollback": True}, "MinimumHealthyPercent": 100, "MaximumPercent": 200},
-               "NetworkConfiguration": {"AwsvpcConfiguration": {"Subnets": _ref("Subnets"), "SecurityGroups": [_ref("Inside")], "AssignPublicIp": "DISABLED"}}}
     resources = {"Log": _log("/slml/${AWS::StackName}"), "Starter": _role("ecs-tasks.amazonaws.com", _IMAGE_PULL, _ECR_TOKEN, logs,
                                                                           (["secretsmanager:GetSecretValue"], _ref("Keys"))),
-                                                                          "Role": _role("ecs-tasks.amazonaws.com"),
-                 "Cluster": {"Type": "AWS::ECS::Cluster", "Properties": {}}, "Task": {"Type": "AWS::ECS::TaskDefinition", "Properties": task}, **_balancer(),
-                 "Service": {"Type": "AWS::ECS::Service", "DependsOn": "Listener", "Properties": service}, **_task_scaling(least, most)}
-    return _template("slml: a model as a container", parameters, resources, {"Url": _sub("${Balancer.DNSName}")},
+                 "Role": _role("ecs-tasks.amazonaws.com"),
+                 "Cluster": {"Type": "AWS::ECS::Cluster", "Properties": {}}, "Task": {"Type": "AWS::ECS::TaskDefinition", "Properties": _task(cpu, memory_mb)}, **_balancer(),
+                 "Service": {"Type": "AWS::ECS::Service", "DependsOn": "Listener", "Properties": _service(least)}, **_task_scaling(least, most)}
+    return _template("slml: a model as a container", _CONTAINER_PARAMETERS, resources, {"Url": _sub("${Balancer.DNSName}")},
                      Conditions={"Secure": {"Fn::Not": [{"Fn::Equals": [_ref("Certificate"), ""]}]}})
 
-# %% ../nbs/43_deploy.ipynb #8f211c05
+# %% ../nbs/43_deploy.ipynb #f2442b9f
+def _doors(entrance) -> dict:  # entrance: port of the load balancer
+    "Who may reach what."
+    port = lambda n, **source: {"IpProtocol": "tcp", "FromPort": n, "ToPort": n, "Description": "the server", **source}
+    outside = {"GroupDescription": "callers of the load balancer", "VpcId": _ref("Vpc"),
+               "SecurityGroupIngress": [{**port(0, CidrIp=_ref("Callers")), "FromPort": entrance, "ToPort": entrance}]}
+    inside = {"GroupDescription": "the server, reached by its load balancer alone", "VpcId": _ref("Vpc"),
+              "SecurityGroupIngress": [port(8080, SourceSecurityGroupId=_att("Outside", "GroupId"))]}
+    return {"Outside": {"Type": "AWS::EC2::SecurityGroup", "Properties": outside}, "Inside": {"Type": "AWS::EC2::SecurityGroup", "Properties": inside}}
+
+
+def _targets() -> dict:
+    "The tasks, by health; one that leaves has half a minute to answer what it has begun."
+    targets = {"VpcId": _ref("Vpc"), "Port": 8080, "Protocol": "HTTP", "TargetType": "ip", "HealthCheckPath": "/ping",
+               "HealthCheckIntervalSeconds": 10, "HealthyThresholdCount": 2,
+               "TargetGroupAttributes": [{"Key": "deregistration_delay.timeout_seconds", "Value": "30"}]}
+    return {"Type": "AWS::ElasticLoadBalancingV2::TargetGroup", "Properties": targets}
+
+# %% ../nbs/43_deploy.ipynb #f2499aa9
 def _balancer() -> dict:
     "A load balancer, its target and who may reach what."
-    port = lambda n, **source: {"IpProtocol": "tcp", "FromPort": n, "ToPort": n, "Description": "the server", **source}
     entrance = _if("Secure", 443, 80)
     listener = {"LoadBalancerArn": _ref("Balancer"), "Port": entrance, "Protocol": _if("Secure", "HTTPS", "HTTP"),
                 "DefaultActions": [{"Type": "forward", "TargetGroupArn": _ref("Targets")}],
                 "Certificates": _if("Secure", [{"CertificateArn": _ref("Certificate")}], _ref("AWS::NoValue")),
                 "SslPolicy": _if("Secure", "ELBSecurityPolicy-TLS13-1-2-2021-06", _ref("AWS::NoValue"))}
-    outside = {"GroupDescription": "callers of the load balancer", "VpcId": _ref("Vpc"),
-               "SecurityGroupIngress": [{**port(0, CidrIp=_ref("Callers")), "FromPort": entrance, "ToPort": entrance}]}
-    inside = {"GroupDescription": "the server, reached by its load balancer alone", "VpcId": _ref("Vpc"),
-              "SecurityGroupIngress": [port(8080, SourceSecurityGroupId=_att("Outside", "GroupId"))]}
-    targets = {"VpcId": _ref("Vpc"), "Port": 8080, "Protocol": "HTTP", "TargetType": "ip", "HealthCheckPath": "/ping",
-               "HealthCheckIntervalSeconds": 10, "HealthyThresholdCount": 2,
-               "TargetGroupAttributes": [{"Key": "deregistration_delay.timeout_seconds", "Value": "30"}]}
     balancer = {"Type": "application", "Scheme": _if("Secure", "internet-facing", "internal"), "Subnets": _ref("Subnets"),
                 "SecurityGroups": [_ref("Outside")], "LoadBalancerAttributes": [{"Key": "routing.http.drop_invalid_header_fields.enabled", "Value": "true"}]}
-    return {"Outside": {"Type": "AWS::EC2::SecurityGroup", "Properties": outside},
-            "Inside": {"Type": "AWS::EC2::SecurityGroup", "Properties": inside},
-            "Balancer": {"Type": "AWS::ElasticLoadBalancingV2::LoadBalancer", "Properties": balancer},
-            "Targets": {"Type": "AWS::ElasticLoadBalancingV2::TargetGroup", "Properties": targets},
+    return {**_doors(entrance), "Balancer": {"Type": "AWS::ElasticLoadBalancingV2::LoadBalancer", "Properties": balancer},
+            "Targets": _targets(),
             "Listener": {"Type": "AWS::ElasticLoadBalancingV2::Listener", "Properties": listener}}
 
 # %% ../nbs/43_deploy.ipynb #9ff346ee
@@ -611,10 +696,27 @@ def _task_scaling(least: int, most: int) -> dict:
     return {"Scaling": {"Type": "AWS::ApplicationAutoScaling::ScalableTarget", "Properties": target},
             "HalfBusy": {"Type": "AWS::ApplicationAutoScaling::ScalingPolicy", "Properties": policy}}
 
-# %% ../nbs/43_deploy.ipynb #dd7077d0
+# %% ../nbs/43_deploy.ipynb #62d29970
 SERVERLESS_MB = (1024, 2048, 3072, 4096, 5120, 6144)
 
 
+def _variant(instance: str, memory_mb: int, most: int) -> dict:
+    "What answers: an instance, or as much of one as a request needs."
+    size = {"InstanceType": instance, "InitialInstanceCount": 1} if instance else {"ServerlessConfig": {"MemorySizeInMB": memory_mb, "MaxConcurrency": most}}
+    return {"VariantName": "live", "ModelName": _att("Model", "ModelName"), "InitialVariantWeight": 1, **size}
+
+# %% ../nbs/43_deploy.ipynb #2f37cd8a
+def _instance_scaling(most: int) -> dict:
+    "As many instances as requests ask for."
+    target = {"MinCapacity": 1, "MaxCapacity": most, "ResourceId": _sub("endpoint/${Endpoint.EndpointName}/variant/live"),
+              "ScalableDimension": "sagemaker:variant:DesiredInstanceCount", "ServiceNamespace": "sagemaker"}
+    metric = {"PredefinedMetricType": "SageMakerVariantInvocationsPerInstance"}
+    policy = {"PolicyName": "per-instance", "PolicyType": "TargetTrackingScaling", "ScalingTargetId": _ref("Scaling"),
+              "TargetTrackingScalingPolicyConfiguration": {"TargetValue": 1000, "PredefinedMetricSpecification": metric}}
+    return {"Scaling": {"Type": "AWS::ApplicationAutoScaling::ScalableTarget", "Properties": target},
+            "PerInstance": {"Type": "AWS::ApplicationAutoScaling::ScalingPolicy", "Properties": policy}}
+
+# %% ../nbs/43_deploy.ipynb #3afa0d81
 def sagemaker_template(
     instance: str = "",  # such as ml.m5.large; "": serverless
     memory_mb: int = 2048,  # serverless
@@ -622,44 +724,36 @@ def sagemaker_template(
 ) -> dict:
     "An endpoint, serverless or on instances."
     parameters = {"Image": _text("address of the image, with its digest"), "Repository": _text("name of its repository"),
-                  "KmsKey": _text("key for the instances' disks; empty: SageMaker's own", "")}
+                  **({"KmsKey": _text("key for the instances' disks; empty: SageMaker's own", "")} if instance else {})}
     logs = (["logs:CreateLogGroup", "logs:CreateLogStream", "logs:PutLogEvents"],
             _sub("arn:${AWS::Partition}:logs:${AWS::Region}:${AWS::AccountId}:log-group:/aws/sagemaker/Endpoints/*"))
-    serverless = {"ServerlessConfig": {"MemorySizeInMB": memory_mb, "MaxConcurrency": most}}
-    variant = {"VariantName": "live", "ModelName": _att("Model", "ModelName"), "InitialVariantWeight": 1,
-               **({"InstanceType": instance, "InitialInstanceCount": 1} if instance else serverless)}
-    config = {"ProductionVariants": [variant], **({"KmsKeyId": _if("OwnKey", _ref("KmsKey"), _ref("AWS::NoValue"))} if instance else {})}
+    config = {"ProductionVariants": [_variant(instance, memory_mb, most)], **({"KmsKeyId": _if("OwnKey", _ref("KmsKey"), _ref("AWS::NoValue"))} if instance else {})}
     model = {"ExecutionRoleArn": _att("Role", "Arn"), "EnableNetworkIsolation": True,
              "PrimaryContainer": {"Image": _ref("Image"), "Environment": {"SLML_OPEN": "1"}}}  # SageMaker asks who calls, before the container does
     resources = {"Role": _role("sagemaker.amazonaws.com", _IMAGE_PULL, _ECR_TOKEN, logs), "Model": {"Type": "AWS::SageMaker::Model", "Properties": model},
                  "Config": {"Type": "AWS::SageMaker::EndpointConfig", "Properties": config},
                  "Endpoint": {"Type": "AWS::SageMaker::Endpoint", "Properties": {"EndpointConfigName": _att("Config", "EndpointConfigName")}}}
-    if instance:
-        target = {"MinCapacity": 1, "MaxCapacity": most, "ResourceId": _sub("endpoint/${Endpoint.EndpointName}/variant/live"),
-                  "ScalableDimension": "sagemaker:variant:DesiredInstanceCount", "ServiceNamespace": "sagemaker"}
-        policy = {"PolicyName": "per-instance", "PolicyType": "TargetTrackingScaling", "ScalingTargetId": _ref("Scaling"),
-                  "TargetTrackingScalingPolicyConfiguration": {"TargetValue": 1000,
-                                                               "PredefinedMetricSpecification": {"PredefinedMetricType": "SageMakerVariantInvocationsPerInstance"}}}
-        resources |= {"Scaling": {"Type": "AWS::ApplicationAutoScaling::ScalableTarget", "Properties": target},
-                      "PerInstance": {"Type": "AWS::ApplicationAutoScaling::ScalingPolicy", "Properties": policy}}
-    found = _template("slml: a model as a SageMaker endpoint", parameters, resources, {"Endpoint": _att("Endpoint", "EndpointName")},
-                      Conditions={"OwnKey": {"Fn::Not": [{"Fn::Equals": [_ref("KmsKey"), ""]}]}} if instance else {})
-    if not instance: del found["Conditions"], found["Parameters"]["KmsKey"]
-    return check_enums(found)
+    if instance: resources |= _instance_scaling(most)
+    own_key = {"Conditions": {"OwnKey": {"Fn::Not": [{"Fn::Equals": [_ref("KmsKey"), ""]}]}}} if instance else {}
+    return check_enums(_template("slml: a model as a SageMaker endpoint", parameters, resources, {"Endpoint": _att("Endpoint", "EndpointName")}, **own_key))
 
-# %% ../nbs/43_deploy.ipynb #b7a63828
+# %% ../nbs/43_deploy.ipynb #4b124134
 def check_enums(
     template: dict,
 ) -> dict:  # the same
     "Compare what SageMaker would refuse only after minutes with the lists that botocore brings along."
     for resource in template["Resources"].values():
-        for v in resource["Properties"].get("ProductionVariants", []):
-            if (kind := v.get("InstanceType")) and kind not in (there := instance_types()): raise SlmlError(f"SageMaker has no instance type '{kind}' for endpoints", "deploy", suggest(kind, there))
-            if (s := v.get("ServerlessConfig")) and s["MemorySizeInMB"] not in SERVERLESS_MB: raise SlmlError(f"a serverless endpoint cannot have {s['MemorySizeInMB']} MB", "deploy", f"choose one of {', '.join(map(str, SERVERLESS_MB))}")
-            if s and not 1 <= s["MaxConcurrency"] <= 200: raise SlmlError(f"a serverless endpoint cannot answer {s['MaxConcurrency']} requests at once", "deploy", "choose 1 to 200")
+        for variant in resource["Properties"].get("ProductionVariants", []): _check_variant(variant)
     return template
 
 
+def _check_variant(v: dict):
+    "One variant of an endpoint."
+    if (kind := v.get("InstanceType")) and kind not in (there := instance_types()): raise SlmlError(f"SageMaker has no instance type '{kind}' for endpoints", "deploy", suggest(kind, there))
+    if (s := v.get("ServerlessConfig")) and s["MemorySizeInMB"] not in SERVERLESS_MB: raise SlmlError(f"a serverless endpoint cannot have {s['MemorySizeInMB']} MB", "deploy", f"choose one of {', '.join(map(str, SERVERLESS_MB))}")
+    if s and not 1 <= s["MaxConcurrency"] <= 200: raise SlmlError(f"a serverless endpoint cannot answer {s['MaxConcurrency']} requests at once", "deploy", "choose 1 to 200")
+
+# %% ../nbs/43_deploy.ipynb #c5d64afb
 def instance_types(
     of: str = "ProductionVariantInstanceType",  # of endpoints; TransformInstanceType: of transform jobs
 ) -> list[str]:
@@ -667,7 +761,7 @@ def instance_types(
     import botocore.session
     return botocore.session.get_session().get_service_model("sagemaker").shape_for(of).enum
 
-# %% ../nbs/43_deploy.ipynb #1ad3c922
+# %% ../nbs/43_deploy.ipynb #d25f7529
 SERVE_APP = """import os
 from slml_nb.host import host
 from slml_nb.serve import limits_for
@@ -676,7 +770,7 @@ if __name__ == "__main__":  # SageMaker adds the word `serve`
     host({"model": "/opt/slml/package"}, address="0.0.0.0", port=int(os.environ.get("PORT") or 8080), limits=limits, least=1)
 """
 
-
+# %% ../nbs/43_deploy.ipynb #50a2cd64
 def dockerfile(
     libraries: list[str],  # such as ["numpy==2.4.6", "uvicorn==0.54.0"]
     base: str = "python:3.11-slim",
@@ -695,7 +789,7 @@ HEALTHCHECK --interval=10s --timeout=2s CMD ["python", "-c", "import urllib.requ
 ENTRYPOINT ["python", "app.py"]
 """
 
-# %% ../nbs/43_deploy.ipynb #f424248d
+# %% ../nbs/43_deploy.ipynb #d1c29f79
 def write_image(
     package,  # folder
     out: Path,  # folder to fill: what `docker build` takes
@@ -704,11 +798,12 @@ def write_image(
     import shutil
     from importlib.metadata import version
     ours, others = needs_of(observe(package, many=True)["modules"])
-    libraries = [f"{n}=={version(n)}" for n in (*others, "uvicorn", "fastapi")]
-    for p in {*ours, _home() / "slml_nb/host.py", _home() / "slml_nb/__init__.py"}:
-        (out / "slml_nb").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(p, out / "slml_nb" / p.name)
-    shutil.copytree(package, out / "package", dirs_exist_ok=True)
+    faster = [n for n in ("httptools", "uvloop") if importlib.util.find_spec(n)]  # Uvicorn takes them where they are
+    libraries = [f"{n}=={version(n)}" for n in (*others, "uvicorn", "fastapi", *faster)]
+    for made in ("slml_nb", "package"): shutil.rmtree(out / made, ignore_errors=True)  # of an image that was written here before
+    (out / "slml_nb").mkdir(parents=True)
+    for p in {*ours, _home() / "slml_nb/host.py", _home() / "slml_nb/__init__.py"}: shutil.copyfile(p, out / "slml_nb" / p.name)
+    shutil.copytree(package, out / "package")
     atomic_write(out / "app.py", SERVE_APP)
     atomic_write(out / "Dockerfile", dockerfile(libraries))
     return libraries
@@ -743,7 +838,7 @@ def write_edge(
     made = write_zip({"__main__.py": _EDGE.encode(), **{f"slml_nb/{p.name}": p for p in ours}}, out / "predict.pyz")
     return {**made, "needs": others}
 
-# %% ../nbs/43_deploy.ipynb #b1ff02af
+# %% ../nbs/43_deploy.ipynb #908f3ff3
 MONTH = 730 * 3600  # seconds
 
 
@@ -756,7 +851,7 @@ def around(
     found = prices[name]
     return found, f"price {'seen ' if str(found['checked'])[:1].isdigit() else ''}{found['checked']}"
 
-
+# %% ../nbs/43_deploy.ipynb #14fea5e2
 def monthly(
     to: str,  # lambda, container, sagemaker or instance
     rps: float,  # requests a second, on average
@@ -768,7 +863,7 @@ def monthly(
     p, asked = prices or load_yaml(prices_file())[0], rps * MONTH
     return {"lambda": _lambda_costs, "container": _container_costs, "sagemaker": _sagemaker_costs}[to](p, asked, rps, seconds, **size)
 
-# %% ../nbs/43_deploy.ipynb #49dfc9f0
+# %% ../nbs/43_deploy.ipynb #158a8a90
 def _lambda_costs(p, asked, rps, seconds, memory_mb=1769, **_):
     "A function and its API."
     billed, (api, seen) = math.ceil(round(seconds * 1000, 6)) / 1000, around(p, "http_api")
@@ -776,7 +871,7 @@ def _lambda_costs(p, asked, rps, seconds, memory_mb=1769, **_):
             ("requests", asked / 1e6 * p["lambda"]["usd_per_million_requests"], f"{asked / 1e6:,.2f} million"),
             ("HTTP API", asked / 1e6 * api["usd_per_million"], f"{asked / 1e6:,.2f} million ({seen})")]
 
-
+# %% ../nbs/43_deploy.ipynb #0c742cd7
 def _container_costs(p, asked, rps, seconds, cpu=1024, memory_mb=2048, least=1, **_):
     "Tasks that are half busy, and their load balancer."
     tasks, (balancer, seen) = max(least, math.ceil(rps * seconds / (0.5 * cpu / 1024))), around(p, "balancer")
@@ -784,7 +879,7 @@ def _container_costs(p, asked, rps, seconds, cpu=1024, memory_mb=2048, least=1, 
     return [("tasks", tasks * 730 * each, f"{tasks} × 730 h × ({cpu / 1024:g} vCPU, {memory_mb / 1024:g} GB)"),
             ("load balancer", 730 * (balancer["usd_per_hour"] + max(rps / 25, 0.1) * balancer["usd_per_unit_hour"]), f"730 h, and its units ({seen})")]
 
-
+# %% ../nbs/43_deploy.ipynb #6c6fa770
 def _sagemaker_costs(p, asked, rps, seconds, instance="", memory_mb=2048, **_):
     "A serverless endpoint, or instances that are half busy."
     less, seen = around(p, "serverless")
@@ -809,7 +904,7 @@ WHY = {"AWS::Logs::LogGroup": "what it says, kept for 30 days", "AWS::IAM::Role"
        "AWS::S3::Bucket": "zips of code", "AWS::S3::BucketPolicy": "TLS only", "AWS::ECR::Repository": "images"}
 TARGETS = {"lambda": lambda_template, "container": container_template, "sagemaker": sagemaker_template}
 
-# %% ../nbs/43_deploy.ipynb #5a5a0235
+# %% ../nbs/43_deploy.ipynb #09771d06
 def sensible(
     name: str, value: float,  # as typed
     least: float = 0.0, most: float = math.inf,
@@ -819,7 +914,7 @@ def sensible(
     if math.isfinite(value) and least <= value <= most and not (open_ and value == least): return value
     raise SlmlError(f"{name} is {value:g}", "deploy", f"a number {'above' if open_ else 'from'} {least:g}{f' to {most:g}' if math.isfinite(most) else ''}")
 
-
+# %% ../nbs/43_deploy.ipynb #9ceba3db
 def check_words(
     to: str,  # the target
     instance: str = "", share: float = 1.0, rps: float = 1.0, rows: float = 1e6,  # as typed
@@ -843,7 +938,7 @@ def aws_words():  # a context
     "What AWS says, with a way out."
     return aws_errors("deploy", {"ValidationError": "look at the name of the stack: letters, digits and -, beginning with a letter"}, "look at the account, the region, and the role that you have")
 
-# %% ../nbs/43_deploy.ipynb #43e26fa8
+# %% ../nbs/43_deploy.ipynb #31ad28b6
 def permissions(
     template: dict,
 ) -> list[tuple[str, str, str]]:  # role, actions, on what
@@ -855,13 +950,13 @@ def permissions(
             for s in policy["PolicyDocument"]["Statement"]: found.append((name, ", ".join(s["Action"]), _resource_text(s["Resource"])))
     return found
 
-
+# %% ../nbs/43_deploy.ipynb #feac3d33
 def _resource_text(resource) -> str:
     "A resource of a policy, for people."
     if isinstance(resource, str): return "everything (the action knows no resource)" if resource == "*" else resource
     return ".".join(resource["Fn::GetAtt"]) if "Fn::GetAtt" in resource else resource.get("Fn::Sub") or resource["Ref"]
 
-# %% ../nbs/43_deploy.ipynb #67002387
+# %% ../nbs/43_deploy.ipynb #9ccf3ead
 def plan(
     package,  # folder
     to: str,  # lambda, container or sagemaker
@@ -879,7 +974,7 @@ def plan(
     return {"to": to, "template": template, "resources": resources, "permissions": permissions(template), "costs": costs,
             "usd": sum(c[1] for c in costs), "rps": rps, "seconds": seconds, "peak_mb": seen["peak_mb"]}
 
-
+# %% ../nbs/43_deploy.ipynb #a161dd61
 def plan_text(
     p: dict,  # from `plan`
 ) -> str:
@@ -892,7 +987,7 @@ def plan_text(
 # %% ../nbs/43_deploy.ipynb #4cc2f813
 STORAGE = "slml-storage"
 
-# %% ../nbs/43_deploy.ipynb #c111659c
+# %% ../nbs/43_deploy.ipynb #fb8e2173
 def stack_now(
     client, stack: str,
 ) -> dict | None:  # template, parameters, outputs, status; None: there is none
@@ -908,48 +1003,71 @@ def stack_now(
             "parameters": {p["ParameterKey"]: p["ParameterValue"] for p in found.get("Parameters", [])},
             "outputs": {o["OutputKey"]: o["OutputValue"] for o in found.get("Outputs", [])}}
 
-
+# %% ../nbs/43_deploy.ipynb #eb4cc7d7
 def made_by(client, stack: str) -> dict[str, str]:  # {name in the template: name in AWS}
     "The resources of a stack."
     return {r["LogicalResourceId"]: r.get("PhysicalResourceId",
                                           "") for r in client.describe_stack_resources(StackName=stack)["StackResources"] if "LogicalResourceId" in r}
 
-
-def version_before(client, stack: str, now: dict | None) -> str:  # "": there is none
-    "The version of a function that most callers get now."
+# %% ../nbs/43_deploy.ipynb #9e0da4b7
+def version_before(
+    client, stack: str, now: dict | None,
+    sha256: str = "",  # of the code that is deployed
+) -> str:  # "": there is none
+    "The version of a function that is to keep the rest of the traffic: the one that most callers get now."
     if not now: return ""
-    if now["parameters"].get("Before"): return now["parameters"]["Before"]
     name = next((n for n, r in now["template"]["Resources"].items() if r["Type"] == "AWS::Lambda::Version"), "")
+    kept, share = now["parameters"].get("Before", ""), float(now["parameters"].get("Share") or 1)
+    if kept and share <= 0.5 or sha256 and name == f"Version{sha256[:12]}": return kept  # the same code with another share: it cannot share with itself
     return made_by(client, stack).get(name, "").rpartition(":")[2]
 
-# %% ../nbs/43_deploy.ipynb #1145e4cb
+# %% ../nbs/43_deploy.ipynb #6eafa05c
+def check_given(
+    asked: dict,  # parameters of a template
+    given: dict,  # {name: value}
+):
+    "Refuse a change set that lacks a parameter, or sets one that is not there."
+    known_words(given.keys() - {"Repository"}, asked)
+    missing = [k for k, v in asked.items() if "Default" not in v and k not in given]
+    if not missing: return
+    first = asked[missing[0]]
+    raise SlmlError(f"{missing[0]} is not given ({first.get('Description') or first['Type']})", "deploy", " ".join(f"--set {k}=…" for k in missing))
+
+# %% ../nbs/43_deploy.ipynb #426563cb
 def propose(
     client, stack: str, template: dict,
     parameters: dict,  # {name: value}
     wait: float = 300.0,  # seconds
 ) -> dict:  # stack, changeset ("": nothing would change), changes: (what is done, name, type, replaced)
     "Let CloudFormation say what would change."
-    known_words(parameters.keys() - {"Repository"}, template["Parameters"])
-    missing = [k for k, v in template["Parameters"].items() if "Default" not in v and k not in parameters]
-    if missing: raise SlmlError(f"{missing[0]} is not given ({template['Parameters'][missing[0]].get('Description') or template['Parameters'][missing[0]]['Type']})", "deploy", " ".join(f"--set {k}=…" for k in missing))
+    check_given(template["Parameters"], parameters)
+    now = stack_now(client, stack)
+    if now and now["status"] == "ROLLBACK_COMPLETE": raise SlmlError("the stack could not be made the last time, and AWS lets nobody change what is left of it", stack, f"slml deploy --undo {stack}, then deploy again")
     name = f"slml-{hashlib.sha256(json.dumps([template, parameters, time.time()], sort_keys=True).encode()).hexdigest()[:12]}"
-    client.create_change_set(StackName=stack, ChangeSetName=name, ChangeSetType="UPDATE" if stack_now(client, stack) else "CREATE",
+    client.create_change_set(StackName=stack, ChangeSetName=name, ChangeSetType="UPDATE" if now else "CREATE",
                              TemplateBody=json.dumps(template), Capabilities=["CAPABILITY_IAM"],
                              Parameters=[{"ParameterKey": k, "ParameterValue": str(v)} for k, v in parameters.items() if k in template["Parameters"]])
+    return changes_of(client, stack, name, wait)
+
+# %% ../nbs/43_deploy.ipynb #c198c034
+def changes_of(client, stack: str, name: str, wait: float = 300.0) -> dict:  # as `propose`
+    "What a change set would do, when it is ready."
     end = time.monotonic() + wait
     while (now := client.describe_change_set(StackName=stack, ChangeSetName=name))["Status"] in ("CREATE_PENDING", "CREATE_IN_PROGRESS"):
         if time.monotonic() > end: raise SlmlError(f"the change set {name} is not ready after {wait:g} s", stack, "look at it in CloudFormation")
         time.sleep(1)
-    if now["Status"] == "FAILED":
-        client.delete_change_set(StackName=stack, ChangeSetName=name)
-        if "didn't contain changes" in now.get("StatusReason", "") or "No updates" in now.get("StatusReason",
-                                                                                              ""): return {"stack": stack, "changeset": "", "changes": []}
-        raise SlmlError(f"the change set cannot be made ({now.get('StatusReason')})", stack, "mend what it says")
+    if now["Status"] == "FAILED": return nothing_to_do(client, stack, name, now.get("StatusReason", ""))
     changes = [c["ResourceChange"] for c in now.get("Changes", [])]
-    return {"stack": stack, "changeset": name, "changes": [(c["Action"], c["LogicalResourceId"], c["ResourceType"],
-                                                            c.get("Replacement") == "True") for c in changes]}
+    return {"stack": stack, "changeset": name, "changes": [(c["Action"], c["LogicalResourceId"], c["ResourceType"], c.get("Replacement") == "True") for c in changes]}
 
-# %% ../nbs/43_deploy.ipynb #1313bd17
+
+def nothing_to_do(client, stack: str, name: str, why: str) -> dict:  # as `propose`
+    "Take a change set that failed away; raises SlmlError when it failed for another reason than having nothing to change."
+    client.delete_change_set(StackName=stack, ChangeSetName=name)
+    if "didn't contain changes" in why or "No updates" in why: return {"stack": stack, "changeset": "", "changes": []}
+    raise SlmlError(f"the change set cannot be made ({why})", stack, "mend what it says")
+
+# %% ../nbs/43_deploy.ipynb #e3e2f138
 def execute(
     client, storage,  # clients of CloudFormation and S3
     stack: str, changeset: str,  # from `propose`
@@ -957,11 +1075,10 @@ def execute(
     wait: float = 1800.0,  # seconds
 ) -> dict:  # as `stack_now`
     "Execute a change set that was read; keep what was there before."
-    from botocore.exceptions import ClientError
     before = stack_now(client, stack)
     if not changeset: raise SlmlError(f"no change set of '{stack}' is named", "deploy", "--execute STACK/CHANGESET, as slml deploy RUN --to … has said it")
-    try: client.describe_change_set(StackName=stack, ChangeSetName=changeset)
-    except ClientError: raise SlmlError(f"there is no change set '{changeset}'", stack, "make one: slml deploy RUN --to …, which says how to go on") from None
+    if if_there(client.describe_change_set, ["ChangeSetNotFound", "ChangeSetNotFoundException", "ValidationError"], StackName=stack, ChangeSetName=changeset) is None:
+        raise SlmlError(f"there is no change set '{changeset}'", stack, "make one: slml deploy RUN --to …, which says how to go on")
     if bucket:
         kept = json.dumps({"stack": stack, "before": before and {k: before[k] for k in ("template", "parameters")}}).encode()
         storage.put_object(Bucket=bucket, Key=f"{stack}/undo.json", Body=kept, ServerSideEncryption="AES256")
@@ -979,14 +1096,14 @@ def settle(client, stack: str, wait: float = 1800.0) -> dict:
                                                                                     stack, "its events in CloudFormation say why")
     return now
 
-# %% ../nbs/43_deploy.ipynb #b7cfe583
+# %% ../nbs/43_deploy.ipynb #89aa384c
 def undo(
     client, storage, stack: str, bucket: str,
 ) -> str:  # what was done
     "Put a stack back as it was before the last execution."
-    from botocore.exceptions import ClientError
-    try: kept = json.loads(storage.get_object(Bucket=bucket, Key=f"{stack}/undo.json")["Body"].read())
-    except ClientError: raise SlmlError("nothing was kept to go back to", stack, "it was not executed from here; look at it in CloudFormation") from None
+    found = if_there(storage.get_object, ["NoSuchKey"], Bucket=bucket, Key=f"{stack}/undo.json")
+    if found is None: raise SlmlError("nothing was kept to go back to", stack, "it was not executed from here; look at it in CloudFormation")
+    kept = json.loads(found["Body"].read())
     if kept["before"] is None:
         client.delete_stack(StackName=stack)
         done = "the stack is deleted: it did not exist before"
@@ -997,7 +1114,24 @@ def undo(
     storage.delete_object(Bucket=bucket, Key=f"{stack}/undo.json")
     return done
 
-# %% ../nbs/43_deploy.ipynb #5c6fba31
+# %% ../nbs/43_deploy.ipynb #3d045af6
+def storage_first(client) -> dict | None:  # as `deploy`; None: it is there
+    "Before anything else: where code and images wait."
+    if stack_now(client, STORAGE): return None
+    return {**propose(client, STORAGE, storage_template(), {}), "notes": ["this is where code and images will wait; execute it, then deploy again"]}
+
+# %% ../nbs/43_deploy.ipynb #63d93355
+def _deploy_function(client, package, stack: str, bucket: str, region: str, share: float, out: Path, given: dict, size: dict) -> dict:  # as `deploy`
+    "The zip goes to the bucket, the alias learns what was there before."
+    made = write_zip(function_files(package), out / "function.zip")
+    key, before = f"{stack}/{made['sha256']}.zip", version_before(client, stack, stack_now(client, stack), made["sha256"]) if share < 1 else ""
+    client_of("s3", region).upload_file(made["file"], bucket, key, ExtraArgs={"ServerSideEncryption": "AES256"})
+    shared = {"Before": before, "Share": share} if before else {}
+    notes = [f"{made['zip_mb']:.1f} MB zipped, {made['unzipped_mb']:.0f} MB unzipped"]
+    if share < 1 and not before: notes.append(f"--share {share:g} has no effect: no other version is there to take the rest of the traffic")
+    return {**propose(client, stack, lambda_template(made["sha256"], **size), {"Bucket": bucket, "Key": key, **shared, **given}), "notes": notes}
+
+# %% ../nbs/43_deploy.ipynb #ba8e0976
 def deploy(
     package,  # folder
     to: str,  # lambda, container or sagemaker
@@ -1009,18 +1143,11 @@ def deploy(
     **size,  # of the target's template
 ) -> dict:  # as `propose`, and notes: what to do first
     "Make the change set of a deployment; nothing is executed."
-    client, storage = client_of("cloudformation", region), client_of("s3", region)
-    if not stack_now(client, STORAGE): return {**propose(client, STORAGE, storage_template(), {}),
-                                               "notes": ["this is where code and images will wait; execute it, then deploy again"]}
-    home = made_by(client, STORAGE)
-    if to == "lambda":
-        made = write_zip(function_files(package), out / "function.zip")
-        key, before = f"{stack}/{made['sha256']}.zip", version_before(client, stack, stack_now(client, stack)) if share < 1 else ""
-        storage.upload_file(made["file"], home["Bucket"], key, ExtraArgs={"ServerSideEncryption": "AES256"})
-        shared = {"Before": before, "Share": share} if before else {}
-        return {**propose(client, stack, lambda_template(made["sha256"], **size), {"Bucket": home["Bucket"], "Key": key, **shared, **(given or {})}),
-                "notes": [f"{made['zip_mb']:.1f} MB zipped, {made['unzipped_mb']:.0f} MB unzipped"]}
     if to not in TARGETS: raise SlmlError(f"there is no target '{to}'", "deploy", suggest(to, TARGETS))
+    client = client_of("cloudformation", region)
+    if first := storage_first(client): return first
+    home = made_by(client, STORAGE)
+    if to == "lambda": return _deploy_function(client, package, stack, home["Bucket"], region, share, out, given or {}, size)
     template = TARGETS[to](**size)
     if "Image" not in (given or {}): return image_steps(package, stack, home["Images"], region, out)
     return {**propose(client, stack, template, {"Repository": home["Images"], **given}), "notes": []}
@@ -1034,7 +1161,7 @@ def image_steps(package, stack: str, repository: str, region: str, out: Path) ->
     return {"stack": stack, "changeset": "", "changes": [], "notes": [f"docker build -t {address} {out / 'image'}", f"docker push {address}",
                                                                       "then deploy again with --set Image=…@sha256:… as the push has said it"]}
 
-# %% ../nbs/43_deploy.ipynb #1b0e317d
+# %% ../nbs/43_deploy.ipynb #e793fb85
 def changes_text(
     proposed: dict,  # from `deploy`
 ) -> str:
@@ -1045,12 +1172,12 @@ def changes_text(
     go = [f"nothing has been executed. To do so: slml deploy --execute {what}"] if what else [] if waits else ["nothing would change"]
     return "\n".join([*proposed["notes"], f"changes of the stack {proposed['stack']}:" if rows else "", *rows, "", *go]).strip()
 
-
+# %% ../nbs/43_deploy.ipynb #8d3b8028
 def kept_bucket(client) -> str:
     "The bucket of the storage stack; empty while there is none."
     return made_by(client, STORAGE).get("Bucket", "") if stack_now(client, STORAGE) else ""
 
-# %% ../nbs/43_deploy.ipynb #15d9868d
+# %% ../nbs/43_deploy.ipynb #99f49d91
 BATCH_FORMS = {"csv": "text/csv", "jsonl": "application/jsonlines"}  # of the files; what comes back has the same form
 
 
@@ -1062,14 +1189,14 @@ def bucket_of(
     if not found: raise SlmlError(f"'{address}' is no place in S3", "--batch", "s3://BUCKET/FOLDER")
     return found[1], (found[2] or "").strip("/")
 
-
+# %% ../nbs/43_deploy.ipynb #c95926d8
 def apart(source: str, target: str):
     "Refuse answers among the rows: S3 takes the first address as the beginning of names, and the next job would read them."
     bucket_of(source), bucket_of(target)
-    if not target.startswith(source): return
+    if not f"{target.rstrip('/')}/".startswith(source): return
     raise SlmlError("the answers would lie among the rows, and be rows of the next job", f"--batch {source} {target}", f"end the first with a slash ({source.rstrip('/')}/), and let the second begin otherwise")
 
-
+# %% ../nbs/43_deploy.ipynb #eeffc712
 def batch_template(
     source: str, target: str,  # s3:// addresses of the rows and of the answers
 ) -> dict:
@@ -1081,7 +1208,7 @@ def batch_template(
     role = _role("sagemaker.amazonaws.com", _IMAGE_PULL, _ECR_TOKEN, logs, (["s3:ListBucket"], arn(here)), (["s3:GetObject"], arn(here, rows + "*")), (["s3:PutObject"], arn(there, answers, "*")))
     return _template("slml: the role of a batch transform", {"Repository": _text("name of the image's repository")}, {"Role": role}, {"Role": _att("Role", "Arn")})
 
-# %% ../nbs/43_deploy.ipynb #3159017a
+# %% ../nbs/43_deploy.ipynb #bda7bab5
 def batch_form(
     storage,  # client of S3
     source: str,  # s3:// address of the rows
@@ -1099,7 +1226,7 @@ def batch_form(
     if form in BATCH_FORMS: return form, bool(packed), ""
     raise SlmlError(f"a transform job cannot cut a {form or 'file without an ending'} into lines", f"s3://{bucket}/{names[0]}", "give CSV or JSON lines; Parquet is answered on one machine: slml predict RUN FILE --out ANSWERS.parquet")
 
-
+# %% ../nbs/43_deploy.ipynb #582e0812
 def _kind(name: str) -> tuple[str, str]:
     "Form of a file, and gz if it is packed."
     parts = name.rpartition("/")[2].lower().split(".")[1:]
@@ -1107,7 +1234,7 @@ def _kind(name: str) -> tuple[str, str]:
     form = (parts[:-1] if packed else parts)[-1:] or [""]
     return {"jsonlines": "jsonl", "ndjson": "jsonl"}.get(form[0], form[0]), packed
 
-# %% ../nbs/43_deploy.ipynb #ed0afacb
+# %% ../nbs/43_deploy.ipynb #45783008
 def batch_requests(
     package,  # folder
     source: str, target: str,  # s3:// addresses of the rows and of the answers
@@ -1121,18 +1248,23 @@ def batch_requests(
     if form not in BATCH_FORMS: raise SlmlError(f"files of the form '{form}' are not sent", "--batch", suggest(form, BATCH_FORMS))
     if instance not in (there := instance_types("TransformInstanceType")): raise SlmlError(f"SageMaker has no instance type '{instance}' for batch transform", "deploy", suggest(instance, there))
     apart(source, target)
-    digest, kind = check_seal(package)[:12], BATCH_FORMS[form]
+    digest = check_seal(package)[:12]
     name = f"slml-{digest}-{hashlib.sha256(json.dumps([source, target, image, time.time()]).encode()).hexdigest()[:8]}"
     model = {"ModelName": name, "ExecutionRoleArn": role, "EnableNetworkIsolation": True, "PrimaryContainer": {"Image": image, "Environment": {"SLML_OPEN": "1", "SLML_EACH": "1"}}}
-    rows = {"DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": source}}, "ContentType": kind, "SplitType": "Line", "CompressionType": "Gzip" if packed else "None"}
-    cpus = (load_yaml(prices_file())[0]["sagemaker"].get(instance) or {"vcpu": 1})["vcpu"]
-    job = {"TransformJobName": name, "ModelName": name, "BatchStrategy": "MultiRecord", "MaxPayloadInMB": 1, "MaxConcurrentTransforms": cpus, "TransformInput": rows,
-           "TransformOutput": {"S3OutputPath": target, "Accept": kind, "AssembleWith": "Line"}, "TransformResources": {"InstanceType": instance, "InstanceCount": count},
-           "ModelClientConfig": {"InvocationsTimeoutInSeconds": 60, "InvocationsMaxRetries": 1}}
+    job = {"TransformJobName": name, "ModelName": name, **_sent_and_written(source, target, form, packed), "TransformResources": {"InstanceType": instance, "InstanceCount": count},
+           "MaxConcurrentTransforms": (load_yaml(prices_file())[0]["sagemaker"].get(instance) or {"vcpu": 1})["vcpu"]}
     if join: job["DataProcessing"] = {"JoinSource": "Input"}
     return {"model": model, "job": job}
 
-# %% ../nbs/43_deploy.ipynb #f5e66f70
+# %% ../nbs/43_deploy.ipynb #30150a68
+def _sent_and_written(source: str, target: str, form: str, packed: bool) -> dict:
+    "How rows go to the container and answers come back: as many lines at once as fit into a megabyte, a call tried twice."
+    kind = BATCH_FORMS[form]
+    rows = {"DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": source}}, "ContentType": kind, "SplitType": "Line", "CompressionType": "Gzip" if packed else "None"}
+    return {"TransformInput": rows, "TransformOutput": {"S3OutputPath": target, "Accept": kind, "AssembleWith": "Line"}, "BatchStrategy": "MultiRecord",
+            "MaxPayloadInMB": 1, "ModelClientConfig": {"InvocationsTimeoutInSeconds": 60, "InvocationsMaxRetries": 1}}
+
+# %% ../nbs/43_deploy.ipynb #c59fd39d
 START_S = 240  # seconds until an instance answers: a rule of thumb, and paid for
 
 
@@ -1149,11 +1281,12 @@ def plan_batch(
     if instance not in p["sagemaker"]: raise SlmlError(f"the price list has no '{instance}'", "deploy", suggest(instance, p["sagemaker"]))
     kind, each = p["sagemaker"][instance], sum(seen["times_s"]) / len(seen["times_s"])
     took = START_S + rows * each / (count * kind["vcpu"])
-    costs = [("instances", count * took / 3600 * kind["usd_per_hour"], f"{count} × {took / 60:,.0f} min × {instance}; {rows:,.0f} rows at {1000 * each:.2f} ms, at the most: lines are sent many at a time")]
+    text = f"{count} × {took / 60:,.0f} min × {instance}; {rows:,.0f} rows at {1000 * each:.2f} ms, at the most: lines are sent many at a time"
+    costs = [("instances", count * took / 3600 * kind["usd_per_hour"], text)]
     resources = [("Role", "AWS::IAM::Role", WHY["AWS::IAM::Role"]), ("model", "AWS::SageMaker::Model", WHY["AWS::SageMaker::Model"]), ("job", "transform job", f"{source} to {target}, then gone")]
     return {"to": "batch", "template": template, "resources": resources, "permissions": permissions(template), "costs": costs, "usd": costs[0][1], "rows": rows, "seconds": each, "peak_mb": seen["peak_mb"]}
 
-# %% ../nbs/43_deploy.ipynb #ba3b5a70
+# %% ../nbs/43_deploy.ipynb #138a3ad4
 def deploy_batch(
     package, source: str, target: str,
     stack: str,  # its name; the role's has `-batch` behind it
@@ -1167,7 +1300,7 @@ def deploy_batch(
     client, given, role = client_of("cloudformation", region), given or {}, f"{stack}-batch"
     template = batch_template(source, target)
     known_words(given, ["Image", "Role"])
-    if not stack_now(client, STORAGE): return {**propose(client, STORAGE, storage_template(), {}), "notes": ["this is where code and images will wait; execute it, then deploy again"]}
+    if first := storage_first(client): return first
     home = made_by(client, STORAGE)
     if "Image" not in given: return image_steps(package, stack, home["Images"], region, out)
     now, (form, packed, note) = stack_now(client, role), batch_form(client_of("s3", region), source)
@@ -1175,11 +1308,16 @@ def deploy_batch(
         return {**propose(client, role, template, {"Repository": home["Images"]}), "notes": ["the role of the job; execute it, then deploy again"]}
     arn = given.get("Role") or client_of("iam", region).get_role(RoleName=made_by(client, role)["Role"])["Role"]["Arn"]
     asked = batch_requests(package, source, target, given["Image"], arn, **{"form": form, "packed": packed, **size})
-    atomic_write(file := out / "batch.json", json.dumps(asked, indent=1))
+    return _batch_written(asked, role, out / "batch.json", note)
+
+# %% ../nbs/43_deploy.ipynb #731b606e
+def _batch_written(asked: dict, role: str, file: Path, note: str) -> dict:  # as `deploy`
+    "The two requests, written down to be read."
+    atomic_write(file, json.dumps(asked, indent=1))
     return {"stack": role, "changeset": "", "file": str(file), "notes": [*filter(None, [note]), f"{file} holds the two requests"],
             "changes": [("Create", asked["model"]["ModelName"], "SageMaker model", False), ("Create", asked["job"]["TransformJobName"], "SageMaker transform job", False)]}
 
-# %% ../nbs/43_deploy.ipynb #c024517c
+# %% ../nbs/43_deploy.ipynb #d87d12bc
 def batch_file(file) -> dict:  # model, job: the two requests
     "The requests that `deploy --batch` has written."
     try: found = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -1188,7 +1326,7 @@ def batch_file(file) -> dict:  # model, job: the two requests
     if isinstance(found, dict) and {"model", "job"} <= found.keys(): return found
     raise SlmlError("these are not the requests of a transform job", str(file), "name the file that slml deploy RUN --to sagemaker --batch FROM TO has written")
 
-
+# %% ../nbs/43_deploy.ipynb #6e803fa1
 def run_batch(client, file) -> str:  # name of the job
     "Send the two requests that were read; client: of SageMaker."
     asked = batch_file(file)
@@ -1202,13 +1340,13 @@ def _model_there(client, name: str) -> bool:
     "Was the first of the two calls made before?"
     return if_there(client.describe_model, ["ValidationException", "ResourceNotFound"], ModelName=name) is not None
 
-# %% ../nbs/43_deploy.ipynb #cfd2cd05
+# %% ../nbs/43_deploy.ipynb #95df74c7
 def _job_words(name: str, file):  # a context
     "What SageMaker says, with a way out."
     return aws_errors(name, {"ResourceInUse": f"it was begun already; how it went: slml deploy --outcome {file}", "ResourceLimitExceeded": "a smaller --instance, or a higher quota for batch transform",
                              "AccessDeniedException": "the right to sagemaker:CreateModel, CreateTransformJob and iam:PassRole"}, "look at the account, the region and the name")
 
-
+# %% ../nbs/43_deploy.ipynb #6035dfaf
 def undo_batch(client, file) -> str:  # what was done
     "Stop the job and take its model away; what was answered already stays in the bucket."
     asked = batch_file(file)
@@ -1264,7 +1402,7 @@ def outcome(
                                                                 "its log is the group /aws/sagemaker/TransformJobs in CloudWatch; mend what it says, then deploy again")
     return {"job": name, "state": now["TransformJobStatus"], **counted(storage, asked)}
 
-# %% ../nbs/43_deploy.ipynb #75e152b2
+# %% ../nbs/43_deploy.ipynb #a080c2ad
 def counted(
     storage,  # client of S3
     job: dict,  # the request
@@ -1274,10 +1412,12 @@ def counted(
     given, form = job["TransformInput"], "csv" if job["TransformInput"]["ContentType"] == BATCH_FORMS["csv"] else "jsonl"
     asked, said, headers, refused, examples = {}, 0, 0, 0, []
     for name, *_ in lines_in(storage, given["DataSource"]["S3DataSource"]["S3Uri"], given["CompressionType"] == "Gzip"): asked[name] = asked.get(name, 0) + 1
-    for name, i, line in lines_in(storage, job["TransformOutput"]["S3OutputPath"], names={f"{n}.out" for n in asked}):
+    for name, i, line in lines_in(storage, f"{job['TransformOutput']['S3OutputPath'].rstrip('/')}/", names={f"{n}.out" for n in asked}):
         why, said = refused_as(line, form), said + 1
         if why is None and i == 0: headers += 1
-        elif why: refused += 1; examples += [(name.removesuffix(".out"), i + 1, why)] if len(examples) < most else []
+        elif why:
+            refused += 1
+            if len(examples) < most: examples.append((name.removesuffix(".out"), i + 1, why))
     rows = sum(asked.values()) - headers
     return {"files": len(asked), "rows": rows, "answered": said - headers - refused, "refused": refused, "missing": sum(asked.values()) - said, "examples": examples}
 
@@ -1292,7 +1432,7 @@ def outcome_text(
     if found["missing"]: lines.append(f"{abs(found['missing']):,} lines {'have no answer' if found['missing'] > 0 else 'too many are among the answers: others lie there, too'}")
     return "\n".join(lines)
 
-# %% ../nbs/43_deploy.ipynb #963e2d36
+# %% ../nbs/43_deploy.ipynb #79727fdf
 def place(
     package,  # folder
     rps: float,  # requests a second, on average
@@ -1302,22 +1442,29 @@ def place(
 ) -> dict:  # choice, why, options: [{place, usd, p99_ms, fits, why}], measured
     "Which place is right for a package."
     sensible("--rps", rps), sensible("--p99", p99_ms, open_=True)
-    p, seen = prices or load_yaml(prices_file())[0], seen or observe(package, 200)
-    mean, worst = sum(seen["times_s"]) / len(seen["times_s"]), seen["times_s"][int(0.99 * (len(seen["times_s"]) - 1))]
-    size = sum(f.stat().st_size for f in Path(package).rglob("*") if f.is_file()) / 1e6
-    measured = {"mean_ms": 1000 * mean, "p99_ms": 1000 * worst, "peak_mb": seen["peak_mb"], "cold_s": seen["opened_s"] + 0.15, "package_mb": size}
+    p, measured = prices or load_yaml(prices_file())[0], _measured(package, seen or observe(package, 200))
     options = [o(p, rps, measured) for o in (_edge, _machine, _function, _container, _instance)]
     for o in options:
         o["fits"] = o["possible"] and o["p99_ms"] <= p99_ms
         if o["possible"] and not o["fits"]: o["why"] += f"; {o['p99_ms']:.3g} ms are more than {p99_ms:g}"
+    return {**_chosen(options, measured, p99_ms), "options": options, "measured": measured}
+
+# %% ../nbs/43_deploy.ipynb #ff5985ed
+def _measured(package, seen: dict) -> dict:
+    "The few figures that decide."
+    times = seen["times_s"]
+    size = sum(f.stat().st_size for f in Path(package).rglob("*") if f.is_file()) / 1e6
+    return {"mean_ms": 1000 * sum(times) / len(times), "p99_ms": 1000 * times[int(0.99 * (len(times) - 1))], "peak_mb": seen["peak_mb"], "cold_s": seen["opened_s"] + 0.15, "package_mb": size}
+
+# %% ../nbs/43_deploy.ipynb #d2096dea
+def _chosen(options: list[dict], measured: dict, p99_ms: float) -> dict:  # choice, why
+    "The cheapest place that is fast enough; of those that cost about the same, the first, which is the simplest."
     fitting = [o for o in options if o["fits"] and o["usd"] is not None]
-    if not fitting:
-        edge = options[0] if options[0]["fits"] else None
-        return {"choice": "edge" if edge else "",
-                "why": "only inside the caller's own process is it fast enough" if edge else f"nothing keeps {p99_ms:g} ms: the model alone takes {measured['p99_ms']:.3g} ms", "options": options, "measured": measured}
-    cheapest = min(o["usd"] for o in fitting)
-    best = next(o for o in fitting if o["usd"] <= 1.1 * cheapest)
-    return {"choice": best["place"], "why": best["why"], "options": options, "measured": measured}
+    if fitting:
+        best = next(o for o in fitting if o["usd"] <= 1.1 * min(o["usd"] for o in fitting))
+        return {"choice": best["place"], "why": best["why"]}
+    if options[0]["fits"]: return {"choice": "edge", "why": "only inside the caller's own process is it fast enough"}
+    return {"choice": "", "why": f"nothing keeps {p99_ms:g} ms: the model alone takes {measured['p99_ms']:.3g} ms"}
 
 # %% ../nbs/43_deploy.ipynb #2006e2ae
 NETWORK_MS = {"edge": 0.0, "a single machine": 0.5, "function": 8.0, "container": 3.0, "instance": 10.0}  # rules of thumb, at p99
@@ -1330,7 +1477,7 @@ def _option(place, m, usd, possible, why, queue=1.0, p99=None) -> dict:
 
 def _edge(p, rps, m): return _option("edge", m, None, True, f"in the caller's own process: {m['package_mb']:.2f} MB, no network, no server")
 
-# %% ../nbs/43_deploy.ipynb #b5c55549
+# %% ../nbs/43_deploy.ipynb #5eba5c89
 def _machine(p, rps, m):
     "The smallest machine of which two thirds stay free."
     busy = rps * m["mean_ms"] / 1000
@@ -1341,7 +1488,7 @@ def _machine(p, rps, m):
     return _option("a single machine", m, usd * 730, True, f"a single machine is enough: {name} is {busy / kind['vcpu']:.1%} busy",
                    queue=1 / (1 - busy / kind["vcpu"]))
 
-
+# %% ../nbs/43_deploy.ipynb #8d30bf52
 def _function(p, rps, m):
     "Cold starts count as soon as they are more than one in a hundred."
     cold, memory = min(1.0, 1 / (rps * INSTANCES)) if rps else 1.0, max(1769, 1.25 * m["peak_mb"])
@@ -1351,13 +1498,13 @@ def _function(p, rps, m):
     return _option("function", m, usd, possible,
                    f"a function: it sleeps for free, and {'more than' if cold > 0.01 else 'less than'} one request in a hundred wakes it ({1000 * m['cold_s']:.0f} ms)" if possible else "it needs more memory than a function has", p99=p99)
 
-# %% ../nbs/43_deploy.ipynb #5b23f45c
+# %% ../nbs/43_deploy.ipynb #3d0c7892
 def _container(p, rps, m):
     memory = 1024 * max(2, math.ceil((2 * m["peak_mb"] + 500) / 1024))
     return _option("container", m, sum(c[1] for c in monthly("container", rps, m["mean_ms"] / 1000, p, memory_mb=memory)), memory <= 8192,
                    "containers behind a load balancer, as many as keep half busy", queue=2.0)
 
-
+# %% ../nbs/43_deploy.ipynb #b57978a2
 def _instance(p, rps, m):
     fits = [(k["usd_per_hour"], n) for n, k in p["sagemaker"].items() if n != "source" and not k["gpus"] and 2 * m["peak_mb"] + 500 <= 1024 * k["memory_gb"]]
     if not fits: return _option("instance", m, None, False, "it needs more memory than any instance on the list has")

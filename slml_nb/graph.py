@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['memo', 'Node', 'read_stage', 'stages_of', 'Graph', 'normal_code', 'counting_code', 'executed_code', 'imports_of',
-           'Memo', 'closure', 'parameter_hash', 'key_parts', 'imports_of_stage', 'key_of', 'what_changed', 'plan',
-           'climbing']
+           'Memo', 'closure', 'parameter_hash', 'key_parts', 'input_bytes', 'imports_of_stage', 'key_of',
+           'what_changed', 'plan', 'climbing']
 
 # %% ../nbs/07_graph.ipynb #da192b6b
 import ast, contextlib, difflib, functools, importlib.metadata, json, re, sys
@@ -256,19 +256,27 @@ def parameter_hash(
     "What a parameter is in a key."
     return sha256_text(canonical_json(named(value), sort=False))[:16]
 
-# %% ../nbs/07_graph.ipynb #3b82a132
+# %% ../nbs/07_graph.ipynb #87ed4fdf
 def key_parts(
     node: Node,
     parameters: dict,  # resolved, as the stage will see them
-    inputs: dict[str, str],  # {artifact: its hash}
+    inputs: dict[str, dict],  # {artifact: its record, as from `made_in`}
     outside: dict[str, str],  # {address of data outside of the store: fingerprint}
 ) -> dict:  # what the key is made of, and "shown", which is not part of it
     "Everything that decides what a stage makes."
     modules, versions = node.imports
-    return {"cells": node.code, "modules": modules, "inputs": inputs, "outside": outside,
+    followed = {a: r.get("known_as") or r["sha256"] for a, r in inputs.items()}
+    return {"cells": node.code, "modules": modules, "inputs": followed, "outside": outside,
             "parameters": {k: parameter_hash(v) for k, v in parameters.items()},
             "versions": {**versions, "python": ".".join(map(str, sys.version_info[:2]))},
-            "shown": {"stage": node.stage, "parameters": {k: _short(v) for k, v in parameters.items()}}}
+            "shown": {"stage": node.stage, "parameters": {k: _short(v) for k, v in parameters.items()}, "bytes": {a: r["sha256"] for a, r in inputs.items() if "known_as" in r}}}
+
+# %% ../nbs/07_graph.ipynb #ff313c83
+def input_bytes(
+    parts: dict,  # from `key_parts`
+) -> dict[str, str]:  # {artifact: sha256}
+    "The inputs of a stage by their bytes, times and all."
+    return {**(parts.get("inputs") or {}), **(parts.get("shown", {}).get("bytes") or {})}
 
 # %% ../nbs/07_graph.ipynb #6b1ae4a8
 def imports_of_stage(
@@ -305,7 +313,7 @@ def _changed_names(kind: str, old: dict, new: dict, say) -> list[str]:
     "Names whose value differs, each said in words."
     return [say(name) for name in sorted({**old.get(kind, {}), **new[kind]}) if old.get(kind, {}).get(name) != new[kind].get(name)]
 
-# %% ../nbs/07_graph.ipynb #c8415537
+# %% ../nbs/07_graph.ipynb #2643ac03
 def what_changed(
     old: dict,  # parts of the key that was
     new: dict,  # parts of the key that is
@@ -316,6 +324,7 @@ def what_changed(
     said += _changed_cells(old.get("cells", []), new["cells"])
     for kind, word in (("inputs", "input"), ("outside", "source"), ("modules", "module")): said += _changed_names(kind, old, new, lambda n: f"{word} {n} changed")
     said += _changed_names("versions", old, new, lambda n: f"{n} " + _arrow(lambda k: k["versions"], n))
+    said += [f"input {a} was timed again" for a, sha in new.get("shown", {}).get("bytes", {}).items() if not said and old.get("shown", {}).get("bytes", {}).get(a) != sha]
     return ", ".join(said[:4]) + (f" and {len(said) - 4} more" if len(said) > 4 else "")
 
 # %% ../nbs/07_graph.ipynb #077b2efd
@@ -337,7 +346,7 @@ def plan(
     for s, node in graph.nodes.items(): node.machine = machine_words(s, node.schema, given[s], lines, params.file)
     return graph, {s: resolve(s, graph.nodes[s].schema, given[s], lines, params.file) for s in graph.order}
 
-# %% ../nbs/07_graph.ipynb #26613fc5
+# %% ../nbs/07_graph.ipynb #3bfee962
 def _address(name: str, graph: Graph) -> tuple[str, str]:
     "Which parameter of which stage `-p name=value` means."
     if "." in name:
@@ -347,7 +356,7 @@ def _address(name: str, graph: Graph) -> tuple[str, str]:
     having = [s for s in graph.order if name in graph.nodes[s].schema and name != "run"]
     if len(having) == 1: return having[0], name
     if having: raise SlmlError(f"'{name}' is a parameter of {' and of '.join(having)}", f"-p {name}", f"say which: -p {having[0]}.{name}=…")
-    raise SlmlError(f"no stage has a parameter '{name}'", f"-p {name}", suggest(name, {p for n in graph.nodes.values() for p in n.schema}))
+    raise SlmlError(f"no stage has a parameter '{name}'", f"-p {name}", suggest(name, {p for n in graph.nodes.values() for p in n.schema} - {"run"}))
 
 # %% ../nbs/07_graph.ipynb #3c1007e5
 def climbing(

@@ -7,13 +7,13 @@ __all__ = ['DAY', 'HOLD', 'Check', 'verify', 'size_text', 'verify_text', 'durati
            'old_runs', 'Key', 'keys_in', 'with_inputs', 'References', 'leftovers', 'old_copies', 'lost_uploads', 'hold',
            'let_go', 'job_things', 'needed', 'other_roots', 'gc', 'gc_text']
 
-# %% ../nbs/53_keep.ipynb #4e995e09
+# %% ../nbs/53_keep.ipynb #04b18a7a
 import contextlib, json, os, re, shutil, socket, time
 from dataclasses import dataclass
 from pathlib import Path
 from .core import SlmlError, cache_folder, canonical_json, project_root, read_json, sealed, sha256_file, sha256_text, size_of
-from .graph import key_of
-from .store import FolderStore, S3Store, abort_uploads, broken_uploads, open_store
+from .graph import input_bytes, key_of
+from .store import NOTHING, FolderStore, S3Store, abort_uploads, broken_uploads, open_store
 
 # %% ../nbs/53_keep.ipynb #49819f40
 class Check:
@@ -54,13 +54,15 @@ def _hash_and_compare(self: Check, path, expected: str, local: Path | None = Non
 
 Check.same = _hash_and_compare
 
-# %% ../nbs/53_keep.ipynb #b66c85cc
+# %% ../nbs/53_keep.ipynb #9077f145
 def _hash_there(check: Check, root: str, file: str, expected: str):
     "Hash a file or folder where it lies."
     if (root, file) in check.seen: return
     check.seen.add((root, file))
     if "://" not in root: return check.same(Path(root) / file, expected)
-    try: local = open_store(root).local(file)
+    store = open_store(root)
+    if expected == NOTHING and not next(store.names(f"{file}/"), None): return  # a folder without files, of which a bucket knows nothing
+    try: local = store.local(file)
     except SlmlError as e: return check.wrong(f"{root}/{file}", expected[:16], e.what)
     try: check.same(f"{root}/{file}", expected, local)
     finally: shutil.rmtree(local.parent, ignore_errors=True)
@@ -109,14 +111,14 @@ def _check_key(check: Check, place: Path, parts: dict, key: str):
     got = _key_of(parts)
     if key and got != key: check.wrong(place / "key.json", f"key {key[:16]}", f"key {got[:16]}")
 
-# %% ../nbs/53_keep.ipynb #c9095c52
+# %% ../nbs/53_keep.ipynb #a8e29a62
 def _check_inputs(check: Check, places: dict, made: dict, keys: dict):
     "Each stage was made from what the stages before it have made."
     hashes = {}
     for m in made.values():
         with contextlib.suppress(KeyError, TypeError, AttributeError): hashes.update({a: r["sha256"] for a, r in m["artifacts"].items()})
     for stage, parts in keys.items():
-        for artifact, expected in (parts.get("inputs") or {}).items():
+        for artifact, expected in input_bytes(parts).items():
             if artifact in hashes and hashes[artifact] != expected: check.wrong(places[stage] / "key.json", f"input {artifact} {expected[:16]}", f"{artifact} {str(hashes[artifact])[:16]}")
 
 # %% ../nbs/53_keep.ipynb #3d85a7a0
@@ -321,7 +323,7 @@ def _check_layout(root: Path, store: Path):
     if store.is_dir() and not keys_in(store) and (other := [p.name for p in store.iterdir() if not p.name.startswith(".") and p.name != "catalog" and not emptied(p)]):
         raise SlmlError(f"{str(store)!r} is no store (it holds {', '.join(sorted(other)[:3])})", "slml gc", "name the folder that `store:` names; nothing was freed")
 
-# %% ../nbs/53_keep.ipynb #0daa09aa
+# %% ../nbs/53_keep.ipynb #1a54a8c6
 def with_inputs(
     kept: list[Key],  # that something refers to
     rest: list[Key],
@@ -330,7 +332,7 @@ def with_inputs(
     def hashes(key, file, field):
         record = _record(key.path / file) or {}
         values = record.get(field) or {}
-        return {v["sha256"] if isinstance(v, dict) else v for v in values.values()} if isinstance(values, dict) else set()
+        return {v.get("known_as") or v["sha256"] if isinstance(v, dict) else v for v in values.values()} if isinstance(values, dict) else set()
     more, todo, have = set(), list(kept), {h for k in kept for h in hashes(k, "made.json", "artifacts")}
     makers = None
     while todo:

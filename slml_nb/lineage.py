@@ -7,11 +7,11 @@ __all__ = ['SHAPES', 'MODELS', 'PRODUCER', 'OPENLINEAGE', 'FACETS', 'LINEAGE_CSS
            'walk', 'history', 'resolve_thing', 'described', 'lineage', 'lineage_text', 'openlineage_events',
            'write_events', 'send_events', 'run_parts', 'layers_of', 'lineage_svg']
 
-# %% ../nbs/51_lineage.ipynb #338b8e1b
+# %% ../nbs/51_lineage.ipynb #e14a0a52
 import collections, datetime as dt, hashlib, html, json, os, re, urllib.parse, uuid
 from pathlib import Path
 from .core import SlmlError, atomic_write, canonical_json, project_root, read_front_matter, read_notebook, read_parameters, sealed, sha256_file, sha256_text, suggest
-from .graph import key_of, parameter_hash
+from .graph import input_bytes, key_of, parameter_hash
 from .run import load_run
 from .stage import shipped_notebooks
 
@@ -86,7 +86,7 @@ def _raw_files(parts: dict, made: dict) -> list[dict]:
     told = {r.get("source") for r in read}
     return read + [{"source": a, "address": a, "fingerprint": mark} for a, mark in outside.items() if a not in told]
 
-# %% ../nbs/51_lineage.ipynb #25baed26
+# %% ../nbs/51_lineage.ipynb #06ac7121
 def execution(
     place: Path,  # a folder with key.json and made.json: a stage's in a run, or one of the store
     problems: list,  # gets a sentence for what is damaged
@@ -98,7 +98,7 @@ def execution(
     made, parts = made or {}, parts or {}
     try:
         artifacts = {n: {**r, "sha256": str(r["sha256"])} for n, r in made.get("artifacts", {}).items()}
-        inputs = {n: str(h) for n, h in parts.get("inputs", {}).items()}
+        inputs = {n: str(h) for n, h in input_bytes(parts).items()}
         read = _raw_files(parts, made)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         problems.append(f"{place.parent.name}/{place.name} was left out: its files lack {e}")
@@ -304,10 +304,10 @@ def _by_content(graph, thing) -> tuple[str, list[str], str]:
     read = f"; runs have read {thing} when its bytes were {', '.join((graph['nodes'][i].get('sha256') or '?')[:12] for i in at[:3])}" if at else ""
     raise SlmlError(f"no run has read or made these bytes ({sha[:12]}){read}", str(thing), "`slml lineage ADDRESS` follows what was read before" if at else "`slml runs` lists the runs")
 
-# %% ../nbs/51_lineage.ipynb #5ab60fd9
+# %% ../nbs/51_lineage.ipynb #c4dd027f
 def _callable(graph) -> list[str]:
     "Names that a thing could have had."
-    return ["latest", *dict.fromkeys(r["project"] for r in graph["runs"].values()), *dict.fromkeys(n for r in graph["runs"].values() for n in _names(graph, r)), *(r.split("/")[1] for r in graph["runs"])]
+    return [*(["latest"] if graph["runs"] else []), *dict.fromkeys(r["project"] for r in graph["runs"].values()), *dict.fromkeys(n for r in graph["runs"].values() for n in _names(graph, r)), *(r.split("/")[1] for r in graph["runs"])]
 
 # %% ../nbs/51_lineage.ipynb #5bf54e0e
 def _maker(graph, node) -> dict:

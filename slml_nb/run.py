@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['AWAY', 'fingerprint', 'outside_data', 'load_run', 'find_run', 'environment', 'Run', 'StageFailed', 'kernel_manager',
-           'Kernels', 'run_notebook', 'language_info', 'stored', 'why_again', 'Task', 'Runner', 'run_task', 'failure',
-           'needs_mb', 'learned_peaks', 'schedule', 'not_needed', 'stops_kernels', 'on_record', 'execute', 'away_for',
-           'task_of', 'store_of', 'runner_for', 'preload_of', 'this_python', 'execute_file', 'export_run']
+           'Kernels', 'run_notebook', 'language_info', 'stored', 'timed_again', 'reusable', 'known_by', 'why_again',
+           'Task', 'Runner', 'run_task', 'failure', 'needs_mb', 'learned_peaks', 'schedule', 'not_needed',
+           'stops_kernels', 'on_record', 'execute', 'away_for', 'task_of', 'store_of', 'runner_for', 'preload_of',
+           'this_python', 'execute_file', 'export_run']
 
 # %% ../nbs/08_run.ipynb #8b259c9f
 import contextlib, datetime as dt, getpass, glob, importlib.metadata, json, os, platform, shutil, socket, sys, tempfile, threading, time
@@ -373,6 +374,30 @@ def stored(
     if files is not None and (not local or all((Path(root) / f).exists() and sha256_file(Path(root) / f) == h for f, h in files.items())): return {**made, "root": root}
     if mend: store.delete_folder(key)
 
+# %% ../nbs/08_run.ipynb #a092bbd5
+def timed_again(
+    store,
+    key: str,  # name of the stage's folder in the store
+    made: dict,  # from `stored`
+    parts: dict,  # of the key
+) -> bool:
+    "Whether an input holds other times than the one that the store's artifacts were made from."
+    if not (now := parts["shown"].get("bytes")): return False
+    try: then = json.loads(store.get("/".join(filter(None, [key, made.get("at"), "key.json"]))))
+    except (SlmlError, ValueError): return True  # nobody knows what it was made from
+    return not sealed(then) or then["shown"].get("bytes") != now
+
+# %% ../nbs/08_run.ipynb #cfeafa19
+def reusable(
+    store,
+    key: str,  # name of the stage's folder in the store
+    parts: dict,  # of the key
+    mend: bool = False,  # see `stored`
+) -> dict | None:  # as from `stored`
+    "What the store has under a key, when it was made from these very inputs."
+    made = stored(store, key, mend)
+    return made if made and not timed_again(store, key, made, parts) else None
+
 # %% ../nbs/08_run.ipynb #41dfe5d0
 def _store_key(project: str, key: str) -> str: return f"{project}/{key[:2]}/{key}"
 
@@ -389,17 +414,18 @@ def _take(task: "Task", store, key: str, made: dict):
         if not (place / file).exists() and store.exists(held): atomic_write(place / file, store.get(held), durable=False)
     atomic_write(place / "made.json", json.dumps(seal({**made, "root": root}), indent=1, ensure_ascii=False), durable=False)
 
-# %% ../nbs/08_run.ipynb #ae7b02b9
+# %% ../nbs/08_run.ipynb #ad645f23
 def _keep(task: "Task", store, key: str, parts: dict) -> dict:
     "Put what a stage has just made into the store; what the store then has."
     place, name = task.place, _store_key(task.run.record["project"], key)
     if not (place / "made.json").is_file():
         raise StageFailed("it ended without stage.done()", task.node.stage, "make `stage.done()` the last line of the notebook")
-    made = json.loads((place / "made.json").read_text())
+    made = known_by(json.loads((place / "made.json").read_text()), key)
     for file in ("notebook.ipynb", "meter.json"): shutil.copy(place / file, place / "out" / file)
     atomic_write(place / "out" / "key.json", json.dumps(seal(parts), ensure_ascii=False))
     atomic_write(place / "out" / "made.json", json.dumps(seal({**made, "root": "."}), ensure_ascii=False))
-    if task.forced and (old := stored(store, name)) and _hashes(old) != _hashes(made): store.delete_folder(name)  # made again, and different: the new one counts
+    old = stored(store, name) if task.forced or parts["shown"].get("bytes") else None
+    if old and (_hashes(old) != _hashes(made) or timed_again(store, name, old, parts)): store.delete_folder(name)  # made again, and different: the new one counts
     first = put_folder(store, name, place / "out")
     shutil.rmtree(place / "out", ignore_errors=True)
     if (kept := stored(store, name, hashed=first)) is None: raise SlmlError("what was put there is gone or damaged", f"{store}/{name}", "the same command makes it again")
@@ -407,6 +433,15 @@ def _keep(task: "Task", store, key: str, parts: dict) -> dict:
 
 # %% ../nbs/08_run.ipynb #78465bc2
 def _hashes(made: dict) -> dict: return {n: r["sha256"] for n, r in made["artifacts"].items()}
+
+# %% ../nbs/08_run.ipynb #38d229ff
+def known_by(
+    made: dict,  # made.json
+    key: str,  # of the stage
+) -> dict:
+    "A record in which each artifact with a clock's readings has the name that later keys follow."
+    def _known(r): return {**r, "known_as": sha256_text(f"{key} {r['counts']}")} if "counts" in r else r
+    return {**made, "artifacts": {n: _known(r) for n, r in made["artifacts"].items()}}
 
 # %% ../nbs/08_run.ipynb #76806568
 def why_again(
@@ -462,12 +497,12 @@ class Runner:
         "Whether a stage is made on another machine."
         return bool(self.away and self.away.takes(task.node))
 
-# %% ../nbs/08_run.ipynb #135aa4dc
+# %% ../nbs/08_run.ipynb #383082ea
 def run_task(
     runner: Runner,
     task: Task,
-    inputs: dict,  # {artifact: hash}
-) -> dict[str, str]:  # {artifact: hash} of what it made or found
+    inputs: dict,  # {artifact: its record}
+) -> dict[str, dict]:  # {artifact: its record} of what it made or found
     "Reuse a stage's artifacts, or make them."
     task.place.mkdir(parents=True, exist_ok=True)
     parts = key_parts(task.node, task.parameters, inputs, outside_data(task.node, task.parameters))
@@ -479,14 +514,14 @@ def run_task(
     seconds = round(task.run.elapsed() - begun, 3)
     task.note(state=state, key=key, seconds=seconds, why=why, metrics=made["metrics"], notebook=f"{task.node.stage}/notebook.ipynb", offset=begun)
     runner.emit(type="end", stage=task.id, state=state, seconds=seconds, why=why, metrics=made["metrics"])
-    return {a: r["sha256"] for a, r in made["artifacts"].items()}
+    return made["artifacts"]
 
-# %% ../nbs/08_run.ipynb #67a3466d
+# %% ../nbs/08_run.ipynb #cca4320d
 def _obtain(runner: Runner, task: Task, key: str, parts: dict) -> tuple[dict, str, str]:  # made.json, state, why
     "From the store, by making it, or by waiting for another run that is making it."
     name, why, told = _store_key(task.run.record["project"], key), "", False
     while True:
-        if not task.forced and (made := stored(runner.store, name)): return made, "reused", why and f"made meanwhile by another run ({why})"
+        if not task.forced and (made := reusable(runner.store, name, parts)): return made, "reused", why and f"made meanwhile by another run ({why})"
         if claim := runner.store.claim(name): break
         if not told:
             why, told = runner.store.holder(name), True
@@ -495,10 +530,10 @@ def _obtain(runner: Runner, task: Task, key: str, parts: dict) -> tuple[dict, st
         time.sleep(0.2 if isinstance(runner.store, FolderStore) else 1.5)
     with claim: return _claimed(runner, task, key, parts)
 
-# %% ../nbs/08_run.ipynb #3efe921d
+# %% ../nbs/08_run.ipynb #ba9dd203
 def _claimed(runner: Runner, task: Task, key: str, parts: dict) -> tuple[dict, str, str]:  # as from `_obtain`
     "From the store if it has come there meanwhile; else made, and nobody else makes it now."
-    if not task.forced and (made := stored(runner.store, _store_key(task.run.record["project"], key), mend=True)): return made, "reused", ""
+    if not task.forced and (made := reusable(runner.store, _store_key(task.run.record["project"], key), parts, mend=True)): return made, "reused", ""
     why = "asked for" if task.forced else why_again(task.run.folder.parent, task.node.stage, parts, task.run.folder)
     runner.emit(type="start", stage=task.id, why=why)
     task.note(state="running", key=key, started=_now(), why=why, offset=task.run.elapsed())
@@ -577,13 +612,13 @@ def learned_peaks(project: Path) -> dict[str, float]:  # folder of the project's
         with contextlib.suppress(ValueError, KeyError, TypeError): found[file.parent.name.split("-")[0]] = float(json.loads(file.read_text())["peak_mb"])
     return found
 
-# %% ../nbs/08_run.ipynb #b46215a6
+# %% ../nbs/08_run.ipynb #948a2db6
 class _Board:
     "The tasks of a run and where each of them stands."
 
     def __init__(self, runner: Runner, tasks: list[Task], on_end=None):
         self.runner, self.on_end, self.missing = runner, on_end, {t.id: len(t.waits) for t in tasks}  # how many it still waits for
-        self.users, self.states, self.hashes, self.running = {}, {}, {}, {}  # by task: who waits for it, its end, what it made; by future: (task, MB)
+        self.users, self.states, self.made, self.running = {}, {}, {}, {}  # by task: who waits for it, its end, what it made; by future: (task, MB)
         for t in tasks:
             for p in t.waits: self.users.setdefault(p, []).append(t)
         self.ready = deque(t for t in tasks if not self.missing[t.id])
@@ -597,7 +632,7 @@ def _over(self: _Board, task: Task, state: str):
         self.missing[t.id] -= 1
         if not self.missing[t.id]: self.ready.append(t)
 
-# %% ../nbs/08_run.ipynb #cccc2323
+# %% ../nbs/08_run.ipynb #0409b68e
 def _begin(self: _Board, pool: ThreadPoolExecutor, task: Task):
     "Start a task, skip it, or put it back."
     runner = self.runner
@@ -606,12 +641,12 @@ def _begin(self: _Board, pool: ThreadPoolExecutor, task: Task):
         for t in self.users.get(task.id, []): t.after = {a: p for a, p in t.after.items() if p != task.id}  # they do without
         self.over(task, _skip(runner, task, why))
     elif _room(runner, task, self.running) and _fits(runner, task, self.running):
-        self.running[pool.submit(run_task, runner, task, {a: self.hashes[p][a] for a, p in task.after.items()})] = task, needs_mb(runner, task)
+        self.running[pool.submit(run_task, runner, task, {a: self.made[p][a] for a, p in task.after.items()})] = task, needs_mb(runner, task)
     else: self.ready.append(task)
 
 _Board.over, _Board.begin = _over, _begin
 
-# %% ../nbs/08_run.ipynb #a03dabab
+# %% ../nbs/08_run.ipynb #aeee11e8
 def schedule(
     runner: Runner,
     tasks: list[Task],
@@ -624,7 +659,7 @@ def schedule(
             for _ in range(len(board.ready)): board.begin(pool, board.ready.popleft())
             for future in wait(board.running, return_when=FIRST_COMPLETED)[0] if board.running else []:
                 task, _ = board.running.pop(future)
-                board.over(task, _collect(runner, task, future, board.hashes))
+                board.over(task, _collect(runner, task, future, board.made))
 
 # %% ../nbs/08_run.ipynb #a589f142
 AWAY = 16  # stages that may be made on other machines at the same time
@@ -650,10 +685,10 @@ def not_needed(
     said = json.loads(artifact_path(record).read_text(encoding="utf-8")) if record else {}
     return f"not needed: {said['why']}; --climb goes on" if said.get("enough") else ""
 
-# %% ../nbs/08_run.ipynb #288fa82a
-def _collect(runner, task, future, hashes) -> str:
+# %% ../nbs/08_run.ipynb #bb9f7b5c
+def _collect(runner, task, future, made) -> str:
     "Take in a task that is over; its state."
-    try: hashes[task.id] = future.result()
+    try: made[task.id] = future.result()
     except Exception as e:
         _fail(runner, task, e)
         return "failed"
@@ -790,10 +825,10 @@ def preload_of(graph: Graph) -> list[str]:
         theirs |= versions
     return [*ours, *(m for m in HEAVY if m.split(".")[0] in theirs)]
 
-# %% ../nbs/08_run.ipynb #5df098ae
+# %% ../nbs/08_run.ipynb #a93af3ae
 def _dry(params, graph, values, wanted, forced, store, emit, gates=()) -> dict:
     "What would happen: reused as far as the keys are known, made from the first change on."
-    hashes, made, left_out, states = {}, {}, set(), []
+    made, left_out, states = {}, set(), []
     for stage in graph.order:
         node = graph.nodes[stage]
         state, why = "skipped", "not asked for"
@@ -803,13 +838,11 @@ def _dry(params, graph, values, wanted, forced, store, emit, gates=()) -> dict:
             if why_not := not_needed(Task(stage, node, values[stage], None, None), made) if stage in gates else "":
                 left_out |= set(node.makes)
                 state, why = "skipped", why_not
-            elif stage not in forced and all(a in hashes for a in inputs):
-                parts = key_parts(node, values[stage], {a: hashes[a] for a in inputs}, outside_data(node, values[stage]))
-                found = stored(store, _store_key(params.project, key_of(parts)))
+            elif stage not in forced and all(a in made for a in inputs):
+                parts = key_parts(node, values[stage], {a: made[a] for a in inputs}, outside_data(node, values[stage]))
+                found = reusable(store, _store_key(params.project, key_of(parts)), parts)
                 state, why = ("reused", "") if found else ("made", why_again(project_root() / params.runs / params.project, stage, parts))
-                if found:
-                    hashes.update({a: r["sha256"] for a, r in found["artifacts"].items()})
-                    made.update({a: {**r, "root": found["root"]} for a, r in found["artifacts"].items()})
+                if found: made.update({a: {**r, "root": found["root"]} for a, r in found["artifacts"].items()})
         if stage in gates and state == "made" and not made.get(node.front["climbs"]): why += f"; or not, if {gates[stage]} finds a simpler model to be enough"
         states.append({"stage": stage, "state": state, "why": why})
     emit(type="plan", stages=states, dry_run=True)

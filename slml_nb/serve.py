@@ -6,14 +6,14 @@
 __all__ = ['LIMIT_MB', 'written', 'FORMS', 'MEDIA', 'READERS', 'WRITTEN_AS', 'WHOLE', 'TAKEN', 'ERROR', 'OTHERS', 'REFUSED',
            'LOCKS', 'KEYS_OF', 'WHY', 'DOORS', 'SMALL', 'STATUS', 'refusal', 'BodyError', 'form_of', 'wished',
            'read_json', 'read_lines', 'csv_rows', 'read_csv', 'write_one', 'write_answers', 'invoke', 'answer',
-           'field_type', 'field_schema', 'answer_schema', 'openapi_of', 'document', 'TokenRules', 'token_rules',
-           'is_public', 'jwt_module', 'fetched', 'one_key', 'strong', 'key_set', 'Tokens', 'renew', 'due',
-           'check_token', 'kid_of', 'key_of', 'Turned', 'Limits', 'good_keys', 'limits_for', 'Rates', 'wait', 'Guard',
-           'ClientGone', 'caller', 'count', 'swift', 'sendable', 'reply', 'Service', 'at_once', 'lifespan', 'say',
-           'lost', 'predict', 'health', 'docs', 'build_app', 'listen', 'Whole', 'Connection', 'data_received',
-           'wait_for_head', 'tell', 'start_task', 'begin', 'head_of', 'answer_whole', 'crowded', 'run_app', 'serve',
-           'replica', 'renewed', 'side_by_side', 'running', 'running_code', 'percentile', 'measure', 'service_report',
-           'lambda_handler']
+           'field_type', 'field_schema', 'answer_schema', 'request_schema', 'openapi_of', 'document', 'TokenRules',
+           'token_rules', 'is_public', 'jwt_module', 'fetched', 'one_key', 'strong', 'key_set', 'Tokens', 'renew',
+           'due', 'check_token', 'kid_of', 'key_of', 'Turned', 'Limits', 'good_keys', 'limits_for', 'Rates', 'wait',
+           'Guard', 'ClientGone', 'caller', 'count', 'swift', 'sendable', 'reply', 'Service', 'at_once', 'lifespan',
+           'say', 'lost', 'predict', 'health', 'docs', 'build_app', 'listen', 'refused_port', 'claim', 'address_of',
+           'Whole', 'Connection', 'data_received', 'wait_for_head', 'tell', 'start_task', 'begin', 'head_of',
+           'answer_whole', 'crowded', 'run_app', 'serve', 'replica', 'renewed', 'side_by_side', 'running',
+           'running_code', 'percentile', 'measure', 'service_report', 'lambda_handler']
 
 # %% ../nbs/41_serve.ipynb #1e994bd8
 import contextlib, json, math, os, sys, time
@@ -24,11 +24,11 @@ from .core import SlmlError, suggest
 from .recipe import InputError
 from .package import MISSING, Predictor, answer_row, check_seal, file_columns, load_package
 
-# %% ../nbs/41_serve.ipynb #06f5b996
+# %% ../nbs/41_serve.ipynb #92e49587
 LIMIT_MB = 6.0  # of a request or an answer: what Lambda allows, and so the same everywhere
 written = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps` makes one for each call
 
-
+# %% ../nbs/41_serve.ipynb #160fbd1a
 def refusal(
     what: str,  # one sentence
     allowed: str = "",  # what would have been accepted
@@ -40,21 +40,21 @@ def refusal(
     short = value is None or isinstance(value, (bool, int, float)) and -1e15 < value < 1e15
     return {"error": {"what": what, "field": field, "value": value if short else str(value)[:80], "allowed": allowed, "request": request}}
 
-# %% ../nbs/41_serve.ipynb #e1dada9e
+# %% ../nbs/41_serve.ipynb #c0605786
 class BodyError(Exception):
     "A body that holds no requests: HTTP status, what is wrong, what is allowed, and the place in the list."
     def __init__(self, status: int, what: str, allowed: str, request: int | None = None, field: str = ""):
         self.status, self.refusal = status, refusal(what, allowed, field, request=request)
 
-
+# %% ../nbs/41_serve.ipynb #e8dbf55b
 def _too_large(what: str, limit_mb: float) -> BodyError:
     return BodyError(413, f"the {what} is larger than {limit_mb:g} MB", "fewer requests at once; slml predict for a whole file")
 
-# %% ../nbs/41_serve.ipynb #9e486a35
+# %% ../nbs/41_serve.ipynb #af1e4434
 FORMS = {"": "json", "application/json": "json", "application/jsonlines": "lines", "application/x-jsonlines": "lines", "application/x-ndjson": "lines", "text/csv": "csv"}
 MEDIA = {"json": "application/json", "lines": "application/jsonlines", "csv": "text/csv; charset=utf-8"}
 
-
+# %% ../nbs/41_serve.ipynb #d5f6981f
 def form_of(
     content_type: str,  # header of a request
 ) -> str:  # "json", "lines" or "csv"
@@ -221,6 +221,13 @@ def answer_schema(
                        **({"enum": o["values"]} if o["type"] == "string" and o.get("values") else {})}
     return {"type": "object", "title": "Answer", "properties": {o["name"]: about(o) for o in outputs}, "required": [o["name"] for o in outputs]}
 
+# %% ../nbs/41_serve.ipynb #61bc389d
+def request_schema(
+    inputs: list[dict],  # of the signature
+) -> dict:  # JSON Schema
+    "One request, for OpenAPI."
+    return {"type": "object", "title": "Request", "properties": {f["name"]: field_schema(f) for f in inputs}, "required": [f["name"] for f in inputs if f["required"]]}
+
 # %% ../nbs/41_serve.ipynb #b5abbb56
 ERROR = {"type": "object", "title": "Refusal", "required": ["error"], "properties": {"error": {"type": "object", "required": list(refusal("")["error"]), "properties": {
     "what": {"type": "string"}, "field": {"type": "string"}, "value": {}, "allowed": {"type": "string"}, "request": {"type": ["integer", "null"]}}}}}
@@ -228,14 +235,13 @@ OTHERS = "JSON. Also JSON lines (`application/jsonlines`: an object a line) and 
 REFUSED = {400: "Not readable", 401: "A key or a token is needed", 403: "The token does not allow this", 408: "The body came too slowly", 413: "Too large",
            415: "A type of body that is not read", 422: "A field cannot be used", 429: "Too many requests", 500: "The service failed", 503: "Not now: try again", 504: "It took too long"}
 
-# %% ../nbs/41_serve.ipynb #23278d8d
+# %% ../nbs/41_serve.ipynb #8b6e98bc
 def openapi_of(
     package: Path,  # folder
 ) -> dict:  # what the description says of /predict
     "Request and answer of a package in the words of OpenAPI."
     spec, sample = (json.loads((package / f"{n}.json").read_text(encoding="utf-8")) for n in ("signature", "sample"))
-    one = {"type": "object", "title": "Request", "properties": {f["name"]: field_schema(f) for f in spec["inputs"]},
-           "required": [f["name"] for f in spec["inputs"] if f["required"]]}
+    one = request_schema(spec["inputs"])
     many = lambda schema: {"oneOf": [schema, {"type": "array", "items": schema}]}
     body = lambda schema, **more: {"application/json": {"schema": schema, **more}}
     texts = {kind: {"schema": {"type": "string"}} for kind in ("application/jsonlines", "text/csv")}
@@ -243,10 +249,10 @@ def openapi_of(
             "responses": {"200": {"description": "An answer a request", "content": {**body(many(answer_schema(spec["outputs"])), example=sample["response"]), **texts}},
                           **{str(status): {"description": why, "content": body(ERROR)} for status, why in REFUSED.items()}}}
 
-# %% ../nbs/41_serve.ipynb #28a25aa4
+# %% ../nbs/41_serve.ipynb #de55f5f4
 LOCKS = {"key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"}, "bearer": {"type": "http", "scheme": "bearer", "description": "the same key, or a token (JWT)"}}
 
-
+# %% ../nbs/41_serve.ipynb #94bcb44b
 def document(
     predictor: Predictor,
     locked: bool = False,  # a key or a token is asked for
@@ -259,7 +265,7 @@ def document(
     return {"openapi": "3.1.0", "info": about, "paths": {"/predict": {"post": ask}, "/healthz": {"get": {"summary": "Is the service up, and with which model?", "responses": up}}},
             **({"components": {"securitySchemes": LOCKS}} if locked else {})}
 
-# %% ../nbs/41_serve.ipynb #00882086
+# %% ../nbs/41_serve.ipynb #f648049e
 @dataclass(frozen=True)
 class TokenRules:
     "Which tokens are good."
@@ -271,7 +277,7 @@ class TokenRules:
     scope: str = ""  # that a token must have (claim `scope` or `scp`), else it is told 403
     leeway: float = 10.0  # seconds that clocks may differ
 
-
+# %% ../nbs/41_serve.ipynb #4d415dbf
 KEYS_OF = {"HS256": "oct", "RS256": "RSA", "ES256": "EC"}  # algorithm: kind of key
 
 # %% ../nbs/41_serve.ipynb #b10cd1cf
@@ -372,7 +378,7 @@ class Tokens:
         "The keys as they are now."
         return key_set(fetched(self.rules.jwks), self.rules) if self.rules.jwks else {"": one_key(fetched(self.rules.key).strip(), self.rules)}
 
-# %% ../nbs/41_serve.ipynb #80bea421
+# %% ../nbs/41_serve.ipynb #06229147
 def renew(self: Tokens):
     "Look at the key set again."
     self.asked = time.monotonic()
@@ -380,7 +386,7 @@ def renew(self: Tokens):
     except SlmlError as e: self.trouble = str(e)
     else: self.keys, self.good = keys, {}
 
-
+# %% ../nbs/41_serve.ipynb #e0f6caaa
 def due(self: Tokens, kid=None) -> bool:
     "Is it time to look at the key set again, for this key or in general?"
     since = time.monotonic() - self.asked
@@ -435,12 +441,12 @@ WHY = {"ExpiredSignatureError": "the token has expired", "ImmatureSignatureError
        "InvalidIssuerError": "the token is of another issuer", "InvalidSignatureError": "the signature of the token is wrong", "MissingRequiredClaimError": "the token lacks iss, aud or exp",
        "InvalidAlgorithmError": "the token is signed by another algorithm"}
 
-# %% ../nbs/41_serve.ipynb #9be311ca
+# %% ../nbs/41_serve.ipynb #9188185f
 def _bad_token(what: str, rules: TokenRules) -> Turned:
     return Turned(401, what, f"Authorization: Bearer TOKEN, signed with {rules.alg} by {rules.iss} for {rules.aud}", field="authorization",
                   **{"www-authenticate": f'Bearer error="invalid_token", error_description="{what}"'})
 
-
+# %% ../nbs/41_serve.ipynb #21eb6ab3
 def _no_scope(scope: str) -> Turned:
     return Turned(403, f"the token does not allow '{scope}'", f"a token with the scope {scope}", field="authorization",
                   **{"www-authenticate": f'Bearer error="insufficient_scope", scope="{scope}"'})
@@ -529,10 +535,10 @@ class Guard:
         self.looking = None  # a look at the issuer's keys that is under way
         self.asks, self.at_once = bool(limits.keys or limits.tokens or limits.rate), getattr(app, "at_once", None)
 
-# %% ../nbs/41_serve.ipynb #7dafca49
+# %% ../nbs/41_serve.ipynb #462fa607
 class ClientGone(Exception): "The client hung up before its body was complete."
 
-
+# %% ../nbs/41_serve.ipynb #dd8d6d33
 async def _through(self: Guard, scope, receive, send):
     "One request: checked, its body taken in, answered."
     if scope["type"] != "http": return await self.app(scope, receive, send)
@@ -559,13 +565,13 @@ def caller(self: Guard, scope, headers: dict) -> str:
     needed = "a token" if self.tokens and not self.hashed else "a key or a token" if self.tokens else "a key"
     raise Turned(401, f"{needed} is needed, and this request has no good one", f"Authorization: Bearer {'TOKEN' if self.tokens else 'KEY'}", field="authorization", **{"www-authenticate": "Bearer"})
 
-# %% ../nbs/41_serve.ipynb #eb24aad2
+# %% ../nbs/41_serve.ipynb #7cbc1798
 async def _known(self: Guard, scope, headers: dict):
     "Ask who calls, and count."
     if self.tokens: await self._look_at_keys(headers.get(b"authorization", b"")[7:8000].strip().decode("latin-1"))
     self.count(scope, headers)
 
-
+# %% ../nbs/41_serve.ipynb #e75418b2
 def count(self: Guard, scope, headers: dict):
     "Ask who calls, and count; once a request."
     if wait := self.rates.wait(self.caller(scope, headers), time.monotonic()):
@@ -586,7 +592,7 @@ async def _look_at_keys(self: Guard, token: str):
 
 Guard._look_at_keys = _look_at_keys
 
-# %% ../nbs/41_serve.ipynb #7ff3948c
+# %% ../nbs/41_serve.ipynb #6cb60b76
 async def _let_in(self: Guard, scope, receive) -> bytes:
     "Check a request; its body."
     headers = dict(scope["headers"])
@@ -595,7 +601,7 @@ async def _let_in(self: Guard, scope, receive) -> bytes:
     if told.isdigit() and int(told[:20]) > self.most: raise self._large()
     return await self._body(receive)
 
-
+# %% ../nbs/41_serve.ipynb #d420d2dc
 def _large(self: Guard, more: bool = True) -> Turned:
     why = _too_large("request", self.limits.limit_mb)
     return Turned(why.status, why.refusal["error"]["what"], why.refusal["error"]["allowed"], more, connection="close")
@@ -663,17 +669,17 @@ def swift(
 
 Guard.swift = swift
 
-# %% ../nbs/41_serve.ipynb #e0333546
+# %% ../nbs/41_serve.ipynb #f4bbfc74
 def sendable(text: str) -> bytes: return text.encode("utf-8", "backslashreplace")
 
-
+# %% ../nbs/41_serve.ipynb #4b5f76be
 async def reply(send, status: int, headers: dict, text: str):
     "An answer, in ASGI's words."
     body = sendable(text)
     await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"%d" % len(body)), *((k.encode(), v.encode("latin-1", "replace")) for k, v in headers.items())]})
     await send({"type": "http.response.body", "body": body})
 
-
+# %% ../nbs/41_serve.ipynb #800d0b41
 async def _send(send, status: int, value, headers: dict = {}):
     "A JSON answer, in ASGI's words."
     await reply(send, status, {"content-type": MEDIA["json"], **headers}, written(value))
@@ -728,18 +734,18 @@ def say(self: Service, scope, body: bytes) -> tuple[int, dict, str]:
         traceback.print_exc()
         return _json(500, refusal(f"the service failed ({type(e).__name__})", "the log of the service says why"))
 
-# %% ../nbs/41_serve.ipynb #bb2fc5de
+# %% ../nbs/41_serve.ipynb #d6a57534
 def lost(self: Service, path: str, method: str, right: str) -> tuple[int, dict, str]:
     "There is no such door, or it opens in another way."
     if not right: return _json(404, refusal(f"there is no {path[:200]}", "POST /predict; GET /healthz; GET /docs", "path", path))
     return _json(405, refusal(f"{method} {path} is not answered", f"{right} {path}", "method", method), allow=right if right == "POST" else "GET, HEAD")
 
-
+# %% ../nbs/41_serve.ipynb #eab7c231
 def _json(status: int, value, **headers) -> tuple[int, dict, str]: return status, {"content-type": MEDIA["json"], **headers}, written(value)
 
 Service.say, Service.lost = say, lost
 
-# %% ../nbs/41_serve.ipynb #ad894888
+# %% ../nbs/41_serve.ipynb #e7d404bf
 def predict(self: Service, scope, body: bytes):
     "One request or a list of them, as JSON, JSON lines or CSV."
     headers = dict(scope["headers"])
@@ -747,7 +753,7 @@ def predict(self: Service, scope, body: bytes):
         return _json(415, refusal("a body that is compressed is not read", "no Content-Encoding", "content-encoding", packed.decode("latin-1")))
     return invoke(self.predictor, body, headers.get(b"content-type", b"").decode("latin-1"), headers.get(b"accept", b"").decode("latin-1"), note=self.note)
 
-
+# %% ../nbs/41_serve.ipynb #be02ea69
 def health(predictor: Predictor) -> dict:
     "What a service says of itself."
     return {"status": "ok", "target": predictor.target, "model": predictor.name, "package": predictor.hash}
@@ -776,7 +782,7 @@ def build_app(
     predictor.warm()
     return Guard(Service(predictor, bool(limits.keys or limits.tokens), note, 0 if "://" in online else SMALL), limits)
 
-# %% ../nbs/41_serve.ipynb #9650461c
+# %% ../nbs/41_serve.ipynb #914b5ecc
 def listen(
     host: str = "127.0.0.1",
     port: int = 8000,  # 0: any that is free
@@ -790,8 +796,32 @@ def listen(
     try: sock.bind((host, port))
     except (OSError, OverflowError) as e:
         sock.close()
-        raise SlmlError(f"port {port} of {host} cannot be used ({getattr(e, 'strerror', None) or e})", "serve", f"choose another: --port {port + 1 if port < 65535 else 8000}") from None
+        raise refused_port(host, port, e) from None
     return sock
+
+# %% ../nbs/41_serve.ipynb #294080f3
+def refused_port(host: str, port: int, e: Exception) -> SlmlError:
+    "Why a port cannot be had, and what to do."
+    return SlmlError(f"port {port} of {host} cannot be used ({getattr(e, 'strerror', None) or e})", "serve", f"choose another: --port {port + 1 if port < 65535 else 8000}; or end what has it")
+
+# %% ../nbs/41_serve.ipynb #f9e399ae
+def claim(
+    host: str, port: int,  # 0: any that is free
+    shared: bool = False,  # for several processes, of which each will listen
+):  # a socket that has the port
+    "Take a port for good, before anybody is told of it."
+    if shared and port: listen(host, port).close()
+    sock = listen(host, port, shared)
+    try: return sock if shared or not sock.listen(2048) else None
+    except OSError as e:
+        sock.close()
+        raise refused_port(host, port, e) from None
+
+# %% ../nbs/41_serve.ipynb #4713e8fc
+def address_of(sock) -> str:  # http://host:port
+    "Where a bound socket answers."
+    host, port = sock.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 # %% ../nbs/41_serve.ipynb #e37cff76
 class Whole:
@@ -832,7 +862,7 @@ class Connection:
         self.late.cancel()
         super().connection_lost(exc)
 
-# %% ../nbs/41_serve.ipynb #f24e56b2
+# %% ../nbs/41_serve.ipynb #4315cdc8
 def data_received(self: Connection, data: bytes):
     "Bytes have come: part of a head, part of a body, or more than one request."
     self.app = crowded if len(self.connections) > self.most or len(self.tasks) >= self.most else self.usual
@@ -844,7 +874,7 @@ def data_received(self: Connection, data: bytes):
     elif not self.transport.is_closing(): self.wait_for_head(len(data))
     if self.begun: self.begin(*self.begun)
 
-
+# %% ../nbs/41_serve.ipynb #92e5f620
 def wait_for_head(self: Connection, more: int):
     "There is no whole head yet."
     self.read, self.late = self.read + more, self.loop.call_later(self.head_seconds, self.transport.close)
@@ -861,13 +891,13 @@ def tell(self: Connection, status: int, value: dict):
 Connection.data_received, Connection.wait_for_head, Connection.tell = data_received, wait_for_head, tell
 Connection.send_400_response = lambda self, msg: self.tell(400, refusal("this is no HTTP request that can be read", "HTTP/1.1, such as: POST /predict"))
 
-# %% ../nbs/41_serve.ipynb #98bf157c
+# %% ../nbs/41_serve.ipynb #23e39395
 def start_task(self: Connection, cycle, app):
     "Uvicorn would start a task for a request."
     if self.reading: self.begun = cycle, app
     else: super(Connection, self)._start_asgi_task(cycle, app)
 
-
+# %% ../nbs/41_serve.ipynb #fc2c9050
 def begin(self: Connection, cycle, app):
     "Answer a request at once, or let a task do it."
     self.begun, said = None, None
@@ -876,10 +906,10 @@ def begin(self: Connection, cycle, app):
     if said: self.answer(cycle, *said)
     else: self._start_asgi_task(cycle, app)
 
-# %% ../nbs/41_serve.ipynb #7e247ff6
+# %% ../nbs/41_serve.ipynb #d37640e8
 STATUS = {s.value: f"HTTP/1.1 {s.value} {s.phrase}" for s in HTTPStatus}
 
-
+# %% ../nbs/41_serve.ipynb #bcd1872b
 def head_of(
     status: int,
     headers: list[tuple[bytes, bytes]],  # that every answer has
@@ -925,7 +955,7 @@ def run_app(
     config = uvicorn.Config(app, log_level="error", access_log=False, http=connection, ws="none", server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=30)
     with contextlib.suppress(KeyboardInterrupt): uvicorn.Server(config).run(sockets=[sock])  # to be stopped is how a server ends
 
-# %% ../nbs/41_serve.ipynb #cfdb2822
+# %% ../nbs/41_serve.ipynb #b2214346
 def serve(
     package_folder,  # a package
     host: str = "127.0.0.1",  # 0.0.0.0: reachable from outside, as in a container
@@ -935,13 +965,15 @@ def serve(
     limits: Limits | None = None,  # None: open on this machine, with keys where others can reach it
     replicas: int = 1,  # processes that answer side by side
     noted=None,  # makes what is told of each prediction, in the process that answers: noted() -> a note, as for `invoke`
+    ready=None,  # ready(sock) is called when the port is ours and the package is in order
 ):
     "Serve a package until it is stopped."
     limits = limits or limits_for(host)
-    work = lambda sock: run_app(build_app(package_folder, online, limits, noted and noted()), sock)
-    if replicas == 1: return work(sock or listen(host, port))
-    check_seal(package_folder)
-    side_by_side(work, *(sock.getsockname()[:2] if sock else (host, port)), replicas)
+    sock, build = sock or claim(host, port, replicas > 1), lambda: build_app(package_folder, online, limits, noted and noted())
+    app = build() if replicas == 1 else check_seal(package_folder) and None
+    if ready: ready(sock)
+    if replicas == 1: run_app(app, sock)
+    else: side_by_side(lambda own: run_app(build(), own), *sock.getsockname()[:2], replicas, sock)
 
 # %% ../nbs/41_serve.ipynb #237de9d8
 def replica(
@@ -973,18 +1005,19 @@ def renewed(
     time.sleep(0.1)  # what kills every process at once must not make us start thousands
     return begin()
 
-# %% ../nbs/41_serve.ipynb #462f3a68
+# %% ../nbs/41_serve.ipynb #301a79c7
 def side_by_side(
     work,  # work(sock) serves until it is stopped
     host: str, port: int,  # 0: any that is free
     count: int,  # processes
+    first=None,  # a socket that has the port, and shares it
 ):
     "Serve in several processes until this one is stopped."
     import signal
     from multiprocessing.connection import wait
     def stop(*_): raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, stop)
-    first, alive = listen(host, port, shared=True), os.pipe()  # holds the port, and never listens
+    first, alive = first or claim(host, port, shared=True), os.pipe()  # holds the port, and never listens
     begin = lambda: replica(work, host, first.getsockname()[1], alive)
     children = [begin() for _ in range(count)]
     try:
@@ -1008,7 +1041,15 @@ def running(
     "A server of the package in a process of its own, for the length of a block."
     return running_code("from slml_nb.serve import serve; serve(sys.argv[2], sock=sock)", package_folder, wait=wait)
 
-# %% ../nbs/41_serve.ipynb #a51d3b61
+# %% ../nbs/41_serve.ipynb #5b90e89d
+def _serving(code: str, sock, args):  # a process
+    "Start a program that serves on a socket of ours."
+    import subprocess
+    path = os.pathsep.join(filter(None, [str(Path(sys.modules["slml_nb"].__file__).parent.parent), os.environ.get("PYTHONPATH", "")]))
+    return subprocess.Popen([sys.executable, "-c", _CHILD + code, str(sock.fileno()), *map(str, args)], pass_fds=[sock.fileno()],
+                            stdin=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path})
+
+# %% ../nbs/41_serve.ipynb #ba720274
 @contextlib.contextmanager
 def running_code(
     code: str,  # serves on `sock`, a bound socket; sys.argv[2:] are the arguments
@@ -1017,10 +1058,7 @@ def running_code(
 ):  # yields the port
     "A program that serves, in a process of its own, for the length of a block."
     import subprocess
-    sock = listen(port=0)
-    path = os.pathsep.join(filter(None, [str(Path(sys.modules["slml_nb"].__file__).parent.parent), os.environ.get("PYTHONPATH", "")]))
-    child = subprocess.Popen([sys.executable, "-c", _CHILD + code, str(sock.fileno()), *map(str, args)], pass_fds=[sock.fileno()],
-                             stdin=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path})
+    child = _serving(code, sock := listen(port=0), args)
     try:
         port = sock.getsockname()[1]
         _until_up(child, port, time.time() + wait)
@@ -1055,7 +1093,18 @@ def percentile(
 
     return sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
 
-# %% ../nbs/41_serve.ipynb #13720533
+# %% ../nbs/41_serve.ipynb #37401649
+def _timed_request(connection, body: bytes) -> dict:  # milliseconds: total, features, model, http
+    "Ask once, and say where the time went."
+    start = time.perf_counter()
+    connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
+    reply = connection.getresponse()
+    text, total = reply.read(), 1000 * (time.perf_counter() - start)
+    if reply.status != 200: raise SlmlError(f"/predict said {reply.status}: {text.decode()[:300]}", "serve", "the package does not answer its own examples")
+    spent = {p.split(";dur=")[0].strip(): float(p.split("=")[1]) for p in reply.getheader("Server-Timing").split(",")}
+    return {"total": total, **spent, "http": total - spent["features"] - spent["model"]}
+
+# %% ../nbs/41_serve.ipynb #0c1b9fe9
 def measure(
     port: int,
     requests: list[dict],  # sent in turn
@@ -1064,18 +1113,9 @@ def measure(
 ) -> list[dict]:  # total, features, model, http: milliseconds of each request
     "Ask a running server again and again."
     import http.client
-    connection, bodies, out = http.client.HTTPConnection("127.0.0.1", port, timeout=30), [json.dumps(r).encode() for r in requests], []
-    for i in range(warm + count):
-        start = time.perf_counter()
-        connection.request("POST", "/predict", bodies[i % len(bodies)], {"Content-Type": "application/json"})
-        reply = connection.getresponse()
-        text = reply.read()
-        total = 1000 * (time.perf_counter() - start)
-        if reply.status != 200: raise SlmlError(f"/predict said {reply.status}: {text.decode()[:300]}", "serve", "the package does not answer its own examples")
-        spent = {p.split(";dur=")[0].strip(): float(p.split("=")[1]) for p in reply.getheader("Server-Timing").split(",")}
-        if i >= warm: out.append({"total": total, **spent, "http": total - spent["features"] - spent["model"]})
-    connection.close()
-    return out
+    connection, bodies = http.client.HTTPConnection("127.0.0.1", port, timeout=30), [json.dumps(r).encode() for r in requests]
+    try: return [_timed_request(connection, bodies[i % len(bodies)]) for i in range(warm + count)][warm:]
+    finally: connection.close()
 
 # %% ../nbs/41_serve.ipynb #e9d3d8d7
 def service_report(

@@ -7,10 +7,10 @@ __all__ = ['COLOURS', 'STYLE', 'notebooks_folder', 'shipped_notebooks', 'sample_
            'artifact_path', 'Stage', 'typed_parameters', 'path', 'read_json', 'has', 'df', 'sql', 'con', 'save',
            'folder', 'metric', 'finding', 'progress', 'axes', 'figure', 'table_out', 'done']
 
-# %% ../nbs/03_stage.ipynb #e5f7172e
+# %% ../nbs/03_stage.ipynb #3e67d349
 import contextlib, json, os, shutil, sys, tempfile, time
 from pathlib import Path
-from .core import Refused, SlmlError, atomic_write, coerce, project_root, read_front_matter, read_notebook, read_parameters, seal, sha256_file, size_of, spellings, strike_out, suggest
+from .core import Refused, SlmlError, atomic_write, coerce, project_root, read_front_matter, read_notebook, read_parameters, seal, sha256_file, sha256_text, size_of, spellings, strike_out, suggest
 
 # %% ../nbs/03_stage.ipynb #8dd29bc7
 def notebooks_folder() -> Path:
@@ -210,16 +210,18 @@ def _plain(value):
     "NumPy scalars, dates and paths in JSON."
     return value.item() if hasattr(value, "item") else value.tolist() if hasattr(value, "tolist") else str(value)
 
-# %% ../nbs/03_stage.ipynb #aab4f688
+# %% ../nbs/03_stage.ipynb #42b21190
 def save(self: Stage,
          name: str,  # of the artifact: one of those the front matter promises
          value,  # relation, DataFrame or Path of a Parquet file (table), dict or list (json), str (text), Path of a folder
+         counts=None,  # what JSON can hold: the part that is no clock's reading; None: all of it
          ) -> Path:  # where it is
     "Save an artifact under its name."
     if self.front["makes"] and name not in self.front["makes"]:
         raise SlmlError(f"'{name}' is not among the artifacts this stage makes", f"stage {self.name}", suggest(name, self.front["makes"]) + "; or add it to `- makes:`")
     kind, where = _write(value, self.out, name, self._con)
     record = {"kind": kind, "file": where.relative_to(self.out).as_posix(), "sha256": sha256_file(where), "bytes": size_of(where)}
+    if counts is not None: record["counts"] = sha256_text(json.dumps(counts, sort_keys=True, default=_plain))
     if kind == "table":
         from slml_nb.sql import register
         register(self.con, name, where)

@@ -488,7 +488,7 @@ class TrialKernels(Kernels):
         for kernel in list(self.busy):
             with contextlib.suppress(OSError, TypeError, AttributeError): kill_tree(getattr(kernel, "pid", None) or kernel.provisioner.pid)
 
-# %% ../nbs/57_tune.ipynb #006ca68c
+# %% ../nbs/57_tune.ipynb #30caaf48
 @dataclass
 class Job:
     "A trial at work."
@@ -496,7 +496,7 @@ class Job:
     point: int  # place in the record
     way: dict  # {stage: execution}
     kernels: TrialKernels
-    hashes: dict = field(default_factory=dict)  # {execution: {artifact: hash}}
+    made: dict = field(default_factory=dict)  # {execution: {artifact: its record}}
     now: str = ""  # the execution that it makes
     why: str = ""  # it was stopped, and why
     pruned: bool = False  # stopped, because it was hopeless
@@ -526,7 +526,7 @@ class Room:
                 del self.taken[job.point]
                 self.free.notify_all()
 
-# %% ../nbs/57_tune.ipynb #e6c2488c
+# %% ../nbs/57_tune.ipynb #463f19de
 class Works:
     "The executions of all trials, each made once."
 
@@ -535,7 +535,7 @@ class Works:
 
     def trial(self, job: Job):
         "Take a trial through its stages."
-        for stage, name in job.way.items(): job.hashes[name] = self.get(job, name)
+        for stage, name in job.way.items(): job.made[name] = self.get(job, name)
 
     def get(self, job: Job, name: str) -> dict:
         "Make an execution, or wait for the trial that makes it."
@@ -556,7 +556,7 @@ class Works:
             with self.lock: self.made.pop(name)
         future.set_exception(error) if error else future.set_result(result)
 
-# %% ../nbs/57_tune.ipynb #bb8b2d70
+# %% ../nbs/57_tune.ipynb #a7d5d76c
 def _make(self: Works, job: Job, name: str) -> dict:
     "Run one stage of a trial."
     e, graph = self.record.sweep.nodes[name], self.record.sweep.graph
@@ -567,7 +567,7 @@ def _make(self: Works, job: Job, name: str) -> dict:
     with self.room(job, needs_mb(self.runner, task)):
         job.now, self.doing[name] = name, time.monotonic()
         progress_file(self.record, name).unlink(missing_ok=True)
-        try: return run_task(replace(self.runner, kernels=job.kernels), task, {a: job.hashes[n][a] for a, n in of.items()})
+        try: return run_task(replace(self.runner, kernels=job.kernels), task, {a: job.made[n][a] for a, n in of.items()})
         except BaseException as error:
             if job.kernels.stopped: self.record.note(name, state="failed", error={"message": job.why, "what": job.why or "stopped", "where": name, "fix": ""})
             elif isinstance(error, Exception): _fail(self.runner, task, error)

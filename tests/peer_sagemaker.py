@@ -12,7 +12,8 @@ the status goes its way, and StopTrainingJob is SIGTERM, a while later SIGKILL. 
         job.thread.join(); job.status, job.secondary, job.reason  # "Completed", "Completed", ""
         p.logs(job.name)                                          # what it printed
 
-The image is a virtual environment that sees the packages of this one, but not slml_nb: that must come with the job, as it must there.
+The image is a virtual environment that has what the job's requirements ask for, and what those ask for in turn, and nothing else: neither slml_nb, which must
+come with the job, nor what happens to be installed here. A job without requirements sees all packages of this environment but slml_nb.
 """
 import contextlib, json, os, re, signal, shutil, subprocess, sys, tarfile, tempfile, threading, time, venv
 from pathlib import Path
@@ -37,27 +38,61 @@ def wrong(shape, value, where=""):
     pattern = shape.metadata.get("pattern")
     if kind == "string" and pattern:
         with contextlib.suppress(re.error):  # a pattern of Java's that Python does not know
-            if not re.search(f"^(?:{pattern})$", value, re.S): found.append(f"{where}: {value!r:.120} does not match {pattern}")
+            if not re.fullmatch(pattern, value): found.append(f"{where}: {value!r:.120} does not match {pattern}")
     if kind == "list": found += [w for i, v in enumerate(value) for w in wrong(shape.member, v, f"{where}[{i}]")]
     if kind == "map": found += [w for k, v in value.items() for w in wrong(shape.key, k, f"{where}.{k}") + wrong(shape.value, v, f"{where}.{k}")]
     return found
 
 
-def image(place):
-    "A container's Python: the packages of this environment, without slml_nb; torchrun and pip on its PATH."
-    home = Path(place) / "image"
-    if (home / "ready").exists(): return home
+def closure(lines):
+    "The installed distributions that some requirements ask for, all the way down."
+    from importlib.metadata import PackageNotFoundError, distribution
+    from packaging.requirements import Requirement
+    found, todo = {}, [(Requirement(line), {""}) for line in lines]
+    while todo:
+        r, extras = todo.pop()
+        if r.marker and not any(r.marker.evaluate({"extra": e}) for e in extras): continue
+        try: d = distribution(r.name)
+        except PackageNotFoundError: continue  # the job says so, when it tries
+        name, wanted = re.sub("[-_.]+", "-", r.name).lower(), {"", *r.extras}
+        if wanted <= found.setdefault(name, (d, set()))[1]: continue
+        found[name][1].update(wanted)
+        todo += [(Requirement(line), wanted) for line in d.requires or []]
+    return [d for d, _ in found.values()]
+
+
+def asked_for(folder):
+    "The requirements that lie among a job's files; None: it has none."
+    files = sorted(Path(folder).rglob("requirements.txt"))
+    return tuple(sorted({line.strip() for f in files for line in f.read_text().splitlines() if line.strip()})) if files else None
+
+
+def image(place, lines=None):
+    "A container's Python: what some requirements ask for, or all packages of this environment, without slml_nb; torchrun and pip on its PATH."
+    home = Path(place) / f"image{abs(hash(lines)) if lines is not None else ''}"
+    with IMAGES:
+        if not (home / "ready").exists(): _furnished(home, lines)
+    return home
+
+
+IMAGES = threading.Lock()
+
+
+def _furnished(home, lines):
+    "A new image."
     venv.create(home, with_pip=False, symlinks=True)
     site = next(home.glob("lib/python3*/site-packages"))
     theirs = next(p for p in sys.path if p.endswith("site-packages") and Path(p, "boto3").is_dir())
-    (site / "image.pth").write_text(theirs + "\n")  # a path that a .pth adds does not have its own .pth files read: no editable install comes along
+    if lines is None: (site / "image.pth").write_text(theirs + "\n")  # a path that a .pth adds does not have its own .pth files read: no editable install comes along
+    else:
+        tops = {f.parts[0] for d in closure((*lines, "pip")) for f in d.files or [] if not f.parts[0].startswith((".", "__"))}
+        for top in tops: (site / top).exists() or (site / top).symlink_to(Path(theirs, top))
     for name, module in (("pip", "pip"), ("pip3", "pip"), ("torchrun", "torch.distributed.run")):
         (home / "bin" / name).write_text(f'#!/bin/sh\nexec {home}/bin/python3 -m {module} "$@"\n')
         (home / "bin" / name).chmod(0o755)
     (home / "bin/train").write_text(f"#!{home}/bin/python3\n{SCRIPT_MODE}")
     (home / "bin/train").chmod(0o755)
     (home / "ready").touch()
-    return home
 
 
 # What the program `train` of AWS's images does (SageMaker Training Toolkit), for a job that names no entry point of its own
@@ -313,7 +348,7 @@ class Peer:
 
     def container(self, job, ml, host):
         "Process 1 of a namespace of its own, with /opt/ml, a host name and little else."
-        spec, home = job.request["AlgorithmSpecification"], image(self.place)
+        spec, home = job.request["AlgorithmSpecification"], image(self.place, asked_for(ml / "input/data"))
         env = {"PATH": f"{home}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8", "AWS_ENDPOINT_URL": self.url, "AWS_ACCESS_KEY_ID": "AKIDROLE", "AWS_SECRET_ACCESS_KEY": "test",
                "AWS_REGION": REGION, "AWS_DEFAULT_REGION": REGION, "TRAINING_JOB_NAME": job.name, "TRAINING_JOB_ARN": job.record.arn, "CURRENT_HOST": host, "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1", **job.request.get("Environment", {})}
         return self.in_namespace(ml, [*spec.get("ContainerEntrypoint", ["train"]), *spec.get("ContainerArguments", [])], env, host)

@@ -395,6 +395,37 @@ def test_a_package_that_cannot_be_opened_is_not_started_for_ever(project, packag
     assert "package" in err or "manifest" in err
 
 
+@pytest.mark.parametrize("how", [(), ("--replicas", "2"), ("--workers", "1")], ids=["alone", "replicas", "host"])
+@pytest.mark.parametrize("shared", [False, True], ids=["taken", "shared"])
+def test_a_taken_port_is_said_before_any_address(project, package, how, shared):
+    "Also when its owner would share it: nobody shares a port with strangers."
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared: other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        code, out, err = project.slml("serve", str(package), "--port", str(port), *how, timeout=60)
+    assert code == 2 and "http://" not in out and f"port {port} of 127.0.0.1 cannot be used (Address already in use)" in err and f"--port {port + 1}" in err, (out, err)
+
+
+@pytest.mark.parametrize("how", [(), ("--replicas", "2"), ("--workers", "1")], ids=["alone", "replicas", "host"])
+def test_the_port_that_the_system_gave_is_said(project, package, good, how):
+    server = subprocess.Popen(project.command("serve", str(package), "--port", "0", *how), cwd=project.folder, env=project.environment(), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        while "http://" not in (line := server.stdout.readline()): assert line, server.wait(10)
+        port = int(line.split("http://127.0.0.1:")[1].split("/")[0])
+        def asked():
+            with contextlib.suppress(OSError, http.client.HTTPException): return call(port, good, path=f"/{package.name}/predict" if "--workers" in how else "/predict")[0]
+        assert port and until(lambda: asked() == 200, 60)
+        server.terminate()
+        assert server.wait(30) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError): os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        server.stdout.close()
+
+
 def test_the_command_says_what_is_wrong_with_its_rules(project, package):
     for argv, says in ((("--jwt", "alg=none iss=a aud=b key=k"), "choose one of HS256, RS256, ES256"), (("--jwt", "alg=RS256 iss=a aud=b key=nowhere"), "cannot be read"), (("--host", "0.0.0.0"), "or --jwt for tokens")):
         code, out, err = project.slml("serve", str(package), "--port", str(free_port()), *argv, SLML_KEYS="", SLML_JWT="", timeout=60)

@@ -164,6 +164,73 @@ def test_predict_answers_the_rows_of_a_file(shop):
     assert code == 0 and 250_000 < float(list(csv.DictReader(out.splitlines()))[0]["prediction"]) < 400_000, out + err
 
 
+def broken(text, form):
+    "A table of flats with lines that are none: (text, {place: what the reason says})."
+    head, *rows = text.splitlines()
+    if form == "csv": bad = {2: (rows[2].rpartition(",Ulm")[0] or "FL,1", "fields instead of"), 5: (rows[5].replace("FL-", 'FL-"', 1).replace('FL-"', '"FL-', 1), ""), 6: (head, "the header again")}
+    else:
+        names = ["Flat ID", "Living area", "Built", "Sold on", "City", "City_2"]
+        rows = [json.dumps(dict(zip(names, r.split(",")))) for r in rows]
+        bad = {0: (rows[0][:-9], "not JSON"), 4: ("17", "not a JSON object")}
+    for place, (line, _) in sorted(bad.items()): rows.insert(place, line)
+    return "\n".join([head, *rows] if form == "csv" else rows) + "\n", {place: why for place, (_, why) in bad.items()}
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_predict_leaves_a_broken_line_in_its_place(shop, form):
+    "As many rows as the file has, also from a pipe; what is refused says why, and the others are answered as ever."
+    text, bad = broken(flats(60), form)
+    shop.write(f"broken.{form}", text)
+    code, out, err = shop.slml("predict", "flats", f"broken.{form}")
+    rows = list(csv.DictReader(out.splitlines()))
+    assert code == 0 and len(rows) == 60 + len(bad) and f"{len(bad)} of {len(rows)} rows have no prediction" in err, err + out[-2000:]
+    for place, row in enumerate(rows): assert (row["prediction"] == "") == (place in bad) and bad.get(place, "") in row["error"], (place, row)
+    assert [r["Flat ID"] for r in rows if r["prediction"]] == [f"FL-{i:05}" for i in range(60)]
+    piped = subprocess.run(shop.command("predict", "flats", "-"), cwd=shop.folder, env=shop.environment(), input=text, capture_output=True, text=True)
+    assert (piped.returncode, piped.stdout, piped.stderr) == (code, out, err)
+
+
+@pytest.mark.parametrize("form", ["csv", "csv.gz", "jsonl", "jsonl.gz", "json", "parquet"])
+def test_predict_with_a_package_alone_keeps_every_row(project, form):
+    "Each form of file, from a name and from a pipe, into a CSV and into Parquet: the same rows in the same order."
+    import duckdb, gzip
+    from slml_nb.stage import made_in, sample_folder
+    record = made_in(sample_folder())["package"]
+    package = f"{record['root']}/{record['file']}"
+    asked = json.loads(open(f"{package}/sample.json").read())["request"]
+    requests = [{**asked, "hour": i % 24} for i in range(50)]
+    if form == "parquet":
+        bad = {3: "is missing"}
+        (project.folder / "rows.json").write_text(json.dumps([{**r, "hour": None} if i in bad else r for i, r in enumerate(requests)]))
+        duckdb.execute(f"copy (from read_json('{project.folder}/rows.json')) to '{project.folder}/rows.parquet' (format parquet)")
+    else:
+        plain = form.removesuffix(".gz")
+        lines = [",".join(map(str, r.values())) if plain == "csv" else json.dumps(r) for r in requests]
+        bad = {3: "line", 17: "line", 49: "line"} if plain != "json" else {7: "no object", 49: "no object"}
+        for place in bad: lines[place] = {"csv": '"1,2', "jsonl": lines[place][:30], "json": "17"}[plain]
+        if plain == "csv": lines = [",".join(asked), *lines]
+        data = (f"[{', '.join(lines)}]" if plain == "json" else "\n".join(lines) + "\n").encode()
+        project.write(f"rows.{form}", gzip.compress(data) if form.endswith("gz") else data)
+    code, out, err = project.slml("predict", package, f"rows.{form}")
+    rows = list(csv.DictReader(out.splitlines()))
+    assert code == 0 and len(rows) == 50 and f"{len(bad)} of 50 rows have no prediction" in err, (err, out[:500])
+    for place, row in enumerate(rows):
+        assert bad.get(place, "") in row["error"] and (row["prediction"] == "") == (place in bad), (place, row)
+        assert place in bad or int(row["hour"]) == place % 24, (place, row)
+    with open(project.folder / f"rows.{form}", "rb") as f: piped = subprocess.run(project.command("predict", package, "-", "--out", "piped.parquet", "--json"), cwd=project.folder, env=project.environment(), stdin=f, capture_output=True)
+    assert piped.returncode == 0 and json.loads(piped.stdout)["errors"] == len(bad), piped.stderr
+    assert duckdb.sql(f"select prediction, error from '{project.folder}/piped.parquet'").fetchall() == [(float(r["prediction"]) if r["prediction"] else None, r["error"] or None) for r in rows]
+
+
+def test_predict_without_a_single_answer_has_failed(project):
+    from slml_nb.stage import made_in, sample_folder
+    record = made_in(sample_folder())["package"]
+    project.write("none.jsonl", "{\n3\n")
+    code, out, err = project.slml("predict", f"{record['root']}/{record['file']}", "none.jsonl")
+    assert code == 1 and len(out.splitlines()) == 3 and "2 of 2 rows have no prediction" in one_message(err)
+    assert "exit code is 0" in re.sub(r"\s+", " ", project.slml("predict", "--help")[1])
+
+
 def test_churn_is_two_classes(shop):
     code, r = draft_and_run(shop, "churn", churn(), "left?", "--to", "evaluate")
     assert r["state"] == "done", r.get("error")

@@ -119,17 +119,23 @@ def test_the_zip_of_a_network_fits_and_answers(tmp_path):
     assert answer["prediction"] == pytest.approx(1.0, abs=1e-6) and loaded == ["numpy", "onnxruntime"]
 
 
+def python_of(folder, libraries):
+    "A Python that has what an image would install, and nothing else."
+    from peer_sagemaker import image
+    return image(folder / "image", tuple(libraries)) / "bin/python3"
+
+
 @contextlib.contextmanager
 def container(folder, **env):
     "The application of the image in a process of its own; its port."
     import time
     from slml_nb.serve import listen
-    write_image(FLIGHTS, folder)
+    python = python_of(folder, write_image(FLIGHTS, folder))
     sock = listen(port=0)
     port = sock.getsockname()[1]
     sock.close()
     (folder / "app.py").write_text((folder / "app.py").read_text().replace("/opt/slml/package", str(folder / "package")).replace('address="0.0.0.0"', 'address="127.0.0.1"'))
-    process = subprocess.Popen([sys.executable, "app.py", "serve"], cwd=folder, env={"PATH": os.environ["PATH"], "PORT": str(port), "PYTHONDONTWRITEBYTECODE": "1", **env})
+    process = subprocess.Popen([python, "app.py", "serve"], cwd=folder, env={"PATH": os.environ["PATH"], "PORT": str(port), "PYTHONDONTWRITEBYTECODE": "1", **env})
     try:
         for _ in range(400):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1): break
@@ -191,14 +197,14 @@ def test_the_outcome_of_a_transform_job(aws, tmp_path, capsys):
 def test_the_container_serves_as_its_dockerfile_says(tmp_path):
     import http.client, time
     from slml_nb.serve import listen
-    write_image(FLIGHTS, tmp_path)
+    python = python_of(tmp_path, write_image(FLIGHTS, tmp_path))
     sock = listen(port=0)
     port = sock.getsockname()[1]
     sock.close()
     app = (tmp_path / "app.py").read_text().replace("/opt/slml/package", str(tmp_path / "package")).replace('address="0.0.0.0"', 'address="127.0.0.1"')
     (tmp_path / "app.py").write_text(app)
     env = {"PATH": os.environ["PATH"], "PORT": str(port), "SLML_OPEN": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen([sys.executable, "app.py", "serve"], cwd=tmp_path, env=env)
+    process = subprocess.Popen([python, "app.py", "serve"], cwd=tmp_path, env=env)
     try:
         for _ in range(200):
             try:

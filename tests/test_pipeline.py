@@ -22,11 +22,11 @@ MELT = tiny.notebook("melt", "ore", "iron, verdict, package", "heat: float = 1.5
 
 
 @pytest.fixture(scope="module")
-def house():
+def house(tmp_path_factory):
     from slml_nb.jobs import wheel
     with peer(grace=3) as p:
         house = Pipelines(p)
-        house.wheel = wheel()
+        house.wheel, house.forms = wheel(), tmp_path_factory.mktemp("forms")
         yield house
 
 
@@ -35,9 +35,11 @@ def mine(project, house, monkeypatch):
     "The tiny use case, with the store in the bucket; the environment of a client."
     for name, value in house.p.env.items(): monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLML_CACHE", str(project.folder / "cache"))
+    (project.folder / "cache").mkdir()
+    (project.folder / "cache/sagemaker").symlink_to(house.forms)  # what SageMaker's SDK was asked once
     monkeypatch.chdir(project.folder)
     from slml_nb import jobs, pipeline
-    for room in (jobs, pipeline): monkeypatch.setattr(room, "wheel", lambda: house.wheel)  # built once
+    for room in (jobs, pipeline): monkeypatch.setattr(room, "wheel", lambda *_: house.wheel)  # built once
     project.write("data/ore.csv", "kg\n6\n")
     project.write("params/oven.py", "def melt(kg): return kg / 2\n")
     tiny.use_case(project, {"dig": DIG, "melt": MELT}, store="s3://shop/slml", sagemaker=json.dumps({"role": ROLE, "region": REGION}))
@@ -76,7 +78,7 @@ def test_pipeline_makes_what_a_run_makes(mine, house):
     from slml_nb.graph import plan
     from slml_nb.pipeline import create, start, status, status_text
     from slml_nb.run import execute
-    params = load(pipeline={"approval": "person"})
+    params = load(pipeline={"approval": "person"}, kms="alias/ore")
     assert create(params)["state"] == "new" and create(params)["state"] == "unchanged"
     one, two = start(params), start(params)  # typed twice: one execution
     assert (one["state"], two["state"], one["arn"]) == ("started", "under way", two["arn"])
@@ -98,6 +100,7 @@ def test_pipeline_makes_what_a_run_makes(mine, house):
     house.p.client("sagemaker").update_model_package(ModelPackageArn=package["ModelPackageArn"], ModelApprovalStatus="Rejected", ApprovalDescription="too hot")
     assert "rejected (too hot)" in status_text(status(params))
     made = [(o, r) for o, r, who in house.requests if who == "AKIDPIPELINE" and "slml-mine" in json.dumps(r)]
+    assert [r["SecurityConfig"] for o, r in made if o == "CreateModelPackage"] == [{"KmsKeyId": "alias/ore"}]
     policy = policy_for(params, *plan(params), "pipeline-role")
     assert {o for o, _ in made} == {"CreateTrainingJob", "DescribeTrainingJob", "CreateProcessingJob", "CreateModelPackage"} and missing(policy, "sagemaker", made) == []
     assert missing(policy_for(replace(params, project="mine-2"), *plan(params), "pipeline-role"), "sagemaker", made)  # the role of another project may not
@@ -158,7 +161,7 @@ def test_what_starts_it(mine, house):
     for _ in range(2): told = create(params)  # a second time it is brought up to date
     assert len(told["triggers"]) == 2
     plan = house.p.client("scheduler").get_schedule(Name="slml-mine")
-    assert (plan["ScheduleExpression"], plan["ScheduleExpressionTimezone"], plan["Target"]["Arn"]) == ("cron(0 6 ? * MON,TUE,WED,THU,FRI *)", "Europe/Berlin", told["arn"])
+    assert (plan["ScheduleExpression"], plan["ScheduleExpressionTimezone"], plan["Target"]["Arn"]) == ("cron(0 6 ? * MON-FRI *)", "Europe/Berlin", told["arn"])
     events, iam = house.p.client("events"), house.p.client("iam")
     assert json.loads(events.describe_rule(Name="slml-mine")["EventPattern"])["detail"] == {"bucket": {"name": ["inbox"]}, "object": {"key": [{"prefix": "ore/"}]}}
     target, = events.list_targets_by_rule(Rule="slml-mine")["Targets"]
@@ -204,6 +207,162 @@ def test_the_sdk_writes_the_same(mine):
     assert Join(on="", values=["s3://shop/slml/mine/pipelines/", ExecutionVariables.PIPELINE_EXECUTION_ID, "/gate"]).expr == steps["gate"]["Arguments"]["ProcessingOutputConfig"]["Outputs"][0]["S3Output"]["S3Uri"]
     ours = StepRetryPolicy([StepExceptionTypeEnum.SERVICE_FAULT, StepExceptionTypeEnum.THROTTLING], interval_seconds=10, backoff_rate=2.0, max_attempts=5)
     assert ours.to_request() == RETRIES[0]
+
+
+def quiet(house, monkeypatch): monkeypatch.setattr(house, "execute", lambda arn, e: None)  # executions begin, and nothing comes of them
+
+
+def test_code_of_an_older_definition_stays_while_an_execution_needs_it(mine, house, monkeypatch):
+    "Created, started, created anew with other code, and swept: what the execution under way reads is there until it is over."
+    import datetime as dt
+    from moto.s3.models import s3_backends
+    from slml_nb import jobs
+    from slml_nb.keep import gc
+    from slml_nb.pipeline import create, start
+    from slml_nb.store import open_store
+    quiet(house, monkeypatch)
+    params, parts, store = replace(load(), project="older"), jobs.wheel_parts(), open_store("s3://shop/slml")
+    def code(n): monkeypatch.setattr(jobs, "wheel_parts", lambda: {**parts, "slml_nb/n.py": b"# %d" % n})  # a change of the package
+    def there():
+        for key in s3_backends[ACCOUNT]["aws"].buckets["shop"].keys.values(): key.last_modified -= dt.timedelta(days=60)
+        (mine.folder / "runs").mkdir(exist_ok=True)
+        gc(mine.folder / "runs", "30d", dry_run=False, store="s3://shop/slml", cache=mine.folder / "cache")
+        return {name.split("/")[3] for name in store.list("older/jobs/code/")}
+    store.put("older/jobs/code/0000/start.py", b"nobody needs this"), store.put("older/jobs/code/0000/.whole", b"")
+    code(1), create(params)
+    first, arn = there(), start(params)["arn"]
+    assert len(first) == 1 and "0000" not in first  # the broom does sweep
+    code(2)
+    assert "the package slml_nb changed" in create(params)["changes"][0]
+    both = there()
+    assert first < both and len(both) == 2
+    two = start(params, {"melt.heat": "9"})["arn"]
+    code(3), create(params)
+    assert len(there()) == 3  # two executions, of two older definitions
+    house.executions[arn]["status"] = "Succeeded"
+    assert create(params)["state"] == "unchanged" and there() == there() - first and len(there()) == 2
+    house.executions[two]["status"] = "Stopping"  # its jobs may still read
+    create(params)
+    assert len(there()) == 2
+    house.executions[two]["status"] = "Failed"
+    create(params)
+    assert len(there()) == 1
+
+
+KINDS = tiny.notebook("kinds", "", "seen", "i: int = 3\nf: float = 1e-5\nb: bool = True\ns: str = 'grüße ☃ 日本'\nnone: str | None = None\noi: int | None = 4\nls: list[str] = ['a', 'ü']\nd: dict[str, float] = {'a': 1.5}\n"
+                      "c: Literal['red', 'green'] = 'red'\nany_: list = [1, 'a']\nmany: str = 'line one\\nline two'\ngröße: int = 5\nwhen: date = '2020-01-02'", tiny.HEAD.format(stage="kinds") + "stage.save('seen', {'i': i})\nstage.done()")
+TYPED = {"i": ("7", 7), "f": (".5", 0.5), "b": ("no", False), "s": ("it's 100 %\nor %27", "it's 100 %\nor %27"), "none": ("x", "x"), "oi": ("null", None), "ls": ("b,c", ["b", "c"]), "d": ("{a: 2}", {"a": 2.0}), "c": ("green", "green"), "any_": ("[1]", [1]), "many": ("1\r\n2", "1\r\n2")}
+
+
+def test_parameters_of_every_type_arrive_as_they_were_typed(mine, house, monkeypatch):
+    "From -p through the request of the execution and that of the job to what the notebook is given."
+    from slml_nb.core import load_params
+    from slml_nb.pipeline import bundle_of, create, opened, parameter_name, pipeline_parameters, plan, start, unsheltered
+    quiet(house, monkeypatch)
+    tiny.use_case(mine, {"kinds": KINDS}, "kinds", store="s3://shop/slml", sagemaker=json.dumps({"role": ROLE, "region": REGION}))
+    params = load_params("params/kinds.yaml")
+    create(params)
+    assert pipeline_parameters(*plan(params), params, {})[1] == ["kinds.größe", "kinds.when"]  # a name that SageMaker does not take, and a date that is a text: as the set has them
+    for n, f in bundle_of(params, *plan(params)).items(): mine.write(f"there/{n}", f.decode())
+    for given, expected in (({}, {}), ({n: text for n, (text, _) in TYPED.items()}, {n: v for n, (_, v) in TYPED.items()})):
+        e = house.executions[arn := start(params, given)["arn"]]
+        step = next(s for s in e["definition"]["Steps"] if s["Name"] == "kinds")
+        told = house.filled(arn, e, step)["HyperParameters"]
+        monkeypatch.chdir(mine.folder / "there")
+        got = opened(mine.folder / "there", "s3://shop/slml", {f"kinds.{n[2:]}": unsheltered(v) for n, v in told.items() if n.startswith("p_")})[2]["kinds"]
+        monkeypatch.chdir(mine.folder)
+        assert got == {**plan(params)[1]["kinds"], **expected}
+    assert parameter_name("kinds", "größe") not in {p["Name"] for p in e["definition"]["Parameters"]}
+
+
+@pytest.mark.parametrize("typed, way_out", [
+    ("melt.spot=true", "slml pipeline create PARAMS -p melt.spot="), ("melt.on=ml.banana", "cannot run on 'ml.banana'"), ("melt.on=here", "cannot run on 'here'"), ("melt.on=ml.g5.xlarge", "create the pipeline again"), ("no.on=ml.m5.large", "there is dig, melt"),
+    ("melt.heet=3", "did you mean 'heat'?"), ("heat=hot", "give a number"), ("heat=inf", "cannot carry"), ("note=" + "x" * 1025, "cannot carry"), (f"depth={2**63}", "cannot carry"), ("breaks=maybe", "true or false")])
+def test_what_cannot_start_is_refused_with_a_way_out(mine, house, capsys, monkeypatch, typed, way_out):
+    from slml_nb.cli import main
+    quiet(house, monkeypatch)
+    if not any(n == "CreatePipeline" and r["PipelineName"] == "slml-mine" for n, r, _ in house.requests): main(["pipeline", "create", "params/mine.yaml"])
+    begun = house.p.count("StartPipelineExecution")
+    code, capsys_said = main(["pipeline", "start", "params/mine.yaml", "-p", typed]), capsys.readouterr()
+    assert code == 2 and way_out in capsys_said.err and house.p.count("StartPipelineExecution") == begun, capsys_said
+
+
+def test_nothing_there_and_nothing_running_is_said(mine, house, capsys, monkeypatch):
+    from slml_nb.cli import main
+    from slml_nb.pipeline import pipeline_name
+    quiet(house, monkeypatch)
+    tiny.use_case(mine, {"dig": DIG, "melt": MELT}, "fresh.and_new", store="s3://shop/slml", sagemaker=json.dumps({"role": ROLE, "region": REGION}), about=json.dumps("Two lines,\nand 100 % of it"))
+    def said(*words):
+        code, out = main(["pipeline", *words]), capsys.readouterr()
+        return code, (out.out + out.err).strip()
+    file = "params/fresh.and_new.yaml"
+    for what in ("start", "status", "stop"): assert said(what, file)[0] == 2 and "slml pipeline create" in said(what, file)[1]
+    code, text = said("create", file)
+    assert (code, text.splitlines()[0]) == (0, f"{pipeline_name('fresh.and_new')} created"), text
+    for what in ("status", "stop"): assert "slml pipeline start" in said(what, file)[1]
+    assert said("status", file, f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:pipeline/slml-mine/execution/1")[0] == 2
+    arn = said("start", file)[1].partition(": ")[0]
+    assert said("stop", file) == (0, f"{arn} is being stopped") and said("stop", file) == (0, f"{arn} is being stopped already")
+    house.executions[arn]["status"] = "Stopped"
+    assert said("stop", file) == (0, f"{arn} is over already")
+    for wrong in ("arn:foo", f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:model/x"):
+        assert main(["stop", wrong]) == 2 and "names nothing that could be stopped" in capsys.readouterr().err
+
+
+def test_two_sets_of_one_project_do_not_start_each_other(mine, house, monkeypatch):
+    from slml_nb.core import SlmlError
+    from slml_nb.pipeline import create, start
+    quiet(house, monkeypatch)
+    one, two = replace(load(), project="shared"), replace(load(), project="shared", file="params/two.yaml", values={"melt": {"heat": 7.0}})
+    create(one)
+    assert create(two)["changes"][:2] == ["set: params/mine.yaml → params/two.yaml", "parameter melt-heat: 1.5 → 7.0"]
+    with pytest.raises(SlmlError, match="created from params/two.yaml"): start(one)
+    assert start(two)["state"] == "started" and create(one)["state"] == "changed" and start(one)["state"] == "started"
+
+
+def test_what_the_set_no_longer_names_starts_nothing_any_more(mine, house, monkeypatch):
+    "A timetable and a rule come, change and go; a word that is wrong changes nothing."
+    from botocore.exceptions import ClientError
+    from slml_nb.core import SlmlError
+    from slml_nb.pipeline import create
+    house.p.client("s3").create_bucket(Bucket="coming")
+    events, scheduler = house.p.client("events"), house.p.client("scheduler")
+    def made(**words): return create(replace(load(pipeline=words), project="comes"))
+    def pipeline(): return house.p.client("sagemaker").describe_pipeline(PipelineName="slml-comes")
+    for words, why in (({"cron": "61 6 * * *"}, "no minute"), ({"cron": "0 6 * * *", "zone": "Mars/Base"}, "no time zone"), ({"steps": "many"}, "how many steps"), ({"new_objects": "s3://no-such-bucket-here/in/"}, "there is no bucket 'no-such-bucket-here'")):
+        with pytest.raises(SlmlError, match=why): made(**words)
+        with pytest.raises(ClientError, match="not find|not exist"): pipeline()
+    odd = "s3://coming/größe & 'gut' [1]/"
+    assert len(made(cron="0 6 * * *", new_objects=odd, steps="2")["triggers"]) == 2
+    assert json.loads(events.describe_rule(Name="slml-comes")["EventPattern"])["detail"]["object"] == {"key": [{"prefix": "größe & 'gut' [1]/"}]}
+    assert [r["ParallelismConfiguration"] for o, r, _ in house.requests if o == "CreatePipeline" and r["PipelineName"] == "slml-comes"] == [{"MaxParallelExecutionSteps": 2}]
+    told = made(cron="0 7 * * *", new_objects="s3://coming/*/ore.csv", steps="4")
+    assert {"cron: 0 6 * * * → 0 7 * * *", f"new_objects: {odd} → s3://coming/*/ore.csv", "steps: 2 → 4"} == set(told["changes"])
+    assert scheduler.get_schedule(Name="slml-comes")["ScheduleExpression"] == "cron(0 7 * * ? *)" and "wildcard" in events.describe_rule(Name="slml-comes")["EventPattern"]
+    assert [r["ParallelismConfiguration"] for o, r, _ in house.requests if o == "UpdatePipeline" and r["PipelineName"] == "slml-comes"] == [{"MaxParallelExecutionSteps": 4}]
+    assert made(cron="0 7 * * *")["triggers"][1] == "no longer when an object s3://coming/*/ore.csv arrives"
+    with pytest.raises(ClientError, match="not exist"): events.describe_rule(Name="slml-comes")
+    assert made()["triggers"] == ["no longer at 0 7 * * *"] and made()["triggers"] == []
+    with pytest.raises(ClientError, match="not exist|not found"): scheduler.get_schedule(Name="slml-comes")
+
+
+@pytest.mark.parametrize("melt, head", [
+    ({"on": "ml.m5.large"}, {}), ({"on": "ml.g5.xlarge", "spot": True, "max_hours": 2.0, "volume_gb": 60}, {}), ({"on": "ml.m5.large", "keep_warm_minutes": 10}, {"tags": {"größe": "日本"}}), ({"on": "sagemaker"}, {"images": {"cpu": "123456789012.dkr.ecr.us-east-1.amazonaws.com/x:1", "serve": "123456789012.dkr.ecr.us-east-1.amazonaws.com/y:1"}}),
+    ({"on": "ml.m5.large", "image": "123456789012.dkr.ecr.us-east-1.amazonaws.com/own:1"}, {"kms": "alias/ore"}), ({}, {"kms": "arn:aws:kms:us-east-1:123456789012:key/1", "subnets": ["subnet-1"], "security_groups": ["sg-1"]}),
+    ({"on": "ml.m5.large", "spot": True}, {"region": "cn-north-1", "role": "arn:aws-cn:iam::123456789012:role/slml", "pipeline": {"approval": "person", "steps": "3"}})])
+def test_every_option_is_what_the_calls_take(mine, house, melt, head):
+    "Each step's arguments, with each word of a stage and of the account, against botocore's model: by our own check, and by the one that the test's server has."
+    from peer_sagemaker import wrong
+    from slml_nb.pipeline import CALLS, defaults_of, filled, problems_of, render, steps_in
+    definition, _ = render(replace(load(**head), values={"melt": melt}))
+    assert problems_of(definition) == []
+    known, model = defaults_of(definition), house.model
+    by = {s["Name"]: filled(s["Arguments"], lambda kind, path: "word" if kind != "Get" else known.get(path, "e1")) for s in steps_in(definition["Steps"]) if s["Type"] in CALLS}
+    for s in steps_in(definition["Steps"]):
+        if s["Type"] in CALLS: assert wrong(model.operation_model(CALLS[s["Type"]]).input_shape, by[s["Name"]]) == [], s["Name"]
+    assert {s["Type"] for s in steps_in(definition["Steps"])} == {"Training", "Processing", "Condition", "RegisterModel", "Fail"}
+    kms = [by["register"].get("SecurityConfig", {}).get("KmsKeyId"), by["melt"]["OutputDataConfig"].get("KmsKeyId"), by["melt"]["ResourceConfig"].get("VolumeKmsKeyId"), by["gate"]["ProcessingOutputConfig"].get("KmsKeyId")]
+    assert kms == [head.get("kms")] * 4
 
 
 LADDER = tiny.notebook("simple", "", "ladder, problem, features, recipe", "enough: bool = False", "from slml_nb.stage import Stage, artifact_path, made_in, sample_folder\nimport json\nstage = Stage('simple', run)\nfound = made_in(sample_folder())",

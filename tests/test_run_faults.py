@@ -682,3 +682,53 @@ def test_a_planted_secret_is_nowhere(project, cold):
             assert not found, (form, found)
     log = next(data for f, data in files.items() if f.endswith("well/log.jsonl")).decode()
     assert "the key is ***, says the notebook" in log  # it was struck out, and the rest is there
+
+
+# ---- a clock in an artifact
+
+def lap(project):
+    "A stage that times something, one that follows its conclusions, and one that tells the times."
+    clocked = notebook("lap", "", "verdict", "rounds: int = 3  # timed", HEAD.format(stage="lap") + "import time; verdict = {'ms': time.monotonic_ns(), 'met': True, 'rounds': rounds}",
+                       "stage.save('verdict', verdict, counts={'met': verdict['met']})\nstage.done()")
+    plain = notebook("pack", "verdict", "pack", "n: int = 1", HEAD.format(stage="pack") + "v = stage.json('verdict')", "stage.save('pack', [v['met'], n])\nstage.done()")
+    told = notebook("tell", "verdict, pack", "page", "n: int = 1", HEAD.format(stage="tell") + "v = stage.json('verdict')", "stage.save('page', v)\nstage.done()")
+    return use_case(project, {"lap": clocked, "pack": plain, "tell": told})
+
+
+def keys(record): return {s: v["key"] for s, v in record["stages"].items() if v["state"] != "skipped"}
+
+
+def page(record):
+    "What the last stage was told, and what the first one says."
+    where = Path(record["folder"])
+    read = lambda s, n: json.loads((where / s / json.loads((where / s / "made.json").read_text())["root"] / f"{n}.json").read_text())
+    return read("tell", "page"), read("lap", "verdict")
+
+
+def test_a_clocks_reading_is_in_no_key_and_never_stale(project):
+    "Two stores that time for themselves have the same keys. One that loses the times makes again what told of them, under its key, and gc and verify agree."
+    lap(project)
+    one = drive(project)
+    timed = page(one)
+    shutil.move(project.folder / "runs/.store", project.folder / "elsewhere")
+    two = drive(project)
+    assert keys(one) == keys(two) and page(two) != timed
+    assert set(states(two).values()) == {"made"} and page(two)[0] == page(two)[1]
+    assert set(states(drive(project)).values()) == {"reused"}
+
+    for file in (project.folder / "runs/.store").glob("*/*/*/verdict.json"): shutil.rmtree(file.parent)
+    three = drive(project)
+    assert states(three) == {"lap": "made", "pack": "made", "tell": "made"} and keys(three) == keys(one) and page(three)[0] == page(three)[1]
+    assert three["stages"]["tell"]["why"] == "input verdict was timed again"
+    assert set(states(drive(project)).values()) == {"reused"}
+
+    longer = drive(project, overrides={"lap.rounds": 4})
+    assert set(states(longer).values()) == {"made"} and not set(keys(longer).values()) & set(keys(three).values()) and page(longer)[0] == page(longer)[1]
+    again = drive(project, start="lap")
+    assert set(states(again).values()) == {"made"} and keys(again) == keys(three) and page(again)[0] == page(again)[1]
+    code, out, err = project.slml("verify", again["folder"])
+    assert code == 0, out + err
+    for _ in range(2):
+        code, out, err = project.slml("gc", "--keep", "0h")
+        assert code == 0, out + err
+    assert set(states(drive(project)).values()) == {"reused"} and set(states(drive(project, overrides={"lap.rounds": 4})).values()) == {"reused"}

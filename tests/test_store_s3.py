@@ -410,3 +410,19 @@ for i in (0, 1, 2): print(subprocess.run([sys.executable, __file__, sys.argv[1],
     r = subprocess.run(["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=3m none disk && "$@"', "sh", sys.executable, "code.py", url], cwd=tmp_path,
                        env={**os.environ, "PYTHONPATH": str(root), "SLML_CACHE_GB": "1"}, capture_output=True, text=True)
     assert r.stdout.split() == ["0", "0", "0"], r.stdout + r.stderr
+
+
+def test_a_folder_without_files_comes_back_and_is_what_it_was(moto, tmp_path, monkeypatch):
+    "A bucket knows nothing of it; the record does. One that has lost its files is not taken for it."
+    from slml_nb.core import sha256_file
+    from slml_nb.keep import Check, _hash_there
+    s = S3Store("s3://rows/empty", "http://%s:%s" % moto, tmp_path / "cache")
+    (tmp_path / "none").mkdir()
+    empty = sha256_file(tmp_path / "none")
+    assert list(s.local("tables", empty).iterdir()) == [] and list(s.local("tables", empty).iterdir()) == []
+    with pytest.raises(SlmlError, match="there is no 'tables'"): s.local("tables", "0" * 64)
+    monkeypatch.setattr("slml_nb.keep.open_store", lambda root: s)
+    s.put("full/a.txt", b"1")
+    check = Check(tmp_path, "")
+    for name, sha in (("tables", empty), ("lost", "0" * 64), ("full", empty)): _hash_there(check, str(s), name, sha)
+    assert [(p["path"].rpartition("/")[2], p["found"]) for p in check.problems] == [("lost", "there is no 'lost'"), ("full", sha256_file(s.local("full"))[:16])]

@@ -84,14 +84,16 @@ def worth_asking(
             yield split_of(x[order], t[order], least)[0], q, x, order
     return {q: (x, order) for _, q, x, order in heapq.nlargest(most, _each(), key=lambda e: e[0])}
 
-# %% ../nbs/31_baseline.ipynb #d36523f2
+# %% ../nbs/31_baseline.ipynb #3463bbd4
 def condition(
     feature: str, value, low: float, high: float,  # of the best split
 ) -> str:  # SQL
     "A split as a condition, with the shortest limit."
     name = '"' + feature.replace('"', '""') + '"'
     if value is not None: return f"{name} = '" + value.replace("'", "''") + "'"
-    return f"{name} <= {round_between(low, high if high < np.inf else low + 1):.16g}" if high < np.inf else f"{name} IS NOT NULL"
+    limit = float(round_between(low, high if high < np.inf else low + 1))
+    short = f"{limit:.16g}"
+    return f"{name} <= {short if float(short) == limit else repr(limit)}" if high < np.inf else f"{name} IS NOT NULL"
 
 # %% ../nbs/31_baseline.ipynb #7486111e
 def _best_cut(asked: dict, t, least: int, rows) -> tuple:
@@ -165,7 +167,7 @@ def one_hot(
     place = (codes + start[:-1]).ravel()
     return csr_matrix((np.ones(place.size), place, np.arange(0, place.size + 1, max(1, codes.shape[1])) if codes.shape[1] else np.zeros(len(codes) + 1, int)), (len(codes), start[-1]))
 
-# %% ../nbs/31_baseline.ipynb #4bf60097
+# %% ../nbs/31_baseline.ipynb #13d9df5b
 @contextlib.contextmanager
 def one_thread():
     "Products of matrices whose bits do not depend on the number of cores."
@@ -173,7 +175,7 @@ def one_thread():
     from threadpoolctl import threadpool_limits
     with threadpool_limits(1, user_api="blas"): yield
 
-
+# %% ../nbs/31_baseline.ipynb #b1c0fa59
 def crossed(
     a, b,  # (n, p), (n, q)
     least: int = 20_000,  # rows of a block; there are sixteen at most
@@ -466,10 +468,10 @@ def at_worst(
     sign = {**{m: "<=" if direction(m) == "minimise" else ">=" for m in draws}, **{g: ">=" for g in gains}}
     return {c: {m: _end(of[c], sign[m]) for m, of in (draws | gains).items() if m == metric or m in names} for c in says}
 
-# %% ../nbs/31_baseline.ipynb #df613160
+# %% ../nbs/31_baseline.ipynb #04c58701
 SURE = 30  # validation rows without which nothing is decided
 
-
+# %% ../nbs/31_baseline.ipynb #7076216d
 def faultless(
     task: str, y, prediction,
 ) -> bool:

@@ -11,9 +11,9 @@ __all__ = ['DONE', 'FAILED', 'WRONG', 'NOT_MET', 'INTERRUPTED', 'EXIT_CODES', 'C
            'cascade_command', 'watch_command', 'diff_command', 'verify_command', 'gc_command', 'traffic_command',
            'track_command', 'tune_command', 'registry_command', 'sql_command', 'tables_command', 'described_text',
            'package_of', 'serve_command', 'serving_text', 'served', 'package_command', 'place_command',
-           'deploy_command', 'as_ingested', 'sifted_lines', 'refused_lines', 'ending_of', 'from_pipe',
-           'predict_command', 'Check', 'check_packages', 'check_machine', 'check_reach', 'doctor_command', 'forms_of',
-           'make_parser', 'guarded', 'main']
+           'deploy_command', 'kept_as_text', 'without_rows', 'as_ingested', 'sifted_lines', 'refused_lines',
+           'ending_of', 'from_pipe', 'not_itself', 'predict_command', 'Check', 'check_packages', 'check_machine',
+           'check_reach', 'doctor_command', 'forms_of', 'make_parser', 'guarded', 'main']
 
 # %% ../nbs/69_cli.ipynb #3e97e0c0
 import argparse, contextlib, json, os, re, shlex, shutil, socket, sys, tempfile, threading, time
@@ -33,13 +33,14 @@ EXIT_CODES = """exit codes:
   130  interrupted; what was finished is kept and reused
 """
 
-# %% ../nbs/69_cli.ipynb #aa7de906
+# %% ../nbs/69_cli.ipynb #d1f95940
 @dataclass
 class Outcome:
     "What a command has to say, to a script, to a program and to a person."
     text: str = ""  # for people
     value: object = None  # for machines: printed with --json
     code: int = DONE
+    told: bool = False  # it has printed its document itself, as what runs for long does
 
 # %% ../nbs/69_cli.ipynb #6b71f518
 COMMANDS = {}  # {name: (function, sentence, arguments)}
@@ -979,36 +980,38 @@ _SERVE_OPTIONS = (
     arg("--online", default="", metavar="STORE", help="feature store to ask for what a request leaves out: the SQLite file of the stage feature_store, or dynamodb://TABLE"),
 )
 
-# %% ../nbs/69_cli.ipynb #38359261
+# %% ../nbs/69_cli.ipynb #187ccda4
 @command("serve models over HTTP: one, or many beside each other", *_SERVE_OPTIONS)
 def serve_command(args) -> Outcome:
     "`slml serve RUN …`."
-    from slml_nb.serve import claim, limits_for, serve
+    from slml_nb.serve import limits_for, serve
     packages, watch = served(args.run or ([] if args.traffic else ["latest"]))
     traffic = [_variants(spec, packages, args.log, watch) for spec in args.traffic]
     limits = limits_for(args.host, args.open, args.rate, args.jwt)
     alone = len(packages) == 1 and not (watch or traffic or args.workers)
     if not alone and (args.replicas > 1 or args.log and not traffic): raise SlmlError("--replicas, and --log without --traffic, are for a single package without --workers", "command line", "serve one, or name a --traffic")
-    ready = (lambda sock: None) if args.json else (lambda sock: print(serving_text(sock, packages, watch, [t.spec["name"] for t, _ in traffic]), flush=True))
-    if alone:
-        noted = _noted(args.log, *packages) if args.log else None
-        serve(*packages.values(), host=args.host, port=args.port, online=args.online, limits=limits, replicas=max(1, args.replicas), noted=noted, ready=ready)
-    else:
-        from slml_nb.host import host
-        try:
-            ready(sock := claim(args.host, args.port))
-            host(packages, watch, sock, limits=limits, traffic=traffic, online=args.online, most=args.workers, idle=args.idle)
-        finally:
-            for variants, log in traffic: variants.close(); log.close()  # what is left goes to disk, and into the stream
-    return Outcome()
+    ready = lambda sock: print(serving_text(sock, packages, watch, [t.spec["name"] for t, _ in traffic], args.json), flush=True)
+    try:
+        if alone:
+            noted = _noted(args.log, *packages) if args.log else None
+            serve(*packages.values(), host=args.host, port=args.port, online=args.online, limits=limits, replicas=max(1, args.replicas), noted=noted, ready=ready)
+        else:
+            from slml_nb.host import host
+            host(packages, watch, address=args.host, port=args.port, limits=limits, traffic=traffic, ready=ready, online=args.online, most=args.workers, idle=args.idle)
+    except KeyboardInterrupt: pass  # to be stopped is how a server ends, at whatever moment
+    finally:
+        for variants, log in traffic: variants.close(); log.close()  # what is left goes to disk, and into the stream
+    return Outcome(told=True)
 
-# %% ../nbs/69_cli.ipynb #c922a972
+# %% ../nbs/69_cli.ipynb #063ddf30
 def serving_text(
     sock,  # bound
     packages, watch: str, traffic: list[str],  # names; a folder, or ""; names of traffics
+    as_json: bool = False,
 ) -> str:
     "What is served, and where."
     from slml_nb.serve import address_of
+    if as_json: return json.dumps({"address": address_of(sock), "packages": list(packages), "watch": watch, "traffic": list(traffic)}, ensure_ascii=False)
     lines = [f"traffic {name}: POST /{name}/predict, POST /{name}/feedback (with the x-prediction-id of the answer), GET /{name}/traffic" for name in traffic]
     served = ", ".join(filter(None, [*packages, watch and f"what is in {watch}"]))
     return "\n".join([*lines, f"serving {served}", f"  {address_of(sock)}/{'docs' if len(packages) == 1 and not (watch or traffic) else ''}   Ctrl-C stops"])
@@ -1153,11 +1156,35 @@ def _deployed(d, args) -> Outcome:
     now = d.execute(client, storage, stack, changeset, d.kept_bucket(client))
     return Outcome("\n".join([f"{stack}: {now['status']}", *(f"  {k}: {v}" for k, v in now["outputs"].items()), f"back again: slml deploy --undo {stack}"]), {"stack": stack, **{k: now[k] for k in ("status", "outputs")}})
 
-# %% ../nbs/69_cli.ipynb #c709951a
+# %% ../nbs/69_cli.ipynb #ffc0fc91
+def kept_as_text(
+    table, how,  # of `slml_nb.ingest.read_table`, under the name ""
+    names,  # of columns
+) -> str:  # SELECT
+    "A typed table; named columns with values that do not fit their type are text."
+    from slml_nb.sql import ident, literal
+    odd = [ident(c.name) for c in table.columns if c.unparsed and c.name in names]
+    if not odd: return table.query
+    none = ", ".join(map(literal, how.nulls))
+    texts = ", ".join(f"coalesce(cast(q.{c} as VARCHAR), case when lower(trim(t.{c})) not in ({none}) then t.{c} end) as {c}" for c in odd)
+    return f"select q.* replace ({texts}) from ({table.query}) q join {ident('slml_text_')} t on q.row_id = t.row_id"
+
+# %% ../nbs/69_cli.ipynb #c9aae18b
+def without_rows(con, place: str, folder: Path, how) -> bool:
+    "Whether a file is a header alone; then its table without rows is written."
+    from slml_nb.ingest import read_files
+    from slml_nb.sql import ident, to_parquet
+    files = read_files(con, [place], folder / "none", how, "", False, "", [], [])[0]
+    if any(f.rows or len(f.rejects) for f in files): return False
+    to_parquet(con, f"select {', '.join(f'cast(NULL as VARCHAR) as {ident(n)}' for n, _ in files[0].columns)} where false", folder / "typed.parquet")
+    return True
+
+# %% ../nbs/69_cli.ipynb #747e31d1
 def as_ingested(
     run: Path,  # folder of a run
     file: str,  # as typed
     folder: Path,  # an empty place on disk
+    must=(),  # columns without which a row has no answer
 ) -> tuple[Path, int, object]:  # a Parquet file of the typed rows; how many lines are none; (place, why) of each
     "A file, read the way a run has read its data."
     from slml_nb.ingest import READINGS, How, find_files, read_table
@@ -1168,12 +1195,15 @@ def as_ingested(
     how = How(**{k: given[k] for k in ("delimiter", "encoding", "header", "skip") if k in given})
     if "nulls" in given: how.nulls = tuple(n.lower() for n in {"", *given["nulls"]})
     def _read(place, **more): return read_table(con, "", [place_of(file)], folder / place, how, **more)
-    found = {c.name: c.reading for c in _read("first").columns}
+    try: found = {c.name: c.reading for c in _read("first").columns}
+    except SlmlError:
+        if not without_rows(con, place_of(file), folder, how): raise
+        return folder / "typed.parquet", 0, ()
     settled = {c["name"]: {"text": "VARCHAR"}.get(c["reading"], c["reading"]) for c in _made_json(run, "ingest_report")["columns"]}
     types = {n: r for n, r in settled.items() if found.get(n, "as stored") != "as stored" and (r in READINGS or r == "VARCHAR")}
     types |= {n: t for n, t in given.get("types", {}).items() if n in found}
     table = _read("again", types=types, columns={n: sql for n, sql in given.get("columns", {}).items() if set(columns_of(sql)) <= set(found)})
-    to_parquet(con, f"select * exclude (row_id, source) from ({table.query}) order by row_id", folder / "typed.parquet")
+    to_parquet(con, f"select * exclude (row_id, source) from ({kept_as_text(table, how, must)}) order by row_id", folder / "typed.parquet")
     found, before = find_files([place_of(file)], folder / "found"), [sum(f.rows + len(f.rejects) for f in table.files[:i]) for i in range(len(table.files))]
     refused = (line for f, file, n in zip(found, table.files, before) if len(file.rejects) for line in refused_lines(f.path, file, how, folder / "found", n))
     return folder / "typed.parquet", sum(len(f.rejects) for f in table.files), refused
@@ -1213,13 +1243,15 @@ def refused_lines(path: Path, file, how, folder: Path, before: int = 0):  # yiel
             yield place, f"line {line} is no row: {why}"
     if told != len(file.rejects): raise SlmlError(f"{len(file.rejects):,} lines were set aside, {told:,} of them found again", file.name, "please report this file")
 
-# %% ../nbs/69_cli.ipynb #94caf350
+# %% ../nbs/69_cli.ipynb #da4a73c5
 def ending_of(
     head: bytes,  # the first bytes of a file
 ) -> str:  # .csv, .jsonl, .parquet, each perhaps with .gz
     "How the name of a file should end."
     import zlib
-    if head[:2] == b"\x1f\x8b": return ending_of(zlib.decompressobj(31).decompress(head)) + ".gz"
+    if head[:2] == b"\x1f\x8b":
+        try: return ending_of(zlib.decompressobj(31).decompress(head)) + ".gz"
+        except zlib.error as e: raise SlmlError(f"it begins like gzip and cannot be unpacked ({e})", "standard input", "send the file as it is on disk, or unpacked") from None
     if head[:4] == b"PAR1": return ".parquet"
     return ".jsonl" if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[") else ".csv"
 
@@ -1227,12 +1259,23 @@ def ending_of(
 def from_pipe(folder: Path) -> Path:
     "Standard input, as a file."
     head = sys.stdin.buffer.read(1 << 16)
+    if not head: raise SlmlError("it was empty", "standard input", "what comes before the | has said nothing; a table without rows has a header")
     with open(path := folder / f"stdin{ending_of(head)}", "wb") as f:
         f.write(head)
         shutil.copyfileobj(sys.stdin.buffer, f, 1 << 20)
     return path
 
-# %% ../nbs/69_cli.ipynb #d44659a1
+# %% ../nbs/69_cli.ipynb #ace97b1f
+def not_itself(
+    file: str,  # as typed: what is read; - is standard input
+    out: str,  # what is written
+):
+    "Answers must not take the place of the rows that they answer."
+    import glob
+    read = ["/dev/stdin"] if file == "-" else [file, *glob.glob(file)]
+    if os.path.exists(out) and any(os.path.exists(f) and os.path.samefile(f, out) for f in read): raise SlmlError("this is the file that is read, and answers would overwrite it", out, "name another file behind --out")
+
+# %% ../nbs/69_cli.ipynb #5bca3396
 @command("predict the rows of a file with the model of a run",
          arg("run", metavar="RUN", help="latest, a run id, a project, a path, or the folder of a package"),
          arg("file", metavar="FILE", help="CSV, JSON lines (both also gz) or Parquet, written like the data of the run; - reads standard input. A row that cannot be read or answered keeps its place and says why "
@@ -1241,18 +1284,20 @@ def from_pipe(folder: Path) -> Path:
 def predict_command(args) -> Outcome:
     "`slml predict RUN FILE`."
     from slml_nb.package import load_package, predict_table
+    if args.out: not_itself(args.file, args.out)
     if args.out and Path(args.out).suffix not in (".csv", ".parquet"): raise SlmlError(f"answers are not written as {Path(args.out).suffix or 'a file without an ending'}", args.out, "--out FILE.csv or --out FILE.parquet")
     alone = (Path(args.run) / "manifest.json").is_file()  # a package needs no run beside it, and for CSV no DuckDB
     predictor = load_package(args.run if alone else package_of(args.run))
     with tempfile.TemporaryDirectory() as folder:
-        file = str(from_pipe(Path(folder))) if args.file == "-" else args.file
+        file, called = (str(from_pipe(Path(folder))), "standard input") if args.file == "-" else (args.file, args.file)
         typed, rejects, refused = file, 0, ()
         if not alone:
             from slml_nb.run import find_run
-            typed, rejects, refused = as_ingested(find_run(args.run), file, Path(folder))
+            typed, rejects, refused = as_ingested(find_run(args.run), file, Path(folder), {i["name"] for i in predictor.function.inputs if i["required"]})
         try: done = predict_table(predictor, typed, args.out or Path(folder) / "answers.csv", refused=refused)
-        except SlmlError as e: raise SlmlError(e.what, file, e.fix) from None
+        except SlmlError as e: raise SlmlError(e.what, called, e.fix) from None
         if not (args.out or args.json): _show_file(done["out"])
+    if not done["rows"]: _say(f"no rows in {called}")
     if done["errors"]: _say(f"{done['errors']:,} of {done['rows']:,} rows have no prediction; the column error says why")
     return Outcome(f"{done['rows']:,} rows answered in {args.out}" if args.out else "", {**done, "out": args.out, "rejects": rejects}, FAILED if done["errors"] == done["rows"] > 0 else DONE)
 
@@ -1314,7 +1359,7 @@ def check_reach() -> list[Check]:
     return [Check("jupyter kernel", "python3" if kernel else "missing", kernel, "python -m ipykernel install --sys-prefix"),
             Check("aws credentials", f"from {keys}" if keys else "none: s3:// is closed, everything else works")]
 
-# %% ../nbs/69_cli.ipynb #99b074b0
+# %% ../nbs/69_cli.ipynb #7ee29077
 @command("what is installed, what is missing, what to type; with --on sagemaker, of an account on AWS",
          arg("params", metavar="PARAMS", nargs="?", default="", help="with --on: the parameter set that shall run there"),
          arg("--on", default="", metavar="PLACE", help="sagemaker: look at an account instead of this machine"),
@@ -1327,6 +1372,7 @@ def check_reach() -> list[Check]:
 def doctor_command(args) -> Outcome:
     "`slml doctor`."
     if args and args.dockerfile: return _job_image_folder(args)
+    if args and args.base: raise SlmlError("an image to start from is for a Dockerfile, and none is asked for", "--base", f"slml doctor PARAMS --dockerfile FOLDER --base {args.base}")
     if args and (args.on or args.policy or args.make_bucket): return _account_doctor(args)
     checks = check_machine() + check_reach() + check_packages()
     wide, bad = max(len(c.name) for c in checks), [c for c in checks if not c.ok]
@@ -1361,14 +1407,16 @@ def _account_doctor(args) -> Outcome:
     with forms_of(params, overrides, args.on): text, found, fine = examine(params, overrides, args.make_bucket, _job_image)
     return Outcome(text, found, DONE if fine else FAILED)
 
-# %% ../nbs/69_cli.ipynb #95f36800
+# %% ../nbs/69_cli.ipynb #80cb474a
 def _job_image_folder(args) -> Outcome:
     "`slml doctor PARAMS --dockerfile FOLDER`."
+    into = Path(args.dockerfile)
+    if taken := [p for p in (into, *into.parents) if os.path.lexists(p) and not p.is_dir()]: raise SlmlError(f"{taken[0]} is a file", "--dockerfile", "name a folder, which is made if it is not there: --dockerfile image")
+    if not args.params: raise SlmlError("no parameter set is named", "--dockerfile", "an image is made for the stages of one: slml doctor params/taxi.yaml --dockerfile image")
     from slml_nb.core import load_params
     from slml_nb.graph import plan
     from slml_nb.jobs import write_job_image
-    if not args.params: raise SlmlError("no parameter set is named", "--dockerfile", "an image is made for the stages of one: slml doctor params/taxi.yaml --dockerfile image")
-    libraries, out = write_job_image(*plan(load_params(args.params), overrides_of(args.param)), Path(args.dockerfile), args.base), args.dockerfile
+    libraries, out = write_job_image(*plan(load_params(args.params), overrides_of(args.param)), into, args.base), args.dockerfile
     kind = "gpu" if args.base else "cpu"
     text = f"{out} has a Dockerfile and {len(libraries)} libraries\n  docker build -t slml-jobs {shlex.quote(out)}\n  docker tag slml-jobs ACCOUNT.dkr.ecr.REGION.amazonaws.com/slml-jobs:1, and push it\n" \
            f"then, in {args.params}:  sagemaker: {{images: {{{kind}: ACCOUNT.dkr.ecr.REGION.amazonaws.com/slml-jobs:1}}}}"
@@ -1427,7 +1475,7 @@ def guarded(
         else: _say(f"unexpected {type(e).__name__}: {e} (SLML_DEBUG=1 shows where)")
         return WRONG if isinstance(e, SlmlError) else FAILED
 
-# %% ../nbs/69_cli.ipynb #4a58844f
+# %% ../nbs/69_cli.ipynb #4af8c5f4
 def _main(argv) -> int:
     "Parse, do, print."
     parser = make_parser()
@@ -1440,6 +1488,7 @@ def _main(argv) -> int:
         parser.print_help()
         return WRONG
     outcome = COMMANDS[args.command][0](args)
+    if outcome.told: return outcome.code
     if args.json: print(json.dumps(outcome.value, ensure_ascii=False, default=str))
     elif outcome.text: print(outcome.text, flush=True)
     return outcome.code

@@ -7,12 +7,12 @@ __all__ = ['NOT_JUDGED', 'LEVELS', 'gather', 'flatten', 'differing', 'changed_ce
            'judged', 'Agreement', 'agree_texts', 'agree_values', 'agree_tables', 'agree_files', 'judge', 'judge_text',
            'params_of', 'unneeded', 'changed_since', 'reproduce', 'reproduce_text']
 
-# %% ../nbs/52_compare.ipynb #47ba8be9
+# %% ../nbs/52_compare.ipynb #286843c7
 import dataclasses, difflib, fnmatch, importlib.util, json, math, os, re
 from pathlib import Path
 from .core import SlmlError, atomic_write, canonical_json, load_params, project_root, read_notebook, sha256_file, sha256_text
 from .engine import left_out
-from .graph import normal_code
+from .graph import input_bytes, normal_code
 from .stage import artifact_path
 from .store import below
 
@@ -135,11 +135,11 @@ def code_changes(
 # %% ../nbs/52_compare.ipynb #486793a1
 def _outside(run: dict) -> dict: return {u: f for s in run["stages"].values() for u, f in s["key"].get("outside", {}).items()}
 
-# %% ../nbs/52_compare.ipynb #6891a34c
+# %% ../nbs/52_compare.ipynb #c4eb7e5c
 def _artifacts(run: dict) -> dict[str, dict]:
     "{artifact: stage, hash, rows} of a run; from the keys of the stages that read them where made.json is lost."
     made = {n: {"stage": stage, **r} for stage, s in run["stages"].items() for n, r in s["made"].get("artifacts", {}).items()}
-    read = {n: {"stage": "", "sha256": h} for s in run["stages"].values() for n, h in s["key"].get("inputs", {}).items() if n not in made}
+    read = {n: {"stage": "", "sha256": h} for s in run["stages"].values() for n, h in input_bytes(s["key"]).items() if n not in made}
     return {n: {k: r[k] for k in ("stage", "sha256", "rows") if k in r} for n, r in {**made, **read}.items()}
 
 # %% ../nbs/52_compare.ipynb #ee870f9f

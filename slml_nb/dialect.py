@@ -10,8 +10,8 @@ __all__ = ['SUBSET', 'ALIASES', 'PARTS', 'DATE_PARTS', 'INSTEAD', 'CASTS', 'INTE
            'constant_in', 'float_in', 'pattern_of', 'write', 'border_in', 'inline_orders', 'to_spark', 'to_trino',
            'subset_table']
 
-# %% ../nbs/09_dialect.ipynb #e96a609f
-import datetime as dt, json, re
+# %% ../nbs/09_dialect.ipynb #81a9475f
+import datetime as dt, functools, json, re, unicodedata
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from .core import SlmlError, nearest
@@ -284,18 +284,20 @@ class Node:
         for a in self.args: yield from a.walk()
         yield self
 
-# %% ../nbs/09_dialect.ipynb #78c045ba
+# %% ../nbs/09_dialect.ipynb #64231e5a
 _SIGNS = {"COMPARE_EQUAL": "=", "COMPARE_NOTEQUAL": "<>", "COMPARE_LESSTHAN": "<", "COMPARE_GREATERTHAN": ">", "COMPARE_LESSTHANOREQUALTO": "<=",
           "COMPARE_GREATERTHANOREQUALTO": ">=", "COMPARE_DISTINCT_FROM": "is distinct from", "COMPARE_NOT_DISTINCT_FROM": "is not distinct from",
           "CONJUNCTION_AND": "and", "CONJUNCTION_OR": "or", "OPERATOR_NOT": "not", "OPERATOR_IS_NULL": "is null", "OPERATOR_IS_NOT_NULL": "is not null",
           "COMPARE_IN": "in", "OPERATOR_COALESCE": "coalesce"}
+
+# %% ../nbs/09_dialect.ipynb #555471cc
 _CLASSES = {"LAMBDA": ("a lambda", "write an expression of columns"), "STAR": ("*", "name the columns"), "PARAMETER": ("a parameter (? or $1)", "write the value"),
             "COLLATE": ("COLLATE", "use lower(x)"), "POSITIONAL_REFERENCE": ("#1", "name the column"), "DEFAULT": ("DEFAULT", "write the value"),
             "ARRAY_EXTRACT": ("[…] on a list", "a column for each element"), "ARRAY_SLICE": ("x[a:b]", "use substring(x, from, count)"),
             "ARRAY_CONSTRUCTOR": ("a list [a, b]", "one row for each element"), "STRUCT_EXTRACT": ("a field of a struct", "a column for each field"),
             "OPERATOR_TRY": ("TRY", "test first: CASE WHEN x > 0 THEN ln(x) END, or TRY_CAST"), "TYPE": ("a type", "write CAST(x AS type)")}
 
-
+# %% ../nbs/09_dialect.ipynb #e57c2775
 def _build(op: str, args, where: str = "", **more) -> Node:
     "A node with its text."
     node = Node(op, tuple(args), **more)
@@ -315,7 +317,7 @@ def to_node(
         return _build(_SIGNS[kind], [to_node(p, where) for p in parts])
     refuse(*(lambda name, way: (name, where, way))(*_CLASSES.get(kind, _CLASSES.get(klass, (kind.replace("_", " "), "write it with what the subset has")))))
 
-# %% ../nbs/09_dialect.ipynb #0ca0eab6
+# %% ../nbs/09_dialect.ipynb #0bf5579b
 def _column(tree, where):
     "A column, perhaps with its table before it."
     *table, name = tree["column_names"]
@@ -323,7 +325,7 @@ def _column(tree, where):
     if not table and name.lower() in INSTEAD and name.lower().startswith(("current_", "local")): refuse(name, where)
     return _build("column", (), value=name, more={"table": table[0]} if table else {})
 
-
+# %% ../nbs/09_dialect.ipynb #539ed65b
 def _constant(tree, where):
     "A constant as it was written; its type is asked for later."
     kind, text = tree["literal"]["kind"], tree["literal"]["text"]
@@ -332,7 +334,7 @@ def _constant(tree, where):
     if kind not in ("STRING", "BOOLEAN", "NULL_LITERAL"): refuse(f"a {kind.lower()} constant", where, "write a number or a text")
     return _build("constant", (), value={"STRING": text, "BOOLEAN": text == "true", "NULL_LITERAL": None}[kind])
 
-# %% ../nbs/09_dialect.ipynb #4300cbc2
+# %% ../nbs/09_dialect.ipynb #02b2820c
 def _case(tree, where):
     "CASE: each condition and its value, then what holds otherwise."
     checks = [p for c in tree["case_checks"] for p in (c["when_expr"], c["then_expr"])]
@@ -344,13 +346,13 @@ def _between(tree, where):
     x, low, high = (to_node(tree[k], where) for k in ("input", "lower", "upper"))
     return _build("and", (_build(">=", (x, low)), _build("<=", (x, high))))
 
-
+# %% ../nbs/09_dialect.ipynb #8b8caf1d
 CASTS = {"INT": "INTEGER", "INT4": "INTEGER", "SIGNED": "INTEGER", "INT8": "BIGINT", "LONG": "BIGINT", "INT2": "SMALLINT", "SHORT": "SMALLINT", "INT1": "TINYINT", "BOOL": "BOOLEAN",
          "LOGICAL": "BOOLEAN", "REAL": "FLOAT", "FLOAT4": "FLOAT", "FLOAT8": "DOUBLE", "NUMERIC": "DECIMAL", "DEC": "DECIMAL", "TEXT": "VARCHAR", "STRING": "VARCHAR", "CHAR": "VARCHAR",
          "BPCHAR": "VARCHAR", "DATETIME": "TIMESTAMP", **{t: t for t in ("BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "FLOAT", "DOUBLE", "DECIMAL", "VARCHAR", "DATE",
                                                                         "TIMESTAMP", "TIME", "INTERVAL")}}
 
-
+# %% ../nbs/09_dialect.ipynb #8289d6b1
 def _cast(tree, where):
     "CAST or TRY_CAST to one of the types that every engine has."
     spec = tree["type_expr"]
@@ -404,7 +406,7 @@ def _more(tree, name, where) -> dict:
     if SUBSET[name].kind == "window" and "over" not in more: refuse(f"{name}() without OVER", where, f"write {name}() OVER (ORDER BY …)")
     return more
 
-# %% ../nbs/09_dialect.ipynb #6344bb34
+# %% ../nbs/09_dialect.ipynb #eebf4ae7
 def read_orders(orders, where: str) -> tuple:  # of (node, "ASC" or "DESC", "FIRST" or "LAST")
     "What stands behind ORDER BY. DuckDB puts missing values last."
     for o in orders:
@@ -412,7 +414,7 @@ def read_orders(orders, where: str) -> tuple:  # of (node, "ASC" or "DESC", "FIR
         if o["expression"]["class"] == "CONSTANT": refuse("ORDER BY a number", where, "name the column")
     return tuple((to_node(o["expression"], where), "DESC" if o["type"] == "DESCENDING" else "ASC", "FIRST" if o["null_order"] == "NULLS FIRST" else "LAST") for o in orders)
 
-
+# %% ../nbs/09_dialect.ipynb #18992d23
 def _over(tree, name, where) -> dict:
     "Groups, order and frame of a window."
     if tree.get("exclude_clause") != "NO_OTHER": refuse("EXCLUDE in a window", where, "choose the frame so that it leaves the row out")
@@ -421,7 +423,7 @@ def _over(tree, name, where) -> dict:
     if SUBSET[name].kind == "window" and not orders: refuse(f"{name}() OVER () without ORDER BY", where, "say which order: without one each engine answers otherwise")
     return {"partition": tuple(to_node(p, where) for p in tree["partitions"]), "order": orders, "frame": _frame(tree, where)}
 
-# %% ../nbs/09_dialect.ipynb #686f3b3b
+# %% ../nbs/09_dialect.ipynb #69d89400
 def _frame(tree, where):
     "(ROWS or RANGE, start, end), a border being words or (node, word); () for the usual one."
     start, end = tree["start"], tree["end"]
@@ -431,7 +433,7 @@ def _frame(tree, where):
     border = lambda word, value: (to_node(value, where), "PRECEDING" if "PRECEDING" in word else "FOLLOWING") if value else re.sub("_(ROWS|RANGE)$", "", word).replace("_", " ")
     return unit, border(start, tree["start_expr"]), border(end, tree["end_expr"])
 
-
+# %% ../nbs/09_dialect.ipynb #9a89335b
 def over_sql(over: dict, text=lambda n: n.text) -> str:
     "A window as SQL, given how to write a node."
     border = lambda b: b if isinstance(b, str) else f"{text(b[0])} {b[1]}"
@@ -440,24 +442,24 @@ def over_sql(over: dict, text=lambda n: n.text) -> str:
     if over["frame"]: parts += [f"{over['frame'][0]} BETWEEN {border(over['frame'][1])} AND {border(over['frame'][2])}"]
     return f"OVER ({' '.join(parts)})"
 
-# %% ../nbs/09_dialect.ipynb #43bb934e
+# %% ../nbs/09_dialect.ipynb #374120b3
 def over_nodes(over: dict) -> list[Node]:
     "The expressions in a window."
     return [*over["partition"], *(n for n, _, _ in over["order"]), *(b[0] for b in over["frame"][1:] if isinstance(b, tuple))]
 
-
+# %% ../nbs/09_dialect.ipynb #c86383fc
 def over_map(over: dict, change) -> dict:
     "A window with each of its expressions changed."
     frame = tuple((change(b[0]), b[1]) if isinstance(b, tuple) else b for b in over["frame"])
     return {"partition": tuple(map(change, over["partition"])), "order": tuple((change(n), way, nulls) for n, way, nulls in over["order"]), "frame": frame}
 
-# %% ../nbs/09_dialect.ipynb #84492a37
+# %% ../nbs/09_dialect.ipynb #98454adf
 def _window(tree, where):
     "A window function: lag and lead carry their extra arguments in the list of arguments."
     if tree.get("ignore_nulls"): refuse("IGNORE NULLS", where, "filter the missing values in a subquery before")
     return _call(tree, where)
 
-
+# %% ../nbs/09_dialect.ipynb #a818d84f
 def _subquery(tree, where):
     "EXISTS (…), x IN (SELECT …) or a single value."
     kind = tree["subquery_type"]
@@ -466,7 +468,7 @@ def _subquery(tree, where):
     check_query(tree["subquery"], where)
     return Node("subquery", args, value=kind, text=_serialized([tree]), more={"query": tree["subquery"]["node"]})
 
-
+# %% ../nbs/09_dialect.ipynb #948dc985
 _READ = {"COLUMN_REF": _column, "CONSTANT": _constant, "CASE": _case, "BETWEEN": _between, "CAST": _cast, "ARRAY_EXTRACT": _extract, "FUNCTION": _call, "WINDOW": _window, "SUBQUERY": _subquery}
 
 # %% ../nbs/09_dialect.ipynb #9445b33e
@@ -487,13 +489,13 @@ def sql_of(
     part = [literal(node.value)] if node.op in ("date_trunc", "date_diff") else []
     return f"{node.op}({'DISTINCT ' * bool(node.more.get('distinct'))}{', '.join(part + a)})" + _behind(node)
 
-# %% ../nbs/09_dialect.ipynb #1f425bd8
+# %% ../nbs/09_dialect.ipynb #7c25c8cd
 def _behind(node):
     "FILTER and OVER, where an aggregate has them."
     condition = f" FILTER (WHERE {node.more['filter'].text})" if "filter" in node.more else ""
     return condition + (f" {over_sql(node.more['over'])}" if "over" in node.more else "")
 
-
+# %% ../nbs/09_dialect.ipynb #d1225c52
 def constant_sql(value, kind: str = "") -> str:
     "A constant for DuckDB, of exactly this type when one is given."
     if isinstance(value, tuple): return "(to_months({}) + to_days({}) + to_microseconds({}))".format(*value)
@@ -503,17 +505,17 @@ def constant_sql(value, kind: str = "") -> str:
     usual = {int: "INTEGER" if isinstance(value, int) and -2**31 <= value < 2**31 else "BIGINT", str: "VARCHAR", bool: "BOOLEAN", float: "DOUBLE"}
     return text if kind in ("", "NULL", usual.get(type(value))) else f"CAST({text} AS {kind})"
 
-# %% ../nbs/09_dialect.ipynb #57a7faab
+# %% ../nbs/09_dialect.ipynb #86b3a5f5
 INTEGERS = {"TINYINT": 3, "SMALLINT": 5, "INTEGER": 10, "BIGINT": 19, "HUGEINT": 38, "UTINYINT": 3, "USMALLINT": 5, "UINTEGER": 10, "UBIGINT": 20, "UHUGEINT": 38}  # decimal digits
 
-
+# %% ../nbs/09_dialect.ipynb #8d40fb7e
 def decimal_of(kind: str) -> tuple[int, int] | None:  # digits in all and behind the point; None when it is no exact number
     "An exact numeric type as a DECIMAL."
     if kind in INTEGERS: return INTEGERS[kind], 0
     found = re.fullmatch(r"DECIMAL\((\d+),(\d+)\)", kind)
     return (int(found[1]), int(found[2])) if found else None
 
-
+# %% ../nbs/09_dialect.ipynb #de5d66a6
 def common_type(a: str, b: str) -> str:
     "The type in which DuckDB compares two values; '' when it does not."
     if a == b or b == "NULL": return a
@@ -554,7 +556,7 @@ def wanted(node: Node) -> list[str]:
     takes = [t if t in CASTS else "" for t in SUBSET[node.op].takes if t != "…"]
     return (takes + takes[-1:] * len(kinds))[:len(kinds)]
 
-# %% ../nbs/09_dialect.ipynb #fe40f6c6
+# %% ../nbs/09_dialect.ipynb #c938b1fa
 def _typed(node: Node, types: dict, where: str) -> Node:
     "A node with its type and those of its parts, conversions written out."
     kind = types[node.text.lower() if node.op == "column" else node.text]
@@ -570,7 +572,7 @@ def _typed(node: Node, types: dict, where: str) -> Node:
     node = replace(node, args=tuple(_convert(a, t) for a, t in zip(args, wanted(node))), more=more)
     return replace(node, text=sql_of(node))
 
-
+# %% ../nbs/09_dialect.ipynb #845448ce
 def _convert(node: Node, kind: str) -> Node:
     "A node as a value of another type."
     if not kind or kind == node.type: return node
@@ -579,21 +581,21 @@ def _convert(node: Node, kind: str) -> Node:
     if node.op == "constant" and kind in INTEGERS and node.type in INTEGERS: return _build("constant", (), type=kind, value=node.value)
     return _build("cast", (node,), type=kind, value=kind)
 
-# %% ../nbs/09_dialect.ipynb #055325cc
+# %% ../nbs/09_dialect.ipynb #61129a1b
 def _parts(node: Node):
     "A node, its parts, the conditions of its FILTERs and what is in its windows."
     for n in node.walk():
         for extra in ([n.more["filter"]] if "filter" in n.more else []) + (over_nodes(n.more["over"]) if "over" in n.more else []): yield from _parts(extra)
         yield n
 
-
+# %% ../nbs/09_dialect.ipynb #2393364a
 def _probe(node: Node) -> str:
     "A node's text for DESCRIBE: an aggregate as a window over all rows, so that it may stand beside plain columns."
     if not any(n.op in SUBSET and SUBSET[n.op].kind == "aggregate" for n in node.walk()): return node.text
     text = sql_of(replace(node, args=tuple(replace(a, text=_probe(a)) for a in node.args)))
     return text + " OVER ()" if SUBSET[node.op].kind == "aggregate" and "over" not in node.more else text
 
-
+# %% ../nbs/09_dialect.ipynb #2bbcd34f
 def ask_types(
     con,  # DuckDB connection
     nodes,  # roots of trees without types
@@ -605,19 +607,19 @@ def ask_types(
     rows = con.execute("describe " + source.replace("SELECTED", asked, 1)).fetchall() if every else []
     return {key: (str(row[1]), row[0]) if n.op == "column" else str(row[1]) for (key, n), row in zip(every.items(), rows)}
 
-# %% ../nbs/09_dialect.ipynb #84f65535
+# %% ../nbs/09_dialect.ipynb #c35f175d
 def _foldable(node: Node) -> bool:
     "Is it a conversion of a constant, or an interval without a column in it?"
     if node.type == "INTERVAL": return node.op != "constant" and all(n.op != "column" for n in node.walk())
     return node.op in ("cast", "try_cast") and node.args[0].op == "constant" and node.type != "VARCHAR"
 
-
+# %% ../nbs/09_dialect.ipynb #f996484d
 def node_map(node: Node, change) -> Node:
     "A node with its parts, its FILTER and its window changed."
     more = {k: change(v) if isinstance(v, Node) else over_map(v, change) if k == "over" else v for k, v in node.more.items()}
     return replace(node, args=tuple(map(change, node.args)), more=more)
 
-# %% ../nbs/09_dialect.ipynb #35c36233
+# %% ../nbs/09_dialect.ipynb #400fbefc
 def _folds(node: Node):
     "The outermost parts that are constants in disguise."
     found = []
@@ -628,7 +630,7 @@ def _folds(node: Node):
     look(node)
     return found
 
-
+# %% ../nbs/09_dialect.ipynb #dcf87ac8
 def _fold(node: Node, values: dict) -> Node:
     "The tree with those parts replaced by their values."
     if node.text in values: return _build("constant", (), type=node.type, value=values[node.text])
@@ -665,7 +667,7 @@ def typed_tree(
         raise SlmlError(f"{expression!r} does not work ({str(e).splitlines()[0]})", where, "compare the types of the columns it reads") from None
     return fold_constants(con, _typed(root, types, where), where)
 
-# %% ../nbs/09_dialect.ipynb #e9a745d3
+# %% ../nbs/09_dialect.ipynb #f38889ad
 def parse_query(
     text: str,  # a whole query
     where: str = "",
@@ -677,7 +679,7 @@ def parse_query(
     if len(tree["statements"]) != 1: raise SlmlError(f"{text!r} is more than one query", where, "write one SELECT")
     return tree["statements"][0]["node"]
 
-
+# %% ../nbs/09_dialect.ipynb #2159fdf1
 def check_portable(
     text: str,  # an expression or a whole query
     where: str = "",
@@ -719,14 +721,14 @@ def check_select(tree, where: str = ""):
     if any(g["class"] == "CONSTANT" for g in tree["group_expressions"]): refuse("GROUP BY a number", where, "name the column")
     if any(m.get("distinct_on_targets") for m in tree["modifiers"]): refuse("DISTINCT ON", where, "use QUALIFY row_number() OVER (PARTITION BY … ORDER BY …) = 1")
 
-# %% ../nbs/09_dialect.ipynb #789be3fa
+# %% ../nbs/09_dialect.ipynb #ae4cef57
 def _serialized(nodes: list) -> str:
     "The SQL of expressions, as DuckDB writes it."
     shell = json.loads(_parser().execute("select json_serialize_sql('select 1')").fetchall()[0][0])
     shell["statements"][0]["node"]["select_list"] = nodes
     return _parser().execute("select json_deserialize_sql(?::JSON)", [json.dumps(shell)]).fetchall()[0][0].removeprefix("SELECT ")
 
-
+# %% ../nbs/09_dialect.ipynb #af0151a9
 def _substitute(tree, values: dict):
     "A syntax tree with columns replaced by trees."
     if isinstance(tree, list): return [_substitute(t, values) for t in tree]
@@ -762,30 +764,30 @@ def expand(
     tree = json.loads(_parser().execute("select json_serialize_sql(?::VARCHAR)", [text]).fetchall()[0][0])
     return _parser().execute("select json_deserialize_sql(?::JSON)", [json.dumps(_expanded(tree, macros, where))]).fetchall()[0][0]
 
-# %% ../nbs/09_dialect.ipynb #a02f27b9
+# %% ../nbs/09_dialect.ipynb #67fab79b
 TYPES = {"spark": {"INTEGER": "INT", "VARCHAR": "STRING", "TIMESTAMP": "TIMESTAMP_NTZ", "UTINYINT": "SMALLINT", "USMALLINT": "INT", "UINTEGER": "BIGINT", "HUGEINT": "BIGINT",
                    "UBIGINT": "DECIMAL(20,0)", "UHUGEINT": "DECIMAL(38,0)", "NULL": "INT"},
          "trino": {"FLOAT": "REAL", "TIMESTAMP": "TIMESTAMP(6)", "UTINYINT": "SMALLINT", "USMALLINT": "INTEGER", "UINTEGER": "BIGINT", "HUGEINT": "BIGINT",
                    "UBIGINT": "DECIMAL(20,0)", "UHUGEINT": "DECIMAL(38,0)", "NULL": "INTEGER"}}
 
-
+# %% ../nbs/09_dialect.ipynb #e0bf05a7
 def type_in(kind: str, to: str) -> str:
     "A DuckDB type as Spark or Trino call it. Sums of integers are BIGINT there: what does not fit is an error."
     if kind == "TIME": refuse("TIME", "", "use seconds since midnight, or a timestamp")
     return TYPES[to].get(kind, kind)
 
-
+# %% ../nbs/09_dialect.ipynb #72b185d0
 def quoted(name: str, to: str) -> str:
     "A column or table name."
     return "`" + name.replace("`", "``") + "`" if to == "spark" else ident(name)
 
-
+# %% ../nbs/09_dialect.ipynb #619c1d02
 def text_in(value: str, to: str) -> str:
     "A text constant; Spark reads backslashes, the others do not."
     if to == "spark": return "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t").replace("\0", "\\0") + "'"
     return literal(value)
 
-# %% ../nbs/09_dialect.ipynb #944a15f1
+# %% ../nbs/09_dialect.ipynb #2bc36240
 def constant_in(node: Node, to: str) -> str:
     "A constant in the right type."
     v, kind = node.value, type_in(node.type, to)
@@ -798,7 +800,7 @@ def constant_in(node: Node, to: str) -> str:
     if isinstance(v, float): return float_in(v, node.type, to)
     return {"INT": str(v), "INTEGER": str(v)}.get(kind) or (f"{v}{kind[0].replace('B', 'L').replace('T', 'Y')}" if to == "spark" else f"CAST({v} AS {kind})")
 
-
+# %% ../nbs/09_dialect.ipynb #ddc0a16c
 def float_in(v: float, kind: str, to: str) -> str:
     "A real constant; infinity and not-a-number have words of their own."
     if v == v and abs(v) != float("inf"): text = f"{v!r}D" if to == "spark" else f"{v!r}" + "E0" * ("e" not in repr(v))
@@ -806,7 +808,7 @@ def float_in(v: float, kind: str, to: str) -> str:
     else: text = "nan()" if v != v else "infinity()" if v > 0 else "(- infinity())"
     return f"CAST({text} AS {type_in(kind, to)})" if kind == "FLOAT" else text
 
-# %% ../nbs/09_dialect.ipynb #081aa916
+# %% ../nbs/09_dialect.ipynb #bf369075
 _SPARK = {
     "is distinct from": "(NOT ({0} <=> {1}))", "is not distinct from": "({0} <=> {1})", "**": "power({0}, {1})", "//": "CAST(({0} DIV {1}) AS {type})",
     "ln": "(CASE WHEN {0} = 0 THEN double('-Infinity') WHEN {0} < 0 THEN double('NaN') ELSE ln({0}) END)", "isnan": "({0} = double('NaN'))",
@@ -821,6 +823,8 @@ _SPARK = {
     "corr": "(CASE WHEN regr_count({0}, {1}) > 0 THEN coalesce(corr({0}, {1}), double('NaN')) END)",
     "arg_min": "min_by(CASE WHEN {1} IS NOT NULL THEN {0} END, CASE WHEN {0} IS NOT NULL THEN {1} END)", "arg_max": "max_by(CASE WHEN {1} IS NOT NULL THEN {0} END, CASE WHEN {0} IS NOT NULL THEN {1} END)",
     **{f: "CAST(" + f + "({all}) {over} AS BIGINT)" for f in ("row_number", "rank", "dense_rank")}, "ntile": "CAST(ntile(CAST({0} AS INT)) {over} AS BIGINT)"}
+
+# %% ../nbs/09_dialect.ipynb #76e32ad9
 _TRINO = {
     "**": "power({0}, {1})", "//": "({0} / {1})", "%": "({0} % {1})", "ln": "(CASE WHEN {0} < 0E0 THEN nan() ELSE ln({0}) END)", "log10": "(CASE WHEN {0} < 0E0 THEN nan() ELSE log10({0}) END)",
     "log2": "(CASE WHEN {0} < 0E0 THEN nan() ELSE log2({0}) END)", "isnan": "is_nan({0})", "isinf": "is_infinite({0})", "isfinite": "is_finite({0})",
@@ -830,18 +834,19 @@ _TRINO = {
     "date_trunc": "CAST(date_trunc('{part}', {0}) AS TIMESTAMP(6))", "make_date": "CAST(format('%04d-%02d-%02d', {0}, {1}, {2}) AS DATE)",
     "count": "count({all})", "any_value": "arbitrary({0})", "count_if": "sum(CASE WHEN {0} THEN 1 WHEN NOT {0} THEN 0 END)", "approx_quantile": "approx_percentile({0}, {1})",
     "approx_count_distinct": "approx_distinct({0})", "arg_min": "min_by(CASE WHEN {1} IS NOT NULL THEN {0} END, CASE WHEN {0} IS NOT NULL THEN {1} END)",
-    "arg_max": "max_by(CASE WHEN {1} IS NOT NULL THEN {0} END, CASE WHEN {0} IS NOT NULL THEN {1} END)",
-    "corr": "(CASE WHEN regr_count({0}, {1}) > 0 THEN coalesce(corr({0}, {1}), nan()) END)"}
+    "arg_max": "max_by(CASE WHEN {1} IS NOT NULL THEN {0} END, CASE WHEN {0} IS NOT NULL THEN {1} END)"}
+
+# %% ../nbs/09_dialect.ipynb #79fe6804
 _TRINO["corr"] = "(CASE WHEN count(CASE WHEN {0} IS NOT NULL AND {1} IS NOT NULL THEN 1 END) > 0 THEN coalesce(corr({0}, {1}), nan()) END)"
 
-# %% ../nbs/09_dialect.ipynb #32709a6d
+# %% ../nbs/09_dialect.ipynb #7fbea9b4
 def _never_zero(n: Node) -> bool:
     "Is it a constant other than zero, or guarded by nullif(x, 0)?"
     if n.op == "cast": return _never_zero(n.args[0]) and n.type in ("DOUBLE", "FLOAT")
     if n.op == "nullif": return n.args[1].op == "constant" and n.args[1].value == 0
     return n.op == "constant" and n.value not in (0, None)
 
-
+# %% ../nbs/09_dialect.ipynb #9c41ae57
 def _divide(n, a, to):
     "/ of real numbers."
     quotient = f"({a[0]} / {a[1]})"
@@ -849,14 +854,14 @@ def _divide(n, a, to):
     if not _never_zero(n.args[1]): quotient = f"(CASE WHEN {a[1]} = 0 THEN {a[0]} * double('Infinity') ELSE {a[0]} / nullif({a[1]}, 0) END)"
     return f"CAST({quotient} AS FLOAT)" if n.type == "FLOAT" else quotient
 
-# %% ../nbs/09_dialect.ipynb #ee163e14
+# %% ../nbs/09_dialect.ipynb #23fb6d06
 def _remainder(n, a, to):
     "% of exact or real numbers."
     if n.type.startswith("DECIMAL"): return f"CAST(({a[0]} % {a[1]}) AS {n.type})"
     if to == "trino" or n.type in INTEGERS or _never_zero(n.args[1]): return f"({a[0]} % {a[1]})"
     return f"(CASE WHEN {a[1]} = 0 THEN {a[0]} * double('NaN') ELSE {a[0]} % nullif({a[1]}, 0) END)"
 
-
+# %% ../nbs/09_dialect.ipynb #23420c2d
 def _sum_of(n, a, to):
     "+ - * of numbers, dates and intervals."
     kinds = [x.type for x in n.args]
@@ -896,7 +901,7 @@ def _moved(n: Node, to: str) -> str:
     for unit, count in sorted(_steps(span, to, "-" if n.op == "-" else ""), key=lambda s: s[0] != "month"): text = _step(text, unit, count, to)
     return text
 
-# %% ../nbs/09_dialect.ipynb #66388843
+# %% ../nbs/09_dialect.ipynb #8a572fd8
 def _step(text: str, unit: str, count: str, to: str) -> str:
     "A timestamp, so many units later."
     if to == "spark":
@@ -908,7 +913,7 @@ def _step(text: str, unit: str, count: str, to: str) -> str:
     if unit == "second": return f"date_add('millisecond', CAST(round({count} * 1000) AS BIGINT), {text})"
     return f"date_add('{unit}', {count}, {text})"
 
-
+# %% ../nbs/09_dialect.ipynb #99e72cd7
 def _days(n, a, to):
     "A date, some days later; days between two dates."
     if n.type == "BIGINT": return f"CAST(datediff({a[0]}, {a[1]}) AS BIGINT)" if to == "spark" else f"date_diff('day', {a[1]}, {a[0]})"
@@ -916,7 +921,7 @@ def _days(n, a, to):
     if to == "spark": return f"{'date_sub' if n.op == '-' else 'date_add'}({day}, CAST({number} AS INT))"
     return f"date_add('day', {'-' if n.op == '-' else ''}({number}), {day})"
 
-# %% ../nbs/09_dialect.ipynb #c4af21ec
+# %% ../nbs/09_dialect.ipynb #5ed03c81
 def _date_diff(n, a, to):
     "How many boundaries lie between two moments; a week is seven days."
     if n.value in ("day", "week"):
@@ -930,19 +935,19 @@ def _date_diff(n, a, to):
     if to == "spark": return "CAST(floor(unix_seconds(CAST({1} AS TIMESTAMP)) / {2}BD) - floor(unix_seconds(CAST({0} AS TIMESTAMP)) / {2}BD) AS BIGINT)".format(*a, size)
     return f"date_diff('{n.value}', date_trunc('{n.value}', {a[0]}), date_trunc('{n.value}', {a[1]}))"
 
-
+# %% ../nbs/09_dialect.ipynb #646941bc
 def _of_timestamp(n, a, to):
     "hour, minute, second and epoch: of a date they are those of its midnight."
     x = f"CAST({a[0]} AS {type_in('TIMESTAMP', to)})" if n.args[0].type == "DATE" else a[0]
     return _template(n, [x], to)
 
-
+# %% ../nbs/09_dialect.ipynb #446c6318
 def _make_timestamp(n, a, to):
     "From six numbers; seconds may have a fraction."
     if to == "spark": return "make_timestamp_ntz({}, {}, {}, {}, {}, CAST({} AS DECIMAL(16,6)))".format(*(f"CAST({x} AS INT)" for x in a[:5]), a[5])
     return "date_add('millisecond', CAST(round({5} * 1000) AS BIGINT), CAST(format('%04d-%02d-%02d %02d:%02d:00', {0}, {1}, {2}, {3}, {4}) AS TIMESTAMP(6)))".format(*a)
 
-# %% ../nbs/09_dialect.ipynb #f1132eb4
+# %% ../nbs/09_dialect.ipynb #6a6751d9
 def _whole(n, a, to):
     "ceil, floor and trunc: a real number stays one, a DECIMAL loses its digits."
     x, name = a[0], n.op
@@ -952,7 +957,7 @@ def _whole(n, a, to):
     inner = f"CAST({x} AS BIGINT)" if name == "trunc" else f"{name}({x})"
     return f"(CASE WHEN abs({x}) < 4503599627370496D THEN CAST({inner} AS {n.type}) ELSE {x} END)"  # 2 ** 52: from there on all are whole
 
-
+# %% ../nbs/09_dialect.ipynb #eb09850c
 def _round(n, a, to):
     "round: as DuckDB does it, times a power of ten, halves away from zero, divided again."
     digits = n.args[1].value if len(n.args) > 1 else 0
@@ -962,7 +967,7 @@ def _round(n, a, to):
     text = f"round({x})" if digits == 0 else f"(round({x} * {power}) / {power})" if digits > 0 else f"(round({x} / {power}) * {power})"
     return f"CAST({text} AS {type_in('FLOAT', to)})" if n.type == "FLOAT" else text
 
-
+# %% ../nbs/09_dialect.ipynb #fbb00267
 def _sign(n, a, to):
     "-1, 0 or 1; 0 for what is no number."
     test = {"spark": f"{a[0]} = double('NaN')", "trino": f"is_nan({a[0]})"}[to]
@@ -980,7 +985,7 @@ def _constant_of(n: Node):
     "The value of a constant, else None."
     return n.value if n.op == "constant" else None
 
-# %% ../nbs/09_dialect.ipynb #a1cd0921
+# %% ../nbs/09_dialect.ipynb #1f8e9d09
 def _substring(n, a, to):
     "substring(x, from[, count])."
     start, count = _constant_of(n.args[1]), _constant_of(n.args[2]) if len(a) > 2 else 1
@@ -993,25 +998,25 @@ def _substring(n, a, to):
     low, high = f"greatest(least({begin}, {end}), 1)", f"greatest({begin}, {end})"
     return _unless_missing(f"{name}({a[0]}, {whole(low)}, {whole(f'greatest({high} - {low}, 0)')})", n, a)
 
-
+# %% ../nbs/09_dialect.ipynb #0b7208f4
 def _left(n, a, to):
     "The first n characters, or all but the last -n."
     count = a[1] if (_constant_of(n.args[1]) or -1) >= 0 else f"greatest(CASE WHEN {a[1]} < 0 THEN length({a[0]}) + {a[1]} ELSE {a[1]} END, 0)"
     return _unless_missing(f"left({a[0]}, CAST({count} AS INT))" if to == "spark" else f"substr({a[0]}, 1, {count})", n, a)
 
-# %% ../nbs/09_dialect.ipynb #a5fa7cb9
+# %% ../nbs/09_dialect.ipynb #6dbf64cc
 def _right(n, a, to):
     "The last n characters, or all but the first -n."
     count = f"greatest(CASE WHEN {a[1]} < 0 THEN length({a[0]}) + {a[1]} ELSE least({a[1]}, length({a[0]})) END, 0)"
     return _unless_missing(f"right({a[0]}, CAST({count} AS INT))" if to == "spark" else f"substr({a[0]}, length({a[0]}) - {count} + 1)", n, a)
 
-
+# %% ../nbs/09_dialect.ipynb #2991bbc4
 def _chr(n, a, to):
     "A character of ASCII; beyond, Spark counts in bytes."
     if not 0 < (_constant_of(n.args[0]) or 0) < 128: refuse("chr of other than a constant from 1 to 127", "", "write the character itself")
     return f"chr({a[0]})"
 
-# %% ../nbs/09_dialect.ipynb #cedbc4ef
+# %% ../nbs/09_dialect.ipynb #3f2a554b
 def _split_part(n, a, to):
     "The n-th piece; '' where there is none."
     if _constant_of(n.args[1]) == "": refuse("split_part by an empty separator", "", "use substring(x, n, 1)")
@@ -1022,25 +1027,29 @@ def _split_part(n, a, to):
     if index is None or index < 0: refuse("split_part from the end", "", "write a positive constant")
     return f"(CASE WHEN {a[0]} IS NOT NULL AND {a[1]} IS NOT NULL THEN coalesce(split_part({a[0]}, {a[1]}, {index}), '') END)"
 
-
+# %% ../nbs/09_dialect.ipynb #b5a0a717
 def _pad(n, a, to):
     "Filled, or cut, to n characters."
     if _constant_of(n.args[2]) == "": refuse(f"{n.op} with nothing", "", "give a character")
     return _unless_missing(f"{n.op}({a[0]}, greatest({a[1]}, 0), {a[2]})", n, a)
 
-# %% ../nbs/09_dialect.ipynb #1294de02
+# %% ../nbs/09_dialect.ipynb #ad38d0a9
+@functools.cache
+def _spaces() -> str:
+    "What Unicode calls a space (Zs)."
+    return "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c) == "Zs")
+
+
 def _trim(n, a, to):
     "Without spaces, or without some characters."
     side = {"trim": "BOTH", "ltrim": "LEADING", "rtrim": "TRAILING"}[n.op]
-    if to == "spark": return f"trim({side} {a[1] if len(a) > 1 else repr(' ')} FROM {a[0]})"
-    if len(a) == 1: return f"trim({side} ' ' FROM {a[0]})"
-    return f"trim({side} {a[1]} FROM {a[0]})"
+    return f"trim({side} {a[1] if len(a) > 1 else literal(_spaces())} FROM {a[0]})"
 
-# %% ../nbs/09_dialect.ipynb #377924e6
+# %% ../nbs/09_dialect.ipynb #f5b60a79
 _UNSHARED = {r"\\[1-9kgQEGZXRhHvVC]": "a reference or class that engines know differently", r"\(\?[<=!P>#|&]": "a group with a name or a look around", r"[*+?}]\+": "a possessive quantifier",
              r"\[[^\]]*(?:\[|&&)": "a class within a class", r"\\[pP]": "a Unicode class"}
 
-
+# %% ../nbs/09_dialect.ipynb #33b6c77b
 def pattern_of(n: Node, to: str) -> str:
     "A regular expression for the engine."
     pattern = _constant_of(n)
@@ -1054,14 +1063,14 @@ def pattern_of(n: Node, to: str) -> str:
 
 def _regexp_matches(n, a, to): return _template(n, [a[0], text_in(pattern_of(n.args[1], to), to)], to)
 
-# %% ../nbs/09_dialect.ipynb #def34e56
+# %% ../nbs/09_dialect.ipynb #6e4d3192
 def _regexp_extract(n, a, to):
     "The first match or a group of it, '' when there is none."
     group = a[2] if len(a) > 2 else "0"
     text = f"regexp_extract({a[0]}, {text_in(pattern_of(n.args[1], to), to)}, {group})"
     return text if to == "spark" else f"(CASE WHEN {a[0]} IS NOT NULL THEN coalesce({text}, '') END)"
 
-
+# %% ../nbs/09_dialect.ipynb #d37a2d85
 def _regexp_replace(n, a, to):
     "The first match replaced, or each with 'g'."
     options, new = (_constant_of(n.args[3]) if len(a) > 3 else ""), _constant_of(n.args[2])
@@ -1082,12 +1091,12 @@ def _like(n, a, to):
     right = text_in(pattern.replace("\\", "\\\\"), to) if isinstance(pattern, str) else f"replace({a[1]}, '\\\\', '\\\\\\\\')"
     return f"({a[0]} {word} {right})"
 
-# %% ../nbs/09_dialect.ipynb #13d5d55e
+# %% ../nbs/09_dialect.ipynb #b348fd05
 def _family(kind: str) -> str:
     "The kind of a type: int, real, decimal, text, bool, date, timestamp."
     return "int" if kind in INTEGERS else "real" if kind in ("DOUBLE", "FLOAT") else "decimal" if kind.startswith("DECIMAL") else kind.lower()
 
-
+# %% ../nbs/09_dialect.ipynb #ac702ebb
 def _cast_in(n, a, to):
     "CAST and TRY_CAST."
     source, target, x = _family(n.args[0].type), _family(n.type), a[0]
@@ -1102,25 +1111,25 @@ def _cast_in(n, a, to):
     if cast == "TRY_CAST" and source in ("boolean", "date", "timestamp"): cast = "CAST"
     return f"{cast}({x} AS {kind})"
 
-# %% ../nbs/09_dialect.ipynb #89b0116c
+# %% ../nbs/09_dialect.ipynb #bfe16c93
 def _half_even(x, to):
     "The nearest whole number, halves to the even one."
     if to == "spark": return f"rint({x})"
     return f"(CASE WHEN abs({x} - truncate({x})) = 5E-1 THEN 2E0 * round({x} / 2E0) ELSE round({x}) END)"
 
-
+# %% ../nbs/09_dialect.ipynb #afd1324a
 def _to_float(x, kind, cast, to):
     "Too large for a FLOAT is an error or missing; infinity stays."
     return f"(CASE WHEN abs({x}) > {float_in(3.4028235677973366e38, 'DOUBLE', to)} AND abs({x}) < {float_in(float('inf'), 'DOUBLE', to)} THEN {_otherwise(x, kind, cast, to)} ELSE CAST({x} AS {kind}) END)"
 
-
+# %% ../nbs/09_dialect.ipynb #be74b317
 def _real_to_decimal(x, kind, cast, to):
     "Digits behind the point, rounded as DuckDB does."
     scale = decimal_of(kind)[1]
     if to == "trino" or scale == 0: return f"round({x}, {scale})"
     return f"({cast}(round({x} * {10.0 ** scale!r}D) AS DECIMAL(38,0)) * CAST('{Decimal(1).scaleb(-scale):f}' AS DECIMAL({scale + 1},{scale})))"
 
-# %% ../nbs/09_dialect.ipynb #82c4761c
+# %% ../nbs/09_dialect.ipynb #d7ef8c01
 def _real_to_text(x, to):
     "The shortest digits that say the same number, with an exponent below 0.0001 and from 1e16 on."
     cut = lambda text, pattern, new: f"regexp_replace({text}, {text_in(pattern, to)}, {text_in(new, to)})"
@@ -1133,18 +1142,18 @@ def _real_to_text(x, to):
     return (f"(CASE WHEN NOT (abs({x}) < {float_in(float('inf'), 'DOUBLE', to)}) THEN replace({nan}, 'infinity', 'inf') "
             f"WHEN {x} = {zero} THEN {text} WHEN abs({x}) >= {small} AND abs({x}) < {big} THEN {plain} ELSE {power} END)")
 
-
+# %% ../nbs/09_dialect.ipynb #0255d10f
 def _otherwise(x, kind, cast, to):
     "What becomes of a value that does not fit: missing, or an error of the engine."
     if cast == "TRY_CAST": return f"CAST(NULL AS {kind})"
     return f"CAST(CAST({x} AS {type_in('VARCHAR', to)}) || ' is no {kind}' AS {kind})"
 
-# %% ../nbs/09_dialect.ipynb #ced77b32
+# %% ../nbs/09_dialect.ipynb #82cf592e
 def _matches(x, pattern, to):
     "A condition: a text matches a regular expression."
     return f"{x} RLIKE {text_in(pattern, to)}" if to == "spark" else f"regexp_like({x}, {text_in(pattern, to)})"
 
-
+# %% ../nbs/09_dialect.ipynb #ea74a18f
 def _text_to_int(x, kind, cast, to):
     "Digits, or a number whose fraction is rounded half away from zero."
     clean = f"replace(trim({x}), '_', '')"
@@ -1152,7 +1161,7 @@ def _text_to_int(x, kind, cast, to):
     return (f"(CASE WHEN {_matches(x, digits, to)} THEN {cast}({clean} AS {kind}) "
             f"WHEN {_matches(x, number, to)} THEN {cast}(round({cast}({clean} AS DECIMAL(38,10))) AS {kind}) WHEN {x} IS NOT NULL THEN {_otherwise(x, kind, cast, to)} END)")
 
-
+# %% ../nbs/09_dialect.ipynb #90b28afe
 def _text_to_real(x, kind, cast, to):
     "A number, infinity or not-a-number in any spelling that DuckDB takes."
     number = r"^\s*[+-]?(\d+(_\d+)*\.?(\d+(_\d+)*)?|\.\d+)([eE][+-]?\d+)?\s*$"
@@ -1160,41 +1169,41 @@ def _text_to_real(x, kind, cast, to):
     return (f"(CASE WHEN {_matches(x, number, to)} THEN {cast}(replace(trim({x}), '_', '') AS {kind}) " + word(r"^\s*\+?inf(inity)?\s*$", float("inf"))
             + word(r"^\s*-inf(inity)?\s*$", -float("inf")) + word(r"^\s*[+-]?nan\s*$", float("nan")) + f"WHEN {x} IS NOT NULL THEN {_otherwise(x, kind, cast, to)} END)")
 
-# %% ../nbs/09_dialect.ipynb #61f955ab
+# %% ../nbs/09_dialect.ipynb #697d85f4
 def _text_to_decimal(x, kind, cast, to):
     "A number with a point."
     number = r"^\s*[+-]?(\d+(_\d+)*\.?(\d+(_\d+)*)?|\.\d+)([eE][+-]?\d+)?\s*$"
     return f"(CASE WHEN {_matches(x, number, to)} THEN {cast}(replace(trim({x}), '_', '') AS {kind}) WHEN {x} IS NOT NULL THEN {_otherwise(x, kind, cast, to)} END)"
 
-
+# %% ../nbs/09_dialect.ipynb #2cee145d
 def _text_to_bool(x, kind, cast, to):
     "true, t, yes, y, 1 and their opposites, in any case."
     return f"(CASE WHEN lower({x}) IN ('true', 't', 'yes', 'y', '1') THEN TRUE WHEN lower({x}) IN ('false', 'f', 'no', 'n', '0') THEN FALSE WHEN {x} IS NOT NULL THEN {_otherwise(x, kind, cast, to)} END)"
 
-# %% ../nbs/09_dialect.ipynb #6296a20e
+# %% ../nbs/09_dialect.ipynb #0403068f
 _DAY = r"^\s*(\d{1,4})([-/\\ ])(\d{1,2})\2(\d{1,2})"
 _TIME = r"((?: +|T)((?:[01]?\d|2[0-3]):[0-5]?\d(?::[0-5]?\d(?:\.\d*)?)?)\s*(?:Z|UTC|utc|[+-]\d\d(?::?\d\d)?)?\s*)"
 
-
+# %% ../nbs/09_dialect.ipynb #06db04f9
 def _day_text(x, to):
     "Year-month-day with four, two and two digits, out of a text that begins so."
     part = lambda group, width: f"lpad(regexp_extract({x}, {text_in(_DAY, to)}, {group}), {width}, '0')"
     return f"{part(1, 4)} || '-' || {part(3, 2)} || '-' || {part(4, 2)}"
 
-
+# %% ../nbs/09_dialect.ipynb #b1eb1ab1
 def _text_to_date(x, kind, cast, to):
     "2024-02-29, 2024/2/29, or a timestamp's day; years 1 to 9999."
     found = _matches(x, _DAY + _TIME + r"?\s*$", to)
     return f"(CASE WHEN {found} THEN {cast}({_day_text(x, to)} AS DATE) WHEN {x} IS NOT NULL THEN {_otherwise(x, kind, cast, to)} END)"
 
-
+# %% ../nbs/09_dialect.ipynb #6a53af82
 def _text_to_timestamp(x, kind, cast, to):
     "A day, perhaps with a time; a zone behind it is read over."
     clock = f"coalesce(nullif(regexp_extract({x}, {text_in(_DAY + _TIME, to)}, 6), ''), '00:00')"
     found = _matches(x, _DAY + _TIME + "?$", to)
     return f"(CASE WHEN {found} THEN {cast}({_day_text(x, to)} || ' ' || {clock} AS {kind}) WHEN {x} IS NOT NULL THEN {_otherwise(x, kind, cast, to)} END)"
 
-
+# %% ../nbs/09_dialect.ipynb #f749e1a0
 _FROM_TEXT = {"int": _text_to_int, "real": _text_to_real, "decimal": _text_to_decimal, "boolean": _text_to_bool, "date": _text_to_date, "timestamp": _text_to_timestamp}
 
 # %% ../nbs/09_dialect.ipynb #640f00e7
@@ -1211,14 +1220,14 @@ def _compare(n, a, to):
     if (n.op in ("<", "<=") and constant[1]) or (n.op in (">", ">=") and constant[0]): return plain
     return words[n.op].replace(" AND NOT FALSE", "")
 
-# %% ../nbs/09_dialect.ipynb #133a0706
+# %% ../nbs/09_dialect.ipynb #a7e8ee23
 def _extreme(n, a, to):
     "greatest and least of what is not missing."
     if len(a) == 1: return a[0]
     if to == "spark": return f"{n.op}({', '.join(a)})"
     return f"element_at(array_sort(filter(ARRAY[{', '.join(a)}], v -> v IS NOT NULL)), {1 if n.op == 'least' else -1})"
 
-
+# %% ../nbs/09_dialect.ipynb #536f4438
 def _concat(n, a, to):
     "What is missing is left out."
     return f"concat_ws('', {', '.join(a)})" if to == "spark" else "(" + " || ".join(f"coalesce({x}, '')" for x in a) + ")"
@@ -1228,19 +1237,19 @@ def _in(n, a, to):
     "x IN (…)."
     return f"({a[0]} IN ({', '.join(a[1:])}))"
 
-# %% ../nbs/09_dialect.ipynb #315387b5
+# %% ../nbs/09_dialect.ipynb #f0759dec
 def _sum(n, a, to):
     "Sums: of integers BIGINT, of DECIMAL 38 digits, of real numbers DOUBLE."
     kind = n.args[0].type
     x = f"CAST({a[0]} AS {'DOUBLE' if kind == 'FLOAT' else type_in('BIGINT', to)})" if kind in ("FLOAT", "BOOLEAN") else a[0]
     return f"CAST(sum({x}) {_OVER} AS {n.type})" if n.type.startswith("DECIMAL") else f"sum({x}) {_OVER}"
 
-
+# %% ../nbs/09_dialect.ipynb #94a140bb
 def _avg(n, a, to):
     "Means are of real numbers, whatever goes in."
     return f"avg({a[0] if n.args[0].type == 'DOUBLE' else f'CAST({a[0]} AS DOUBLE)'}) {_OVER}"
 
-# %% ../nbs/09_dialect.ipynb #f9b21866
+# %% ../nbs/09_dialect.ipynb #3f1b5f38
 _WRITE = {**dict.fromkeys("+-*", _sum_of), "/": _divide, "%": _remainder, **dict.fromkeys(("ceil", "floor", "trunc"), _whole), "round": _round, "sign": _sign, "substring": _substring,
           "left": _left, "right": _right, "split_part": _split_part, "lpad": _pad, "rpad": _pad, "trim": _trim, "ltrim": _trim, "rtrim": _trim, "regexp_matches": _regexp_matches,
           "regexp_extract": _regexp_extract, "regexp_replace": _regexp_replace, **dict.fromkeys(("like", "not like", "ilike", "not ilike"), _like), "cast": _cast_in, "try_cast": _cast_in,
@@ -1248,7 +1257,7 @@ _WRITE = {**dict.fromkeys("+-*", _sum_of), "/": _divide, "%": _remainder, **dict
           "chr": _chr, "sum": _sum, "avg": _avg, "date_diff": _date_diff, "make_timestamp": _make_timestamp, **dict.fromkeys(("hour", "minute", "second", "epoch"), _of_timestamp)}
 _TEMPLATES, _OVER = {"spark": _SPARK, "trino": _TRINO}, "\0over"  # a mark that no SQL text holds
 
-
+# %% ../nbs/09_dialect.ipynb #f2693a80
 def _template(n, a, to):
     "A node by its template, or written as DuckDB writes it."
     found, words = _TEMPLATES[to].get(n.op), {"all": ", ".join(a) if a else "*" if n.op == "count" else "", "part": str(n.value), "over": _OVER}
@@ -1275,12 +1284,12 @@ def write(
     if _OVER not in text: text = _with_over(n, text)
     return text.replace(" " + _OVER, " " + over_sql(n.more["over"], lambda x: border_in(x, to)) if "over" in n.more else "")
 
-# %% ../nbs/09_dialect.ipynb #018e0657
+# %% ../nbs/09_dialect.ipynb #2e6a0135
 def _filtered(args: list[str], condition: str, to: str) -> list[str]:
     "FILTER as CASE in the arguments: aggregates skip what is missing, and this stands in a window too."
     return [f"CASE WHEN {condition} THEN {x} END" for x in (args or ["1"])]
 
-
+# %% ../nbs/09_dialect.ipynb #402986c2
 def _with_over(n, text):
     "Put the window behind each aggregate of a template."
     if "over" not in n.more: return text
@@ -1296,7 +1305,7 @@ def border_in(n: Node, to: str) -> str:
     seconds = n.value[1] * 86400 + n.value[2] / 1e6
     return f"INTERVAL '{int(seconds)}' SECOND" if seconds == int(seconds) else f"INTERVAL '{seconds}' SECOND"
 
-# %% ../nbs/09_dialect.ipynb #93154938
+# %% ../nbs/09_dialect.ipynb #16f9d98d
 @dataclass
 class _Scope:
     "What a query may refer to while it is written."
@@ -1306,7 +1315,7 @@ class _Scope:
     outer: list = field(default_factory=list)  # FROM trees around a subquery
     where: str = ""
 
-
+# %% ../nbs/09_dialect.ipynb #cc2723ce
 _EMPTY = {"type": "EMPTY", "alias": "", "sample": None}
 _SHELL = "select SELECTED from (select 1)"
 
@@ -1316,13 +1325,13 @@ def _duck(node: dict) -> str:
     shell = json.dumps({"error": False, "statements": [{"node": node, "named_param_map": []}]})
     return _parser().execute("select json_deserialize_sql(?::JSON)", [shell]).fetchall()[0][0]
 
-# %% ../nbs/09_dialect.ipynb #f006d0d1
+# %% ../nbs/09_dialect.ipynb #28a7bf77
 def _asking(source: dict, scope: _Scope) -> str:
     "A query over a FROM in which SELECTED stands for what is asked."
     shell = json.loads(_parser().execute("select json_serialize_sql('select SELECTED')").fetchall()[0][0])["statements"][0]["node"]
     return _duck({**shell, "from_table": source, "cte_map": {"map": scope.ctes}})
 
-
+# %% ../nbs/09_dialect.ipynb #9ae1f691
 def _crossed(sources: list[dict]) -> dict:
     "Several FROM side by side."
     first, *rest = sources
@@ -1376,7 +1385,7 @@ def _write_values(source, scope):
     rows = [[fold_constants(scope.con, n) for n in row] for row in rows]
     return "(VALUES " + ", ".join("(" + ", ".join(write(n, scope.to) for n in row) + ")" for row in rows) + ")"
 
-# %% ../nbs/09_dialect.ipynb #1f2db189
+# %% ../nbs/09_dialect.ipynb #2959c381
 def _write_join(join: dict, scope: _Scope) -> str:
     "Two tables joined."
     if join["ref_type"] == "ASOF": return _write_asof(join, scope)
@@ -1390,7 +1399,7 @@ def _write_join(join: dict, scope: _Scope) -> str:
     if join["using_columns"]: return f"{left} {_JOINS[kind]} {right} USING ({', '.join(quoted(c, scope.to) for c in join['using_columns'])})"
     return f"{left} {_JOINS[kind]} {right} ON {_condition(join, scope)}"
 
-
+# %% ../nbs/09_dialect.ipynb #882a8d4a
 def _condition(join, scope) -> str:
     "What stands behind ON."
     both = {**join, "join_type": "INNER", "ref_type": "CROSS", "condition": None, "using_columns": []}
@@ -1425,7 +1434,7 @@ def _write_asof(join: dict, scope: _Scope) -> str:
     on = [f"({write(m, scope.to)} {o} {write(t, scope.to)})" for o, m, t in pairs] + [f"({end} IS NULL OR {write(mine, scope.to)} {inside} {end})"]
     return f"{_write_from(join['left'], scope)} {_JOINS[join['join_type']]} {table} ON {' AND '.join(on)}"
 
-# %% ../nbs/09_dialect.ipynb #8a34ed89
+# %% ../nbs/09_dialect.ipynb #b7985395
 def _conjuncts(tree) -> list:
     "The parts of a AND b AND c."
     return [p for c in tree["children"] for p in _conjuncts(c)] if tree["type"] == "CONJUNCTION_AND" else [tree]
@@ -1435,7 +1444,7 @@ def _unqualified(n: Node) -> Node:
     "An expression inside its own table."
     return replace(n, args=tuple(map(_unqualified, n.args)), more={k: v for k, v in n.more.items() if k != "table"})
 
-
+# %% ../nbs/09_dialect.ipynb #11a8cf3a
 def _sides(test: Node, right: str, scope) -> tuple[Node, Node]:
     "Left and right side of a condition, the right one of the right table."
     tables = [{c.more.get("table", "").lower() for c in a.walk() if c.op == "column"} for a in test.args]
@@ -1454,7 +1463,7 @@ def _write_query(tree: dict, scope: _Scope) -> str:
     body = _write_union(tree, scope) if tree["type"] == "SET_OPERATION_NODE" else _write_select(tree, scope)
     return (f"WITH {', '.join(parts)} " if parts else "") + body
 
-# %% ../nbs/09_dialect.ipynb #1a722537
+# %% ../nbs/09_dialect.ipynb #7c5e1b50
 def _write_union(tree, scope):
     "UNION, EXCEPT, INTERSECT."
     if tree["setop_type"] not in ("UNION", "EXCEPT", "INTERSECT"): refuse(tree["setop_type"].replace("_", " "), scope.where, "name the columns in the same order on both sides")
@@ -1465,7 +1474,7 @@ def _write_union(tree, scope):
         if n.op != "column": refuse("ORDER BY an expression behind UNION", scope.where, "name an output column, or put the union into a subquery")
     return body + _order_text(orders, scope) + _limit_text(tree, scope)
 
-
+# %% ../nbs/09_dialect.ipynb #ff547a90
 def _orders(tree, scope):
     "What a query is sorted by."
     return [o for m in tree["modifiers"] if m["type"] == "ORDER_MODIFIER" for o in read_orders(m["orders"], scope.where)]
@@ -1506,7 +1515,7 @@ def _star(tree: dict, source: dict, scope: _Scope) -> list[dict]:
             found.append(new.get(low, {"class": "COLUMN_REF", "type": "COLUMN_REF", "column_names": path}) | {"alias": column})
     return found
 
-# %% ../nbs/09_dialect.ipynb #ae715c84
+# %% ../nbs/09_dialect.ipynb #421fb454
 def _items(tree: dict, scope: _Scope) -> list[dict]:
     "The select list with each * replaced that engines read differently."
     source, items = tree["from_table"], []
@@ -1519,7 +1528,7 @@ def _items(tree: dict, scope: _Scope) -> list[dict]:
     if double: raise SlmlError(f"two columns are called {double!r}", scope.where, "name the columns instead of *, each with AS")
     return items
 
-
+# %% ../nbs/09_dialect.ipynb #db700ab0
 def _name_of(item: dict) -> str:
     "What an output column is called; '' when nobody said."
     return item.get("alias") or (item["column_names"][-1] if item["class"] == "COLUMN_REF" else "")
@@ -1547,14 +1556,14 @@ def _write_select(tree: dict, scope: _Scope) -> str:
     order = [(quoted(n.value, scope.to) if named(n) else text(next(typed)), way, nulls) for n, way, nulls in orders]
     return _assemble(tree, items, columns, parts, group, order, scope)
 
-# %% ../nbs/09_dialect.ipynb #807ec9a7
+# %% ../nbs/09_dialect.ipynb #afa79726
 def inline_orders(modifier: dict, aliases: dict, inline) -> dict:
     "ORDER BY with names of outputs inside an expression replaced; a bare name stays."
     if modifier["type"] != "ORDER_MODIFIER": return modifier
     bare = lambda t: t["class"] == "COLUMN_REF" and t["column_names"][0].lower() in aliases
     return {**modifier, "orders": [o if bare(o["expression"]) else {**o, "expression": inline(o["expression"])} for o in modifier["orders"]]}
 
-
+# %% ../nbs/09_dialect.ipynb #71c696eb
 def _inlined(tree, aliases: dict, depth: int = 0):
     "A tree with the names of outputs replaced by what they stand for."
     if depth > 20: raise SlmlError("an output column is made of itself", "", "give it another name")
@@ -1598,7 +1607,7 @@ def _assemble(tree, items, columns, parts, group, order, scope) -> str:
         return f"SELECT {distinct}{', '.join(q(n) for _, n in columns)} FROM ({inside}) AS {q('kept')} WHERE {q('slml_keep')}" + _order_text(order, scope) + _limit_text(tree, scope)
     return f"SELECT {distinct}{chosen}{text}" + _order_text(order, scope) + _limit_text(tree, scope)
 
-# %% ../nbs/09_dialect.ipynb #67b6e8c9
+# %% ../nbs/09_dialect.ipynb #ea454e6a
 def _write_in(n: Node, scope: _Scope) -> str:
     "An expression in a query, its subqueries with the tables around them in sight."
     return write(_with_queries(n, scope), scope.to)
@@ -1609,7 +1618,7 @@ def _with_queries(n: Node, scope: _Scope) -> Node:
     if n.op == "subquery": n = replace(n, more={**n.more, "sql": _write_query(n.more["query"], scope)})
     return node_map(n, lambda x: _with_queries(x, scope))
 
-
+# %% ../nbs/09_dialect.ipynb #08cc4970
 def _write_subquery(n: Node, to: str) -> str:
     "EXISTS (…), x IN (…), (…)."
     if "sql" not in n.more: refuse("a subquery in an expression", "", "write a whole query")
@@ -1630,7 +1639,7 @@ def _translate(text: str, con, table: str, where: str, to: str) -> str:
     try: return _write_query(query, _Scope(con, to, where=where))
     except duckdb.Error as e: raise SlmlError(f"the query does not work ({str(e).splitlines()[0]})", where, "run it in DuckDB first; give the connection that knows its tables") from None
 
-# %% ../nbs/09_dialect.ipynb #2f0cf9b4
+# %% ../nbs/09_dialect.ipynb #e088480d
 def to_spark(
     text: str,  # a query, or an expression
     con=None,  # DuckDB connection that knows the tables, for their types
@@ -1640,7 +1649,7 @@ def to_spark(
     "The same for Spark."
     return _translate(text, con, table, where, "spark")
 
-
+# %% ../nbs/09_dialect.ipynb #f9c0a250
 def to_trino(
     text: str,  # a query, or an expression
     con=None,  # DuckDB connection that knows the tables, for their types
@@ -1650,13 +1659,13 @@ def to_trino(
     "The same for Trino."
     return _translate(text, con, table, where, "trino")
 
-# %% ../nbs/09_dialect.ipynb #8aabef5f
+# %% ../nbs/09_dialect.ipynb #68420941
 def subset_table() -> list[dict]:
     "The subset, a row each: name, kind, signature, in Spark, in Trino, served by plain Python, what it is."
     how = lambda f, to: f"written by {_WRITE[f.name].__name__.strip('_')}" if f.name in _WRITE else _TEMPLATES[to].get(f.name, "the same")
     return [dict(name=f.name, kind=f.kind, signature=f.signature, spark=how(f, "spark"), trino=how(f, "trino"), python="yes" if f.row else "", what=f.doc) for f in SUBSET.values()]
 
-
+# %% ../nbs/09_dialect.ipynb #e3369e12
 SUBSET.update({f["name"]: replace(SUBSET[f["name"]], spark=f["spark"], trino=f["trino"]) for f in subset_table()})
 
 # %% ../nbs/09_dialect.ipynb #b5bd2bec

@@ -95,9 +95,10 @@ def mcnemar(only_a: int, only_b: int) -> float:
     from scipy.special import bdtr
     return float(min(1, 2 * bdtr(min(only_a, only_b), only_a + only_b, .5))) if only_a + only_b else 1.0
 
-# %% ../nbs/38_evaluate.ipynb #bdfff891
+# %% ../nbs/38_evaluate.ipynb #3e671678
 SQUARED = dict(rmse="mse", r2="mse")   # swaps of these are swaps of the squared error
 
+# %% ../nbs/38_evaluate.ipynb #6cd1a13e
 def bootstrap_p(difference) -> float:
     "Two-sided p from draws of a difference: how often it lies on the other side of zero."
     import numpy as np
@@ -129,12 +130,13 @@ def pairs_table(
             for (a, b), pp, ph in zip(pairs, p, holm(p))]
     return pd.DataFrame(rows, columns=None if rows else ["a", "b", "difference", "low", "high", "p", "p_holm", "better", "test"])
 
-# %% ../nbs/38_evaluate.ipynb #ce1b573e
+# %% ../nbs/38_evaluate.ipynb #a8613cb5
 def better_of(metric, a, b, value, p, alpha) -> str:
     "The better of two where the test says so and more than a ten-thousandth lies between them, else nobody."
     if not p <= alpha or abs(value[a] - value[b]) <= 1e-4 * abs(value[b]): return ""
     return a if (value[a] < value[b]) == (direction(metric) == "minimise") else b
 
+# %% ../nbs/38_evaluate.ipynb #6fe399b7
 def _right(y, p, q) -> dict:
     "Rows that only one of two classifiers has right, and McNemar's p."
     if p.ndim == 1: return {}
@@ -168,9 +170,10 @@ def frozen_test(
     y = frame.target.map({c: i for i, c in enumerate(labels)}).to_numpy(int)
     return frame, y, {name: np.hstack([p.reshape(len(frame), -1), unseen]) for name, p in predictions.items()}
 
-# %% ../nbs/38_evaluate.ipynb #cde4d7fe
+# %% ../nbs/38_evaluate.ipynb #9b8e10d2
 LOSSES = dict(regression=("mae", "rmse", "mse"), classification=("log_loss", "error_rate", "brier"))
 
+# %% ../nbs/38_evaluate.ipynb #e62dc616
 def worse_than_best(
     metric,       # name
     values,       # of all candidates
@@ -181,13 +184,13 @@ def worse_than_best(
     gap = [improvement(metric, v, best) for v in values]
     return [0.0 if v is not None and v == best else None if g is None else -g for v, g in zip(values, gap)]
 
-# %% ../nbs/38_evaluate.ipynb #6d120e5c
+# %% ../nbs/38_evaluate.ipynb #d038fd4d
 def improvements(
     task,         # regression or classification
     candidates,   # dicts with kind, name and metrics
 ) -> dict:        # {candidate: {"over_rule": {loss: share}, "over_weak": {...}}}
     "Improvement of every candidate over the rule and over the weak baseline."
-    def _loss(c, name): return None if c is None else (1 - c["accuracy"] if name == "error_rate" and c["accuracy"] is not None else c.get(name))
+    def _loss(c, name): return None if c is None else (1 - c["accuracy"] if name == "error_rate" and c.get("accuracy") is not None else c.get(name))
     by = {c["kind"]: c for c in reversed(candidates)}
     against = dict(over_rule=by.get("rule"), over_weak=by.get("linear"))
     return {c["name"]: {over: {m: improvement(m, _loss(c, m), _loss(ref, m)) for m in LOSSES[task]} for over, ref in against.items()}
@@ -285,9 +288,10 @@ def _nobody(v, by, n, candidates):
     lacks = missing(v["requirements"], c["name"])
     return f"No model meets {'the requirement' if n == 1 else f'all {n} requirements'}. Closest is {label(c)}, {quality_words(v['metric'], c.get(v['metric']), c.get('interval'), v['unit'])}; it misses {'; '.join(lacks)}."
 
-# %% ../nbs/38_evaluate.ipynb #71d2bd32
+# %% ../nbs/38_evaluate.ipynb #fa6f06e4
 FEW, TOO_FEW = 30, 10  # test rows: a verdict is a guess; an interval would be a pretence
 
+# %% ../nbs/38_evaluate.ipynb #f4609bcf
 def doubts(
     task,
     truth,       # of the test rows; classes as indices
@@ -638,9 +642,10 @@ def remedy(
     return dict(name=name, gain=float(gain),
                 words=f"{REMEDIES[name]}, fitted on validation rows, takes {percent(gain)} off the Brier score of validation rows it has not seen")
 
-# %% ../nbs/38_evaluate.ipynb #b41148ef
+# %% ../nbs/38_evaluate.ipynb #bf9af7c5
 LEVELS = (.05, .1, .25, .5, .75, .9, .95)
 
+# %% ../nbs/38_evaluate.ipynb #19ccf783
 def residual_quantiles(
     valid,      # errors of the validation rows: truth less prediction (rows,)
     test,       # errors of the test rows
@@ -1146,9 +1151,10 @@ def draw_candidates(
     ax.set(yticks=range(len(rungs)), yticklabels=[c["name"] for c in rungs], ylim=(len(rungs) - .4, -.7),
            xlabel=f"{said} ({'less' if v['direction'] == 'minimise' else 'more'} is better)")
 
-# %% ../nbs/38_evaluate.ipynb #a35f0230
+# %% ../nbs/38_evaluate.ipynb #52ad3eae
 LINES = ("-", "--", ":")   # when there are more candidates than colours
 
+# %% ../nbs/38_evaluate.ipynb #ce513c4f
 def draw_errors(
     ax,            # matplotlib axes
     y,             # truth (rows,)
@@ -1192,9 +1198,10 @@ def leaderboard_table(v):
     for c in table.columns.difference(["candidate", "kind", "meets_all", "chosen"]): table[c] = table[c].astype(float)
     return table
 
-# %% ../nbs/38_evaluate.ipynb #567a6362
+# %% ../nbs/38_evaluate.ipynb #fa3686e2
 TIMED = ("p50_ms", "p99_ms", "usd_per_1000")
 
+# %% ../nbs/38_evaluate.ipynb #9aee3bd2
 def untimed(verdict: dict) -> dict:
     "A verdict without a clock's readings; of a limit on one of them, whether it is met."
     def _rest(v):

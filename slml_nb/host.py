@@ -10,14 +10,14 @@ __all__ = ['ASK', 'TOLD', 'PAGE', 'NAME', 'TAKEN', 'DOORS', 'SHARED', 'asked', '
            'check_name', 'own_copy', 'Host', 'add', 'remove', 'later', 'let_go', 'start', 'stop', 'looked', 'look',
            'complain', 'mind', 'meant', 'allowed', 'answered', 'state', 'healthz', 'openapi', 'docs', 'nowhere',
            'wrong_way', 'close_logs', 'lifespan', 'answer_http', 'ask_variant', 'ask_shadow', 'choose', 'shared',
-           'variants', 'traffic_state', 'host', 'hosting']
+           'variants', 'traffic_state', 'check_given', 'host', 'hosting']
 
-# %% ../nbs/42_host.ipynb #7b47a0d2
+# %% ../nbs/42_host.ipynb #ce88f36f
 import asyncio, collections, contextlib, json, os, re, shutil, socket, struct, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 from .core import SlmlError, suggest
 from .package import MISSING, answer_all, answer_row, check_seal, file_columns, load_package
-from .serve import MEDIA, BodyError, Guard, Limits, _refused, _send, form_of, invoke, limits_for, listen, openapi_of, refusal, run_app, running_code, wished, written
+from .serve import MEDIA, BodyError, Guard, Limits, _refused, _send, claim, form_of, invoke, limits_for, openapi_of, refusal, run_app, running_code, wished, written
 
 # %% ../nbs/42_host.ipynb #e3ebd3aa
 ASK, TOLD = struct.Struct(">HHI"), struct.Struct(">HIII")  # lengths of content type, accept, body; status, memory in kB, lengths of headers and answer
@@ -821,7 +821,16 @@ def traffic_state(traffic, log) -> dict:
 
 Host.variants = variants
 
-# %% ../nbs/42_host.ipynb #96ec94ad
+# %% ../nbs/42_host.ipynb #60402ace
+def check_given(
+    packages: dict,  # {name: folder}
+):
+    "Each package must be as it was sealed."
+    for name, folder in packages.items():
+        try: check_seal(folder)
+        except SlmlError as e: raise SlmlError(f"'{name}' cannot be served, {e.what}", str(folder), e.fix) from None
+
+# %% ../nbs/42_host.ipynb #dc3243da
 def host(
     packages: dict | None = None,  # {name: folder}
     watch: str = "",  # folder of packages to follow
@@ -830,11 +839,16 @@ def host(
     port: int = 8000,
     limits: Limits | None = None,  # None: open on this machine, with keys where others can reach it
     traffic: list = (),  # as for `Host`
+    ready=None,  # ready(sock) is called when the port is ours and each package is as it was sealed
     **options,  # of `Host` and each `Pool`
 ):
     "Serve packages until the process is stopped."
-    house = Host(packages, watch, traffic=traffic, **options)
-    try: run_app(Guard(house, limits or limits_for(address)), sock or listen(address, port))
+    limits, house = limits or limits_for(address), Host(packages, watch, traffic=traffic, **options)
+    try:
+        check_given(house.given)
+        sock = sock or claim(address, port)
+        if ready: ready(sock)
+        run_app(Guard(house, limits), sock)
     except SystemExit: raise SlmlError("the server did not start", "host", "what it says above is why") from None
     finally: shutil.rmtree(house.home, ignore_errors=True)
 

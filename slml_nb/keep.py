@@ -7,12 +7,12 @@ __all__ = ['DAY', 'HOLD', 'Check', 'verify', 'size_text', 'verify_text', 'durati
            'old_runs', 'Key', 'keys_in', 'with_inputs', 'References', 'leftovers', 'old_copies', 'lost_uploads', 'hold',
            'let_go', 'job_things', 'needed', 'other_roots', 'gc', 'gc_text']
 
-# %% ../nbs/53_keep.ipynb #04b18a7a
+# %% ../nbs/53_keep.ipynb #f6d1ade6
 import contextlib, json, os, re, shutil, socket, time
 from dataclasses import dataclass
 from pathlib import Path
 from .core import SlmlError, cache_folder, canonical_json, project_root, read_json, sealed, sha256_file, sha256_text, size_of
-from .graph import input_bytes, key_of
+from .graph import address_of, input_bytes, key_of
 from .store import NOTHING, FolderStore, S3Store, abort_uploads, broken_uploads, open_store
 
 # %% ../nbs/53_keep.ipynb #49819f40
@@ -144,12 +144,12 @@ def _check_seal(check: Check, run: Path, record: dict, seals: bool):
     elif seals and record.get("state") in ("done", "failed"): check.wrong(run / "run.json", "a seal", "none")
     else: check.notes.append(f"{run.name}/run.json is not sealed: " + ("the run is not over" if record.get("state") in ("running", "interrupted") else "it is older than seals"))
 
-# %% ../nbs/53_keep.ipynb #377b3b86
+# %% ../nbs/53_keep.ipynb #221c2fb7
 def _check_stage(check: Check, place: Path, made: dict, parts: dict, key: str, seals: bool):
     "What a stage has made, and what its key was made of."
     with _well_formed(check, place / "made.json"):
         if made and seals and not _seal_holds(made): check.wrong(place / "made.json", "as it was sealed", "changed since" if "seal" in made else "no seal")
-        if made: _check_made(check, place.resolve(), made, key)
+        if made: _check_made(check, place.resolve(), made, address_of(parts, key) if key else "")
     with _well_formed(check, place / "key.json"):
         if parts: _check_key(check, place, parts, key)
 
@@ -374,11 +374,11 @@ def _add_run(self: References, run: Path, now: float):
 
 References._run = _add_run
 
-# %% ../nbs/53_keep.ipynb #f0495568
+# %% ../nbs/53_keep.ipynb #d6f62f4a
 def _add_stage(self: References, place: Path, files: list, project: str, known: dict):
     "What one stage's folder names."
     made, parts = (_record(place / f) if f in files else {} for f in ("made.json", "key.json"))
-    key = _key_of(parts) if parts else known.get(place.name)
+    key = address_of(parts, _key_of(parts)) if parts else known.get(place.name)
     if key: self.names.add((project, key))
     if made and isinstance(made.get("root"), str): self.places.add(made["root"] if "://" in made["root"] else str((place / made["root"]).resolve()))
     elif key: self.anywhere.add((project, key))

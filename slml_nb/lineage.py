@@ -7,11 +7,11 @@ __all__ = ['SHAPES', 'MODELS', 'PRODUCER', 'OPENLINEAGE', 'FACETS', 'LINEAGE_CSS
            'walk', 'history', 'resolve_thing', 'described', 'lineage', 'lineage_text', 'openlineage_events',
            'write_events', 'send_events', 'run_parts', 'layers_of', 'lineage_svg']
 
-# %% ../nbs/51_lineage.ipynb #e14a0a52
+# %% ../nbs/51_lineage.ipynb #18dbd930
 import collections, datetime as dt, hashlib, html, json, os, re, urllib.parse, uuid
 from pathlib import Path
 from .core import SlmlError, atomic_write, canonical_json, project_root, read_front_matter, read_notebook, read_parameters, sealed, sha256_file, sha256_text, suggest
-from .graph import input_bytes, key_of, parameter_hash
+from .graph import address_of, input_bytes, key_of, parameter_hash
 from .run import load_run
 from .stage import shipped_notebooks
 
@@ -86,7 +86,7 @@ def _raw_files(parts: dict, made: dict) -> list[dict]:
     told = {r.get("source") for r in read}
     return read + [{"source": a, "address": a, "fingerprint": mark} for a, mark in outside.items() if a not in told]
 
-# %% ../nbs/51_lineage.ipynb #06ac7121
+# %% ../nbs/51_lineage.ipynb #54ae4acc
 def execution(
     place: Path,  # a folder with key.json and made.json: a stage's in a run, or one of the store
     problems: list,  # gets a sentence for what is damaged
@@ -98,15 +98,17 @@ def execution(
     made, parts = made or {}, parts or {}
     try:
         artifacts = {n: {**r, "sha256": str(r["sha256"])} for n, r in made.get("artifacts", {}).items()}
-        inputs = {n: str(h) for n, h in input_bytes(parts).items()}
+        inputs, stated = {n: str(h) for n, h in input_bytes(parts).items()}, _key(parts)
+        address = address_of(parts, stated) if stated else ""
         read = _raw_files(parts, made)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         problems.append(f"{place.parent.name}/{place.name} was left out: its files lack {e}")
         return None
     stage = made.get("stage") or parts.get("shown", {}).get("stage") or place.name
     known = key or (place.name if re.fullmatch("[0-9a-f]{64}", place.name) else "")
-    key = known or _key(parts) or sha256_text(canonical_json(made))
-    if parts and known and _key(parts) != known:
+    agrees = (stated if key else address) == known or not known
+    key = agrees and address or known or sha256_text(canonical_json(made))
+    if parts and not agrees:
         problems.append(f"{place.parent.name}/{place.name}/key.json is damaged and was left out (it does not give the key {known[:12]})")
         parts, inputs, read = {}, {}, _raw_files({}, made)
     return {"key": key, "stage": stage, "parts": parts, "artifacts": artifacts, "inputs": inputs, "read": read, "root": made.get("root", ""), "place": str(place)}

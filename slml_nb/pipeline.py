@@ -24,11 +24,11 @@ __all__ = ['KINDS', 'LONGEST', 'MOST', 'NAME', 'SIGNS', 'EXECUTION', 'HEAVIEST',
            'ranges_of', 'limits_of', 'script_mode', 'tuning_request', 'trial_job', 'make_trial', 'search_status',
            'search_text', 'best_values', 'rendered_text', 'created_text', 'pipeline_do']
 
-# %% ../nbs/63_pipeline.ipynb #25fd578f
+# %% ../nbs/63_pipeline.ipynb #b9f78344
 import functools, io, json, math, os, re, shutil, sys, tarfile, tempfile, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from .aws import Account, account_of, aws_errors, fitting_type, job_stem, name_part, role_of, tags_of, training_types
+from .aws import Account, account_of, aws_errors, fitting_type, job_stem, name_part, role_of, sound_machine, tags_of, training_types
 from .core import (MACHINE, ParamSet, Param, Refused, Secret, SlmlError, atomic_write, canonical_json, coerce, every, load_params, project_root, read_json, seal, sealed, sha256_text, suggest)
 from .cost import load_prices
 from .graph import Graph, _address, climbing, key_of, key_parts, parameter_hash, plan
@@ -484,7 +484,7 @@ def wished_address(
     wanted = "&".join(f"{n}={v}" for n, v in (("kms", wishes["kms"] or account.kms), ("owner", wishes["owner"])) if v)
     return f"{plain}?{wanted}" if wanted else plain
 
-# %% ../nbs/63_pipeline.ipynb #8411f956
+# %% ../nbs/63_pipeline.ipynb #966e026e
 @dataclass
 class Site:
     "What all steps of a pipeline share."
@@ -496,7 +496,7 @@ class Site:
     dry: bool = True  # upload nothing
     code: str = ""  # s3:// address of the package and its starter
     folder: str = ""  # s3:// address of the project folder that travels
-    given: dict = field(default_factory=dict)  # {stage: parameters that the set gives}
+    given: dict = field(default_factory=dict)  # {stage: its parameters}, as planned
 
     @property
     def below(self) -> str: return f"{self.account.project}/pipelines"
@@ -678,20 +678,22 @@ def metadata_of(site: Site, params: ParamSet) -> dict:
     "What a definition says of itself."
     return {"project": params.project, "set": place_in_bundle(params.file)[:1024], "folder": last_part(site.folder), "code": last_part(site.code), **{n: site.words[n][:1024] for n in AROUND if n in site.words}}
 
-# %% ../nbs/63_pipeline.ipynb #95369648
+# %% ../nbs/63_pipeline.ipynb #71c1095a
 def site_of(
     params: ParamSet,
     graph: Graph,
+    values: dict,  # {stage: parameters}, from `plan`
     dry: bool = True,  # upload nothing
 ) -> Site:
     "What a pipeline's steps share; when the set names the role by its ARN, nothing is asked over the network."
     account, runs = account_of(params), project_root() / params.runs / params.project
     if not account.bucket: raise SlmlError(f"the store is {params.store or 'a folder of this machine'}", params.file, "a pipeline needs one that its steps reach: store: s3://bucket/prefix, or --store")
+    for s, n in graph.nodes.items(): sound_machine(n.machine, s, params)
     prices = load_prices()
     machines = {s: on if (on := n.machine.get("on", "here")).startswith("ml.") else fitting_type(n, runs, prices) for s, n in graph.nodes.items()}
-    return Site(account, open_store(wished_address(account)), pipeline_name(params.project), {**machines, "gate": "ml.t3.medium"}, words_of(params), dry, given=params.values)
+    return Site(account, open_store(wished_address(account)), pipeline_name(params.project), {**machines, "gate": "ml.t3.medium"}, words_of(params), dry, given=values)
 
-# %% ../nbs/63_pipeline.ipynb #6cd7ef52
+# %% ../nbs/63_pipeline.ipynb #d29c7788
 def render(
     params: ParamSet,
     overrides: dict | None = None,  # {"train.epochs": "3"}: the defaults of the pipeline's parameters
@@ -700,7 +702,7 @@ def render(
     "The pipeline of a parameter set."
     from slml_nb.jobs import upload_code
     graph, values = plan(params, overrides)
-    site = site_of(params, graph, dry)
+    site = site_of(params, graph, values, dry)
     site.code = upload_code(site.store, params.project, True)
     if not dry:
         hold_code(site)  # before it is looked for: `slml gc` clears away code that nobody needs
@@ -1345,7 +1347,7 @@ def script_mode(
     sent = site.put("search", {"sourcedir.tar.gz": out.getvalue()})
     return {"sagemaker_program": "start.py", "sagemaker_submit_directory": f"{sent}sourcedir.tar.gz", "module": "slml_nb.pipeline", "stage": "trial"}
 
-# %% ../nbs/63_pipeline.ipynb #05805096
+# %% ../nbs/63_pipeline.ipynb #cc033a18
 def tuning_request(
     params: ParamSet,  # with tune:
     given: dict | None = None,  # on top of what stands below tune:
@@ -1357,7 +1359,7 @@ def tuning_request(
     from slml_nb.tune import search_of
     search = search_of(params, given, overrides)
     if missing := not_carried(search): raise SlmlError(f"SageMaker's search cannot carry {'; '.join(missing)}", params.file, f"slml tune {params.file} --on sagemaker  does, with trials on SageMaker")
-    (metric, way), site = next(iter(search.objectives.items())), site_of(replace(search.params, tune={}), search.graph, dry)
+    (metric, way), site = next(iter(search.objectives.items())), site_of(replace(search.params, tune={}), search.graph, search.base, dry)
     stage = metric.split(".")[0]
     machine = {**search.graph.nodes[stage].machine, "on": site.machines[stage]}
     bundle = bundle_of(replace(search.params, climb=True), search.graph, search.base, overrides)  # no stage is left out: each says something about the metric

@@ -27,12 +27,16 @@ from .dialect import check_portable
 from .sql import check_expression, columns_of, ident, literal, parse_expression, register
 from .explore import draw_sample, kind_of, table_columns
 
-# %% ../nbs/13_quality.ipynb #8a96feb6
+# %% ../nbs/13_quality.ipynb #a50e0032
 ACTIONS = ("quarantine", "repair", "warn", "stop")
+
+# %% ../nbs/13_quality.ipynb #d0219666
 AROUND = ("name", "when", "action", "repair", "at_most", "severity", "weight")
+
+# %% ../nbs/13_quality.ipynb #072773d2
 TARGET_RULE, TWIN_RULE = "target is known", "is not a duplicate"
 
-
+# %% ../nbs/13_quality.ipynb #a390a40c
 def listed(
     value,  # a name or a list of names, as written
     key: str,  # of the rule
@@ -58,12 +62,12 @@ def range_rule(rule: dict, where: str, tag: str) -> dict:
         raise SlmlError(f"range: {ends!r} is not two ends", where, "write range: [0, 500]; null leaves an end open")
     return dict(kind="in range", check=" and ".join(f"{x} {sign} {literal(e)}" for sign, e in zip((">=", "<="), ends) if e is not None))
 
-# %% ../nbs/13_quality.ipynb #e56c415e
+# %% ../nbs/13_quality.ipynb #5229893a
 def pattern_rule(rule: dict, where: str, tag: str) -> dict:
     "The whole text is matched by a regular expression."
     return dict(kind="valid", check=f"regexp_matches({ident(rule['column'])}, {literal('^(?:' + str(rule['matches']) + ')$')})")
 
-
+# %% ../nbs/13_quality.ipynb #ec49a924
 def type_rule(rule: dict, where: str, tag: str) -> dict:
     "The value can be read as this type."
     x, t = ident(rule["column"]), str(rule["type"]).upper()
@@ -131,14 +135,14 @@ def stuck_rule(rule: dict, where: str, tag: str) -> dict:
                {f"{tag} run": f"count(*) over (partition by {x}, {place} - {mine})"}]
     return dict(kind="valid", columns=[rule["column"], by], windows=windows, check=f"{x} is null or {run} < {most}", said=f"fewer than {most} equal {rule['column']} in a row")
 
-# %% ../nbs/13_quality.ipynb #fedc8578
+# %% ../nbs/13_quality.ipynb #81c172e4
 def check_rule(rule: dict, where: str, tag: str) -> dict:
     "Any SQL predicate."
     check = str(rule["check"] or "").strip()
     if not check: raise SlmlError("there is no check", where, "give the SQL predicate that a good row satisfies, such as check: fare > 0")
     return dict(kind="consistent" if len(columns_of(check, where)) > 1 else "valid", check=check, written=[check])
 
-
+# %% ../nbs/13_quality.ipynb #888780a0
 FORMS = {"check": (check_rule, ()), "complete": (complete_rule, ()), "unique": (unique_rule, ()), "order": (order_rule, ()), "range": (range_rule, ("column",)),
          "in": (allowed_rule, ("column",)), "matches": (pattern_rule, ("column",)), "type": (type_rule, ("column",)), "equals": (equals_rule, ("column", "within")),
          "fresh": (fresh_rule, ("column", "of")), "stuck": (stuck_rule, ("column", "by"))}  # spelling: (its reader, what else belongs to it)
@@ -199,9 +203,6 @@ def read_rule(
                 limits=read_limits(rule, action, where), weight=float(rule.get("weight", 1)), form=form)
     return {"columns": [rule["column"]] if "column" in rule else [], "join": "", "windows": [], "written": [], "refers": {}, **out, **made}
 
-# %% ../nbs/13_quality.ipynb #ab2d1780
-#| export
-
 # %% ../nbs/13_quality.ipynb #2d5d8dd4
 def read_rules(
     rules: list,  # as written in the parameter set
@@ -217,10 +218,10 @@ def read_rules(
         if names.count(n) > 1: raise SlmlError(f"two rules are called '{n}'", "rules", "give each rule a name of its own")
     return out
 
-# %% ../nbs/13_quality.ipynb #ab6bf9bf
+# %% ../nbs/13_quality.ipynb #b3af697f
 RESTLESS = ("random", "setseed", "uuid", "gen_random_uuid", "now", "today", "get_current_timestamp", "current_localtimestamp", "transaction_timestamp", "nextval")
 
-
+# %% ../nbs/13_quality.ipynb #19f44f34
 def bind(
     con,
     expression: str,
@@ -481,10 +482,10 @@ def part_queries(
     return (f'select {names} from ({judged}) as judged where "slml rule" is null order by row_id',
             f'select {names}, "slml rule" as rule from ({judged}) as judged where "slml rule" is not null order by row_id')
 
-# %% ../nbs/13_quality.ipynb #75a953bc
+# %% ../nbs/13_quality.ipynb #2ffe0a48
 SPANS = {"hour": 3, "day": 92, "month": 3660}  # the unit of time for a table that covers at most so many days
 
-
+# %% ../nbs/13_quality.ipynb #5804326d
 def period_sql(
     con,
     table: str,
@@ -533,10 +534,10 @@ def score_table(
             out.append(dict(by=by, part=said, **score_of(sum_up([p for p in parts if p[key] == name]), every)))
     return out
 
-# %% ../nbs/13_quality.ipynb #bebc0bde
+# %% ../nbs/13_quality.ipynb #803292da
 METHODS = ("auto", "tukey", "log", "mad", "quantile")
 
-
+# %% ../nbs/13_quality.ipynb #68fa4ba1
 def outlier_bounds(
     values,  # numbers; missing ones are left out
     method: str = "auto",
@@ -560,10 +561,10 @@ def outlier_bounds(
     if q1 <= 0: return None, None, "a logarithm needs positive quartiles"
     return low, float(q3 * (q3 / q1) ** k), f"Tukey's fences, {k:g} interquartile ranges, the upper one on the log scale"
 
-# %% ../nbs/13_quality.ipynb #39b7aa07
+# %% ../nbs/13_quality.ipynb #0bc7edc2
 PLACEHOLDERS = ("", "na", "n/a", "nan", "null", "none", "nil", "unknown", "undefined", "missing", "tbd", "?", "-", "--", "#n/a", "(null)")
 
-
+# %% ../nbs/13_quality.ipynb #8f249f10
 @dataclass
 class Look:
     "Some rows of a table, and what was found in them."
@@ -600,13 +601,13 @@ def unique_columns(con, table: str, most: int = 1_000_000) -> list[tuple[str, se
         if 2 < n == known == distinct <= most: out.append((c, {r[0] for r in con.execute(f"select {ident(c)} from {ident(table)}").fetchall()}))
     return out
 
-# %% ../nbs/13_quality.ipynb #710e2fad
+# %% ../nbs/13_quality.ipynb #a0bc0650
 def of_kind(look: Look, kind: str) -> list[str]:
     "The columns of a kind: number, time, text."
     if kind == "text": return [c for c, t in look.types.items() if t == "VARCHAR"]
     return [c for c, t in look.types.items() if kind_of(t) == kind]
 
-
+# %% ../nbs/13_quality.ipynb #6f7a2ede
 def ordinary(look: Look, c: str):
     "The values of a column that no defect explains: numbers as floats, times as seconds, NaN elsewhere; texts as they are."
     import numpy as np
@@ -623,7 +624,7 @@ def seconds(column):
     t = column.dt.tz_localize(None) if getattr(column.dt, "tz", None) else column
     return np.where(t.isna(), np.nan, t.astype("datetime64[s]").astype("int64").to_numpy(float))
 
-# %% ../nbs/13_quality.ipynb #f2612ee1
+# %% ../nbs/13_quality.ipynb #d0733b66
 def note(
     look: Look,
     defect: str,  # its name
@@ -634,16 +635,16 @@ def note(
 ) -> None:
     "Keep a defect, and excuse the values it explains."
     if not mask.any(): return
-    row = look.frame[mask].iloc[0]
-    row = row.astype(object).where(row.notna(), "NULL")
+    row = look.frame[mask].iloc[:1].astype(object).iloc[0]  # one row of numbers alone would be made floats
+    row = row.where(row.notna(), "NULL")
     look.found.append(dict(defect=defect, columns=list(columns), rows=int(mask.sum()), evidence=said,
                            example=f"row {row['row_id']}: " + ", ".join(f"{c} = {str(row[c])[:40]}" for c in columns[:4])))
     for c in columns if explained is None else explained: look.excused[c] = look.excused[c] | mask
 
-# %% ../nbs/13_quality.ipynb #d0ab7373
+# %% ../nbs/13_quality.ipynb #42cd700d
 MOJIBAKE = r"[ÂÃ][\x{80}-\x{BF}]|[ÂÃ][€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]|â€|ï»¿|\x{FFFD}"  # UTF-8 that was read as Latin-1 or Windows-1252
 
-
+# %% ../nbs/13_quality.ipynb #302d0490
 def find_missing(look: Look):
     "A column that is nearly always filled has holes; words for `nothing` are holes too."
     for c in look.types:
@@ -699,7 +700,7 @@ def tidied(s):
     "Lower case, single spaces."
     return s.str.strip().str.lower().str.replace(r"\s+", " ", regex=True)
 
-# %% ../nbs/13_quality.ipynb #f145e871
+# %% ../nbs/13_quality.ipynb #ad8273cb
 def readable(texts, to: str):
     "Which texts can be read as DOUBLE or as a date."
     import datetime
@@ -716,7 +717,7 @@ def readable(texts, to: str):
     test = {v: (number if to == "DOUBLE" else date)(v) for v in texts.unique()}
     return texts.map(test)
 
-
+# %% ../nbs/13_quality.ipynb #2afd982f
 DATE_SHAPE = r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4})([T ].*)?"
 
 # %% ../nbs/13_quality.ipynb #7756e833
@@ -763,13 +764,19 @@ def shape_pattern(shape: str) -> str:
     out = lambda m: letters[m[1]] + ("+" if m[0].endswith("+") else f"{{{len(m[0])}}}" if len(m[0]) > 1 else "")
     return "".join(out(re.match(r"(.).*", p)) if p[0] in letters else re.sub(r"([.^$*+?()\[\]{}|\\])", r"\\\1", p) for p in re.findall(r"A+\+?|a+\+?|9+\+?|[^Aa9]", shape))
 
-# %% ../nbs/13_quality.ipynb #1fab00f4
+# %% ../nbs/13_quality.ipynb #f22410aa
 SENTINELS = (-1, -9, -99, -999, -9999, -99999, 99, 999, 9999, 99999, 999999, 9999999, 2147483647, -2147483648, 32767, -32768)
+
+# %% ../nbs/13_quality.ipynb #610696e9
 SENTINEL_DAYS = ("0001-01-01", "1753-01-01", "1899-12-30", "1899-12-31", "1900-01-01", "1970-01-01", "2999-12-31", "9999-12-31")
+
+# %% ../nbs/13_quality.ipynb #91cdd5a2
 UNITS = {1000: "thousand (metres for kilometres, grams for kilograms)", 100: "hundred (cents for dollars, per cent for shares)", 60: "sixty (seconds for minutes)"}
+
+# %% ../nbs/13_quality.ipynb #049c4bd7
 AMOUNT = r"fare|price|amount|cost|fee|dist|miles|km|minutes|seconds|duration|age$|count|qty|quantity|weight|height|length|area|salary|income|passenger"
 
-
+# %% ../nbs/13_quality.ipynb #288e599e
 def find_sentinels(look: Look):
     "Codes for `unknown` among numbers and dates: 999, -1, 1900-01-01."
     import numpy as np
@@ -939,7 +946,7 @@ def calculations(look: Look):
                     if sign == "*" or not any(sorted([c, a, b]) == f[3] for f in found): found.append((c, f"{ident(a)} {sign} {ident(b)}", broken, sorted([c, a, b])))
     return [f[:3] for f in found]
 
-# %% ../nbs/13_quality.ipynb #c9e4c756
+# %% ../nbs/13_quality.ipynb #728f7779
 def find_copies(look: Look):
     "Rows that are there twice, exactly or but for capitals and spaces."
     columns = list(look.types)
@@ -953,7 +960,7 @@ def find_copies(look: Look):
     note(look, "duplicate", columns, exact, "the same in every column as a row before", [])
     note(look, "near duplicate", columns, near, "the same but for capitals and spaces as a row before", [])
 
-
+# %% ../nbs/13_quality.ipynb #d769a45a
 FINDERS = (find_missing, find_mojibake, find_wrong_types, find_spellings, find_truncated, find_sentinels, find_references, find_swapped, find_units, find_runs,
            find_outliers, find_pairs, find_copies)
 
@@ -1261,12 +1268,12 @@ def defect_sentences(found: list[dict], most: int = 12) -> list[tuple[str, str]]
     more = [("info", f"{len(told) - most} more findings are listed in suggested_rules.")] if len(told) > most else []
     return [("warn", t) for t in told[:most]] + more
 
-# %% ../nbs/13_quality.ipynb #4568f9f4
+# %% ../nbs/13_quality.ipynb #28a1f425
 def _defect(d) -> str:
     "One defect in a sentence."
     return f"{d['defect'].capitalize()} in {', '.join(d['columns'][:4])}{' …' if len(d['columns']) > 4 else ''}: {d['rows']:,} rows, {d['evidence']}; such as {d['example']}."
 
-
+# %% ../nbs/13_quality.ipynb #ee4ecb45
 def _of_a_kind(same, most: int = 6) -> str:
     "One sentence for one defect in many columns, the largest first."
     largest = sorted(same, key=lambda d: -d["rows"])

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['AWAY', 'fingerprint', 'outside_data', 'load_run', 'find_run', 'environment', 'Run', 'StageFailed', 'kernel_manager',
-           'Kernels', 'run_notebook', 'language_info', 'stored', 'timed_again', 'reusable', 'known_by', 'why_again',
-           'Task', 'Runner', 'run_task', 'failure', 'needs_mb', 'learned_peaks', 'schedule', 'not_needed',
-           'stops_kernels', 'on_record', 'execute', 'away_for', 'task_of', 'store_of', 'runner_for', 'preload_of',
-           'this_python', 'execute_file', 'export_run']
+           'Kernels', 'run_notebook', 'language_info', 'stored', 'home_of', 'known_by', 'why_again', 'Task', 'Runner',
+           'run_task', 'failure', 'needs_mb', 'learned_peaks', 'schedule', 'not_needed', 'stops_kernels', 'on_record',
+           'execute', 'away_for', 'task_of', 'store_of', 'runner_for', 'preload_of', 'this_python', 'execute_file',
+           'export_run']
 
-# %% ../nbs/08_run.ipynb #8b259c9f
+# %% ../nbs/08_run.ipynb #ff0c2ccd
 import contextlib, datetime as dt, getpass, glob, importlib.metadata, json, os, platform, shutil, socket, sys, tempfile, threading, time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -18,7 +18,7 @@ from pathlib import Path
 from .core import (ParamSet, Secret, SlmlError, atomic_write, canonical_json, every, load_params, mask, masked_uri, project_root, read_front_matter, read_notebook, seal, sealed,
                           sha256_file, sha256_text, suggest)
 from .engine import CellFailed, Recorder, SlmlEngine, inject, new_recorder, run_cells, strict_parameters
-from .graph import Graph, Node, climbing, key_of, key_parts, plan, what_changed
+from .graph import Graph, Node, address_of, climbing, key_of, key_parts, plan, what_changed
 from .kernel import HEAVY, WarmKernels, warm_possible
 from .meter import GpuSampler, Sampler, kill_tree, machine, megabytes, memory_mb, term_is_interrupt
 from .stage import artifact_path, list_runs, made_in, sample_folder
@@ -374,38 +374,20 @@ def stored(
     if files is not None and (not local or all((Path(root) / f).exists() and sha256_file(Path(root) / f) == h for f, h in files.items())): return {**made, "root": root}
     if mend: store.delete_folder(key)
 
-# %% ../nbs/08_run.ipynb #a092bbd5
-def timed_again(
-    store,
-    key: str,  # name of the stage's folder in the store
-    made: dict,  # from `stored`
+# %% ../nbs/08_run.ipynb #5f35fc1a
+def home_of(
+    project: str,
     parts: dict,  # of the key
-) -> bool:
-    "Whether an input holds other times than the one that the store's artifacts were made from."
-    if not (now := parts["shown"].get("bytes")): return False
-    try: then = json.loads(store.get("/".join(filter(None, [key, made.get("at"), "key.json"]))))
-    except (SlmlError, ValueError): return True  # nobody knows what it was made from
-    return not sealed(then) or then["shown"].get("bytes") != now
+) -> str:
+    "Where in a store a stage's artifacts lie."
+    address = address_of(parts)
+    return f"{project}/{address[:2]}/{address}"
 
-# %% ../nbs/08_run.ipynb #cfeafa19
-def reusable(
-    store,
-    key: str,  # name of the stage's folder in the store
-    parts: dict,  # of the key
-    mend: bool = False,  # see `stored`
-) -> dict | None:  # as from `stored`
-    "What the store has under a key, when it was made from these very inputs."
-    made = stored(store, key, mend)
-    return made if made and not timed_again(store, key, made, parts) else None
-
-# %% ../nbs/08_run.ipynb #41dfe5d0
-def _store_key(project: str, key: str) -> str: return f"{project}/{key[:2]}/{key}"
-
-# %% ../nbs/08_run.ipynb #3c56b09c
-def _take(task: "Task", store, key: str, made: dict):
+# %% ../nbs/08_run.ipynb #4b70ec2b
+def _take(task: "Task", store, parts: dict, made: dict):
     "Let a run have what lies in the store."
     place = task.place
-    root, name = made["root"], _store_key(task.run.record["project"], key)
+    root, name = made["root"], home_of(task.run.record["project"], parts)
     if isinstance(store, FolderStore):
         with contextlib.suppress(OSError): os.utime(root)  # used today: what tidies up counts from the last use
         root = os.path.relpath(root, place.resolve())
@@ -414,18 +396,17 @@ def _take(task: "Task", store, key: str, made: dict):
         if not (place / file).exists() and store.exists(held): atomic_write(place / file, store.get(held), durable=False)
     atomic_write(place / "made.json", json.dumps(seal({**made, "root": root}), indent=1, ensure_ascii=False), durable=False)
 
-# %% ../nbs/08_run.ipynb #ad645f23
+# %% ../nbs/08_run.ipynb #a00d00ec
 def _keep(task: "Task", store, key: str, parts: dict) -> dict:
     "Put what a stage has just made into the store; what the store then has."
-    place, name = task.place, _store_key(task.run.record["project"], key)
+    place, name = task.place, home_of(task.run.record["project"], parts)
     if not (place / "made.json").is_file():
         raise StageFailed("it ended without stage.done()", task.node.stage, "make `stage.done()` the last line of the notebook")
     made = known_by(json.loads((place / "made.json").read_text()), key)
     for file in ("notebook.ipynb", "meter.json"): shutil.copy(place / file, place / "out" / file)
     atomic_write(place / "out" / "key.json", json.dumps(seal(parts), ensure_ascii=False))
     atomic_write(place / "out" / "made.json", json.dumps(seal({**made, "root": "."}), ensure_ascii=False))
-    old = stored(store, name) if task.forced or parts["shown"].get("bytes") else None
-    if old and (_hashes(old) != _hashes(made) or timed_again(store, name, old, parts)): store.delete_folder(name)  # made again, and different: the new one counts
+    if task.forced and (old := stored(store, name)) and _hashes(old) != _hashes(made): store.delete_folder(name)  # made again, and different: the new one counts
     first = put_folder(store, name, place / "out")
     shutil.rmtree(place / "out", ignore_errors=True)
     if (kept := stored(store, name, hashed=first)) is None: raise SlmlError("what was put there is gone or damaged", f"{store}/{name}", "the same command makes it again")
@@ -497,7 +478,7 @@ class Runner:
         "Whether a stage is made on another machine."
         return bool(self.away and self.away.takes(task.node))
 
-# %% ../nbs/08_run.ipynb #383082ea
+# %% ../nbs/08_run.ipynb #f4ad0097
 def run_task(
     runner: Runner,
     task: Task,
@@ -510,18 +491,18 @@ def run_task(
     key, begun = key_of(parts), task.run.elapsed()
     atomic_write(task.place / "key.json", json.dumps(seal(parts), ensure_ascii=False), durable=False)  # before the store is asked: who tidies it up sees that the key is wanted
     made, state, why = _obtain(runner, task, key, parts)
-    _take(task, runner.store, key, made)
+    _take(task, runner.store, parts, made)
     seconds = round(task.run.elapsed() - begun, 3)
     task.note(state=state, key=key, seconds=seconds, why=why, metrics=made["metrics"], notebook=f"{task.node.stage}/notebook.ipynb", offset=begun)
     runner.emit(type="end", stage=task.id, state=state, seconds=seconds, why=why, metrics=made["metrics"])
     return made["artifacts"]
 
-# %% ../nbs/08_run.ipynb #cca4320d
+# %% ../nbs/08_run.ipynb #8abc619a
 def _obtain(runner: Runner, task: Task, key: str, parts: dict) -> tuple[dict, str, str]:  # made.json, state, why
     "From the store, by making it, or by waiting for another run that is making it."
-    name, why, told = _store_key(task.run.record["project"], key), "", False
+    name, why, told = home_of(task.run.record["project"], parts), "", False
     while True:
-        if not task.forced and (made := reusable(runner.store, name, parts)): return made, "reused", why and f"made meanwhile by another run ({why})"
+        if not task.forced and (made := stored(runner.store, name)): return made, "reused", why and f"made meanwhile by another run ({why})"
         if claim := runner.store.claim(name): break
         if not told:
             why, told = runner.store.holder(name), True
@@ -530,10 +511,10 @@ def _obtain(runner: Runner, task: Task, key: str, parts: dict) -> tuple[dict, st
         time.sleep(0.2 if isinstance(runner.store, FolderStore) else 1.5)
     with claim: return _claimed(runner, task, key, parts)
 
-# %% ../nbs/08_run.ipynb #ba9dd203
+# %% ../nbs/08_run.ipynb #d75bec5f
 def _claimed(runner: Runner, task: Task, key: str, parts: dict) -> tuple[dict, str, str]:  # as from `_obtain`
     "From the store if it has come there meanwhile; else made, and nobody else makes it now."
-    if not task.forced and (made := reusable(runner.store, _store_key(task.run.record["project"], key), parts, mend=True)): return made, "reused", ""
+    if not task.forced and (made := stored(runner.store, home_of(task.run.record["project"], parts), mend=True)): return made, "reused", ""
     why = "asked for" if task.forced else why_again(task.run.folder.parent, task.node.stage, parts, task.run.folder)
     runner.emit(type="start", stage=task.id, why=why)
     task.note(state="running", key=key, started=_now(), why=why, offset=task.run.elapsed())
@@ -825,7 +806,7 @@ def preload_of(graph: Graph) -> list[str]:
         theirs |= versions
     return [*ours, *(m for m in HEAVY if m.split(".")[0] in theirs)]
 
-# %% ../nbs/08_run.ipynb #a93af3ae
+# %% ../nbs/08_run.ipynb #0bd458f3
 def _dry(params, graph, values, wanted, forced, store, emit, gates=()) -> dict:
     "What would happen: reused as far as the keys are known, made from the first change on."
     made, left_out, states = {}, set(), []
@@ -840,7 +821,7 @@ def _dry(params, graph, values, wanted, forced, store, emit, gates=()) -> dict:
                 state, why = "skipped", why_not
             elif stage not in forced and all(a in made for a in inputs):
                 parts = key_parts(node, values[stage], {a: made[a] for a in inputs}, outside_data(node, values[stage]))
-                found = reusable(store, _store_key(params.project, key_of(parts)), parts)
+                found = stored(store, home_of(params.project, parts))
                 state, why = ("reused", "") if found else ("made", why_again(project_root() / params.runs / params.project, stage, parts))
                 if found: made.update({a: {**r, "root": found["root"]} for a, r in found["artifacts"].items()})
         if stage in gates and state == "made" and not made.get(node.front["climbs"]): why += f"; or not, if {gates[stage]} finds a simpler model to be enough"

@@ -14,10 +14,10 @@ import datetime, math
 from .core import SlmlError, suggest
 from .sql import ident, literal
 
-# %% ../nbs/15_sample.ipynb #817d0f0d
+# %% ../nbs/15_sample.ipynb #684c5b29
 DIGITS = 13
 
-
+# %% ../nbs/15_sample.ipynb #1c3ca8a5
 def row_hash(
     columns: list[str],  # the key
     salt: str = "",  # another salt, another division
@@ -33,10 +33,10 @@ def hash_cut(
     "Where to cut."
     return "g" if fraction >= 1 else f"{int(max(fraction, 0) * 16**DIGITS):013x}"   # 'g' comes after every digit
 
-# %% ../nbs/15_sample.ipynb #6a59999e
+# %% ../nbs/15_sample.ipynb #3f0a388c
 SPLITS = ("train", "valid", "test")
 
-
+# %% ../nbs/15_sample.ipynb #04d5e5ad
 def check_shares(
     shares: dict,  # {"train": 0.7, "valid": 0.15, "test": 0.15}
 ) -> dict[str, float]:  # all three
@@ -72,10 +72,10 @@ def few(
     valid = min(max(1, round(n * shares["valid"])), n - test - 1) if shares["valid"] else 0
     return dict(train=n - test - valid, valid=valid, test=test)
 
-# %% ../nbs/15_sample.ipynb #190c5a90
+# %% ../nbs/15_sample.ipynb #f50b5cb4
 FEW = 200  # rows below which hashes are ranked
 
-
+# %% ../nbs/15_sample.ipynb #f5e6d5ca
 def hash_split(
     con,
     table: str,
@@ -93,10 +93,10 @@ def hash_split(
     return f"""select row_id, case when r <= {n['test']} then 'test' when r <= {n['test'] + n['valid']} then 'valid' else 'train' end as split
         from (select row_id, dense_rank() over (order by h) as r from ({inner}))"""
 
-# %% ../nbs/15_sample.ipynb #5ada8608
+# %% ../nbs/15_sample.ipynb #31ce925d
 STRATA = 10  # groups of a number
 
-
+# %% ../nbs/15_sample.ipynb #9abbc234
 def stratum_sql(
     con,
     table: str,
@@ -203,7 +203,7 @@ def _keep(table: str, key: list[str], salt: str, fraction: float) -> str:
     "A condition: the rows whose second hash is below a fraction."
     return f"row_id in (select row_id from {ident(table)} where {row_hash(key, salt + ' fraction')} < {literal(hash_cut(fraction))})"
 
-# %% ../nbs/15_sample.ipynb #fc12443d
+# %% ../nbs/15_sample.ipynb #b7e8b4c2
 def _by_time(con, table: str, time: str, shares: dict, cuts: dict | None, stratify: str) -> tuple[str, dict]:
     "The query by time, and how it was made."
     kind = check_time(con, table, time)
@@ -211,7 +211,7 @@ def _by_time(con, table: str, time: str, shares: dict, cuts: dict | None, strati
     cuts = check_cuts(con, cuts, kind) if cuts else time_cuts(con, table, time, shares)
     return time_split(table, time, kind, cuts), dict(by="time", time=time, cuts=cuts)
 
-
+# %% ../nbs/15_sample.ipynb #900c3643
 def _by_hash(con, table: str, key: list[str], shares: dict, cuts: dict | None, salt: str, stratify: str) -> tuple[str, dict]:
     "The query by hash, and how it was made."
     if cuts: raise SlmlError("cuts are moments, and the split is by hash", "sample", "set by: time, or leave out cuts")
@@ -247,13 +247,13 @@ def elbow(
     "Where s / √n bends most between low and high; s does not matter."
     return ((high - low) / (2 * (low ** -0.5 - high ** -0.5))) ** (2 / 3) if high > low else high
 
-# %% ../nbs/15_sample.ipynb #6bfb5a77
+# %% ../nbs/15_sample.ipynb #0aabbeca
 def _lay_blocks(con, table: str, value: str, time: str, orders: dict):
     "Make the table slml_blocks: x, and the place of each row in each order, from 0."
     con.execute(f"""create or replace temp table slml_blocks as select x, {', '.join(f'row_number() over (order by {o}) - 1 as {name}' for name, o in orders.items())}
         from (select row_id, {ident(time) if time else 'NULL'} as t, ({value})::DOUBLE as x from {ident(table)}) where isfinite(x)""")
 
-
+# %% ../nbs/15_sample.ipynb #60f24b1f
 def _block_sizes(con, n: int, s: float, least: int, blocks: int, by_time: bool) -> list[dict]:
     "The spread of the means of blocks of 50, 200, 800 … rows, beside the formula."
     seen = lambda name, size: con.execute(f"select stddev_samp(m) from (select avg(x) as m from slml_blocks where {name} // {size} < {n // size} group by {name} // {size})").fetchall()[0][0]
@@ -406,7 +406,7 @@ def split_table(
         select "slml split", {', '.join(what.values())} from j, (select mode({y}::VARCHAR) as m from j) group by 1""").fetchall()}
     return pd.DataFrame([{"split": k, "rows": counts[k], "share": f"{counts[k] / max(t, 1):.1%}", **dict(zip(what, found.get(k, [None] * len(what))))} for k in SPLITS])
 
-# %% ../nbs/15_sample.ipynb #6694cb8a
+# %% ../nbs/15_sample.ipynb #52753746
 def _said_of_rows(counts: dict, missing: list) -> list[tuple[str, str]]:
     "What makes a score doubtful, whatever the columns say."
     out = []
@@ -416,7 +416,7 @@ def _said_of_rows(counts: dict, missing: list) -> list[tuple[str, str]]:
     if missing: out.append(("alarm", f"Classes in the test that training has never seen: {', '.join(missing[:8])}."))
     return out
 
-
+# %% ../nbs/15_sample.ipynb #6bee132b
 def _said_of_columns(counts: dict, by: str, compared: list[dict]) -> list[tuple[str, str]]:
     "Whether the test resembles the rest; what it means depends on how the rows were divided."
     far = ", ".join([f"{r['column']} ({r['distance']:.2f})" for r in compared if r["differs"]][:8])

@@ -1005,7 +1005,7 @@ def renewed(
     time.sleep(0.1)  # what kills every process at once must not make us start thousands
     return begin()
 
-# %% ../nbs/41_serve.ipynb #301a79c7
+# %% ../nbs/41_serve.ipynb #26e52dad
 def side_by_side(
     work,  # work(sock) serves until it is stopped
     host: str, port: int,  # 0: any that is free
@@ -1018,9 +1018,9 @@ def side_by_side(
     def stop(*_): raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, stop)
     first, alive = first or claim(host, port, shared=True), os.pipe()  # holds the port, and never listens
-    begin = lambda: replica(work, host, first.getsockname()[1], alive)
-    children = [begin() for _ in range(count)]
+    begin, children = lambda: replica(work, host, first.getsockname()[1], alive), []
     try:
+        for _ in range(count): children.append(begin())
         while wait([c.sentinel for c in children]): children = [renewed(c, begin) for c in children]
     except KeyboardInterrupt: pass
     finally:

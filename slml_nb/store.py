@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qsl, quote
 from .core import SlmlError, cache_folder, canonical_json, error_code, seal, sha256_file, sha256_text, size_of, suggest
 
-# %% ../nbs/01_store.ipynb #d87b766f
+# %% ../nbs/01_store.ipynb #61df5284
 _folder_fixes = {
     errno.ENOSPC: ("the disk is full", "free some space (slml gc), or set store: to another disk"),
     errno.EDQUOT: ("your quota of the disk is used up", "free some space (slml gc), or set store: to another disk"),
@@ -26,7 +26,7 @@ _folder_fixes = {
     errno.ENAMETOOLONG: ("a name is too long for this disk", "use shorter names"),
     errno.EIO: ("the disk does not answer as it should", "check the disk, or set store: to another one")}
 
-
+# %% ../nbs/01_store.ipynb #5a32ba8f
 @contextlib.contextmanager
 def _folder_errors(where):
     "An error of the file system in words."
@@ -35,13 +35,13 @@ def _folder_errors(where):
         what, fix = _folder_fixes.get(e.errno, (str(e), "check the disk, or set store: to another folder"))
         raise SlmlError(what, str(where), fix) from None
 
-# %% ../nbs/01_store.ipynb #234ad244
+# %% ../nbs/01_store.ipynb #fa52ade9
 def _checked(key: str) -> str:
     "A name that stays inside its store."
     if not key or key.startswith("/") or ".." in key.split("/"): raise SlmlError(f"{key!r} is not a name in a store", "", "use a relative name such as project/table.parquet")
     return key
 
-
+# %% ../nbs/01_store.ipynb #ff72e47f
 def _hidden(key: str) -> bool: return any(part.startswith(".") for part in key.split("/"))
 
 # %% ../nbs/01_store.ipynb #62cde132
@@ -95,14 +95,14 @@ class FolderStore:
         "A file or folder of the store on this machine."
         return self._at(key)
 
-# %% ../nbs/01_store.ipynb #4cf4e3bf
+# %% ../nbs/01_store.ipynb #be2577d4
 def _open(self: FolderStore, key: str):
     "A file to read from front to back, in binary."
     with _folder_errors(self._at(key)):
         try: return open(self._at(key), "rb")
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError): raise SlmlError(f"there is no '{key}'", str(self), "list() tells what there is") from None
 
-
+# %% ../nbs/01_store.ipynb #e28aaf8d
 def _names(self: FolderStore, prefix: str = ""):
     "The names that begin with `prefix`, one after the other, in no order; hidden ones are nobody's business."
     base = self._at(prefix).parent if prefix else self.root  # whose files alone can match
@@ -135,10 +135,10 @@ def _delete_folder(self: FolderStore, key: str) -> None:
 
 FolderStore.delete, FolderStore.delete_folder = _delete, _delete_folder
 
-# %% ../nbs/01_store.ipynb #7cc46fe8
+# %% ../nbs/01_store.ipynb #6cc6bfb6
 _wishes = {"kms": "SLML_S3_KMS", "owner": "SLML_S3_OWNER"}
 
-
+# %% ../nbs/01_store.ipynb #d0557f08
 def read_address(
     uri: str,  # s3://bucket/prefix?kms=…&owner=…
 ) -> tuple[str, dict]:  # without its wishes; {"kms", "owner"}: of the address, else of the environment, "" when there is none
@@ -151,7 +151,7 @@ def read_address(
         raise SlmlError(f"'{wishes['owner']}' is no AWS account", uri, "owner= takes the twelve digits of an account: aws sts get-caller-identity")
     return plain.rstrip("/"), wishes
 
-
+# %% ../nbs/01_store.ipynb #ec30ceed
 def below(
     uri: str,  # a folder, or s3://bucket/prefix?kms=…
     name: str,  # of something in it
@@ -171,12 +171,12 @@ class _Wishes:
         if self.kms and model.name in ("PutObject", "CreateMultipartUpload", "CopyObject"):
             for k, v in {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self.kms, "BucketKeyEnabled": True}.items(): params.setdefault(k, v)
 
-# %% ../nbs/01_store.ipynb #4f6240e6
+# %% ../nbs/01_store.ipynb #d2fd465b
 _here = threading.local()  # .stop: an event that ends the waiting of this thread
 _busy = (429, 500, 502, 503, 504)
 _expired = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "InvalidToken", "400")  # 400: all that the answer to a HEAD can say
 
-
+# %% ../nbs/01_store.ipynb #f0305a7e
 class _Patience:
     "What a client does when botocore has given up: asks again, when there is hope."
 
@@ -192,13 +192,13 @@ class _Patience:
         if time.monotonic() - since > float(os.environ.get("SLML_S3_PATIENCE") or 300) or getattr(_here, "stop", threading.Event()).is_set(): return None
         return random.random() * min(10, 2 ** min(attempts, 9))
 
-# %% ../nbs/01_store.ipynb #2a379161
+# %% ../nbs/01_store.ipynb #0b0f74bb
 def _in_trouble(self: _Patience, error) -> bool:
     "Whether an error is the network's or the server's."
     import botocore.exceptions as b
     return isinstance(error, (b.HTTPClientError, b.ConnectionError, b.IncompleteReadError))
 
-
+# %% ../nbs/01_store.ipynb #c2245428
 def _renewed(self: _Patience, context: dict) -> bool:
     "Whether a request may be made again, with the credentials that the files have now; once with each."
     import boto3
@@ -245,7 +245,7 @@ def aws_errors(
         if "<html" in said.lower(): said = "a web page came back"
         raise SlmlError(f"{code}: {said}" if code not in said else said, where, {**WAYS_OUT, **(ways or {})}.get(code, otherwise)) from e
 
-# %% ../nbs/01_store.ipynb #4343e4a4
+# %% ../nbs/01_store.ipynb #d4e118dd
 _opening = threading.Lock()
 
 
@@ -253,14 +253,14 @@ def aws_environment() -> tuple:
     "What boto3 reads of the environment."
     return tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
 
-
+# %% ../nbs/01_store.ipynb #8a3c372c
 @functools.lru_cache(maxsize=8)
 def _new_session(known: tuple, pid: int):
     "A session of its own for each set of variables, and for each process."
     import boto3
     return boto3.session.Session()
 
-
+# %% ../nbs/01_store.ipynb #011b4b81
 def aws_session():
     "The session of boto3 for what the environment says now."
     with _opening: return _new_session(aws_environment(), os.getpid())
@@ -279,7 +279,7 @@ def if_there(
         if error_code(e) in absent and re.search(words, str(e), re.I): return None
         raise
 
-# %% ../nbs/01_store.ipynb #273c1b2b
+# %% ../nbs/01_store.ipynb #4230bbac
 def client_of(
     service: str,  # of AWS, as boto3 calls it
     region: str = "",  # "": as configured
@@ -287,7 +287,7 @@ def client_of(
     "A client of boto3 that is patient: standard retries, and no wait for ever."
     with _opening, aws_errors(service): return _new_client_of(service, region, aws_environment(), os.getpid())
 
-
+# %% ../nbs/01_store.ipynb #bd2fe3bd
 @functools.lru_cache(maxsize=64)
 def _new_client_of(service: str, region: str, known: tuple, pid: int):
     "A client, made anew."
@@ -297,13 +297,13 @@ def _new_client_of(service: str, region: str, known: tuple, pid: int):
     if style.get("endpoint_url"): limits = limits.merge(Config(s3={"addressing_style": "path"}))
     return _new_session(known, pid).client(service, region_name=region or None, config=limits, **style)
 
-# %% ../nbs/01_store.ipynb #1199a061
+# %% ../nbs/01_store.ipynb #42527934
 def _client(endpoint_url: str, patient: bool = True, kms: str = "", owner: str = ""):
     "An S3 client; one for each endpoint, wish, process and set of credentials in the environment."
     endpoint = endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
     with _opening: return _new_client(endpoint, patient, kms, owner, os.getpid(), aws_environment())
 
-
+# %% ../nbs/01_store.ipynb #540edf54
 def _moment(text):
     "A time stamp as S3 writes it; botocore's own way takes three quarters of the time of a long listing."
     from botocore.utils import parse_timestamp
@@ -365,32 +365,32 @@ class S3Store:
     def _at(self, key: str) -> str: return f"{self.prefix}/{_checked(key)}".lstrip("/")
     def _named(self, key: str) -> dict: return {"Bucket": self.bucket, "Key": self._at(key)}
 
-# %% ../nbs/01_store.ipynb #78474fb5
+# %% ../nbs/01_store.ipynb #7054a874
 def _objects(self: S3Store, prefix: str):
     "What begins with `prefix`, a thousand at a time: [(name, ETag, bytes)]."
     base = f"{self.prefix}/" if self.prefix else ""
     for page in self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=base + prefix):
         if found := [(o["Key"][len(base):], o["ETag"], o["Size"]) for o in page.get("Contents", [])]: yield found
 
-
+# %% ../nbs/01_store.ipynb #d38f21c8
 def _pages(self: S3Store, prefix: str):
     "The names that begin with `prefix`, a thousand at a time."
     for page in self._objects(prefix): yield [name for name, _, _ in page]
 
-# %% ../nbs/01_store.ipynb #4ebc9f6d
+# %% ../nbs/01_store.ipynb #eff9bcab
 def _s3_names(self: S3Store, prefix: str = ""):
     "The names that begin with `prefix`, one after the other; hidden ones and claims are nobody's business."
     with _s3_errors(str(self)):
         for page in self._pages(prefix): yield from (k for k in page if not _hidden(k) and not k.endswith(".claim"))
 
-
+# %% ../nbs/01_store.ipynb #f512c3d4
 def _s3_list(self: S3Store, prefix: str = "") -> list[str]:
     "All names that begin with `prefix`, sorted."
     return sorted(self.names(prefix))
 
 S3Store._objects, S3Store._pages, S3Store.names, S3Store.list = _objects, _pages, _s3_names, _s3_list
 
-# %% ../nbs/01_store.ipynb #0755775a
+# %% ../nbs/01_store.ipynb #a64130ed
 def _exists(self: S3Store, key: str) -> bool:
     "Whether a name is taken."
     import botocore.exceptions
@@ -400,7 +400,7 @@ def _exists(self: S3Store, key: str) -> bool:
             if error_code(e) in ("404", "NoSuchKey"): return False
             raise
 
-
+# %% ../nbs/01_store.ipynb #906641fc
 def _s3_delete(self: S3Store, key: str) -> None:
     "Remove a name; nothing happens when it is not there."
     with _s3_errors(f"{self}/{key}"): self.s3.delete_object(**self._named(key))
@@ -416,11 +416,11 @@ def _s3_delete_folder(self: S3Store, key: str) -> None:
 
 S3Store.exists, S3Store.delete, S3Store.delete_folder = _exists, _s3_delete, _s3_delete_folder
 
-# %% ../nbs/01_store.ipynb #9c087ede
+# %% ../nbs/01_store.ipynb #eb3aa0f6
 _not_met = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404", "NoSuchUpload")
 _no_conditions = ("NotImplemented", "501")  # a server that does not know them
 
-
+# %% ../nbs/01_store.ipynb #e8eb4768
 def _once(self: S3Store, key: str, write, s3=None, **condition) -> str | None:
     "Write an object, on a condition if there is one; its ETag, or None when the condition is not met."
     import botocore.exceptions
@@ -442,13 +442,13 @@ def _put_on(self: S3Store, key: str, body: bytes, s3=None, **condition) -> str |
     "Put bytes on a condition; the ETag, or None when it is not met."
     return _once(self, key, functools.partial((s3 or self.s3).put_object, Body=body, **self._named(key)), s3, **condition)
 
-# %% ../nbs/01_store.ipynb #c1632768
+# %% ../nbs/01_store.ipynb #45c74be4
 PART, PIECE, LINES = 16 << 20, 32 << 20, 10  # bytes of a part that goes up; of a piece that comes down; connections
 
-
+# %% ../nbs/01_store.ipynb #afca7818
 class _GivenUp(Exception): "Another part has failed."
 
-
+# %% ../nbs/01_store.ipynb #5a68e5f4
 class _Stop(threading.Event):
     "The end of several jobs; it has also come when it has for what they are part of."
 
@@ -460,7 +460,7 @@ class _Stop(threading.Event):
         "Whether it has come."
         return super().is_set() or bool(self.outer and self.outer.is_set())
 
-
+# %% ../nbs/01_store.ipynb #fbe51f3d
 def _job(stop: _Stop, call):
     "One call on a line of its own, unless another has failed."
     if stop.is_set(): raise _GivenUp
@@ -470,7 +470,7 @@ def _job(stop: _Stop, call):
         stop.set()
         raise
 
-
+# %% ../nbs/01_store.ipynb #997e8fed
 @functools.lru_cache(maxsize=1)
 def _lines_of(pid: int): return ThreadPoolExecutor(LINES, thread_name_prefix="s3")  # a forked child needs its own
 
@@ -639,7 +639,7 @@ def _blocks(self: S3Store, key: str, etag: str, first: int, last: int, answer: d
             time.sleep(random.random() * 0.05 * 2 ** failed)
         finally: body.close()
 
-# %% ../nbs/01_store.ipynb #3f735b4f
+# %% ../nbs/01_store.ipynb #fe2f8a28
 def _answer(self: S3Store, key: str, s3=None) -> tuple[dict, bytes]:
     "The answer to a GET and its body, whole; asked for again when it breaks off."
     from botocore.exceptions import HTTPClientError, IncompleteReadError
@@ -650,14 +650,14 @@ def _answer(self: S3Store, key: str, s3=None) -> tuple[dict, bytes]:
             if attempt == 7: raise
             time.sleep(random.random() * 0.05 * 2 ** attempt)
 
-
+# %% ../nbs/01_store.ipynb #e9933204
 def _get(self: S3Store, key: str) -> bytes:
     "The bytes under a name."
     with _s3_errors(f"{self}/{key}"): return _answer(self, key)[1]
 
 S3Store.get = _get
 
-# %% ../nbs/01_store.ipynb #a6799394
+# %% ../nbs/01_store.ipynb #13aaa57a
 class _Stream(io.RawIOBase):
     "An object of a bucket as a file that is read from front to back."
 
@@ -682,7 +682,7 @@ class _Stream(io.RawIOBase):
         self.blocks.close()
         super().close()
 
-
+# %% ../nbs/01_store.ipynb #b287f13e
 def _s3_open(self: S3Store, key: str):
     "A file to read from front to back, in binary; what breaks off goes on where it broke."
     return io.BufferedReader(_Stream(self, key), 1 << 20)
@@ -722,10 +722,10 @@ def _download(self: S3Store, key: str, path: Path) -> str:
                 while (at := arrived.tell()) < last: digest.update(arrived.read(min(1 << 20, last - at)))
     return digest.hexdigest()
 
-# %% ../nbs/01_store.ipynb #290e6262
+# %% ../nbs/01_store.ipynb #97197249
 NOTHING = sha256_text("[]")  # the hash of a folder without files
 
-
+# %% ../nbs/01_store.ipynb #89bc2704
 def _fetch(self: S3Store, key: str, place: Path, sha256: str = "") -> str:
     "Download an object, or everything below a name; its SHA-256, as `sha256_file` gives it. Of a folder that is to be empty a bucket knows nothing."
     import botocore.exceptions
@@ -740,31 +740,31 @@ def _fetch(self: S3Store, key: str, place: Path, sha256: str = "") -> str:
         hashes = dict(zip(map(PurePosixPath, names), _each(lambda n: _download(self, f"{key}/{n}", place / n), names)))
     return sha256_text(canonical_json([[n.as_posix(), hashes[n]] for n in sorted(hashes)]))
 
-# %% ../nbs/01_store.ipynb #5ac7e0bb
+# %% ../nbs/01_store.ipynb #7c6c509c
 @functools.lru_cache(maxsize=1)
 def _boot() -> str:
     "A name for the time since the machine was started."
     try: return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError: return ""
 
-
+# %% ../nbs/01_store.ipynb #8b945630
 def _state(place: Path) -> dict | None:
     "What is known of a file or folder without reading it; None when it is not there."
     files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
     try: return {"boot": _boot(), "files": [[p.relative_to(place).as_posix(), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for p in files for s in [p.stat()]]}
     except OSError: return None
 
-# %% ../nbs/01_store.ipynb #0176ede4
+# %% ../nbs/01_store.ipynb #df4dfd11
 def _note_of(place: Path) -> Path: return place.parent / f".{place.name}.checked"
 
-
+# %% ../nbs/01_store.ipynb #0a47e552
 def _note(place: Path) -> None:
     "Remember a copy as checked."
     fd, beside = tempfile.mkstemp(dir=place.parent, prefix=".note-")
     with os.fdopen(fd, "w") as f: json.dump(_state(place), f)
     os.replace(beside, _note_of(place))
 
-
+# %% ../nbs/01_store.ipynb #7dd8ccd7
 def _good(place: Path, sha256: str) -> bool:
     "Whether a copy is there and right; hashed only when it is not known."
     try: known = json.loads(_note_of(place).read_text())
@@ -776,10 +776,10 @@ def _good(place: Path, sha256: str) -> bool:
     else: _note(place)
     return True
 
-# %% ../nbs/01_store.ipynb #6437d252
+# %% ../nbs/01_store.ipynb #bd82d094
 _uses = {}  # {(process, cache): (open file, names)}
 
-
+# %% ../nbs/01_store.ipynb #89a83d54
 @contextlib.contextmanager
 def _cache_lock(cache: Path, how: str, seconds: float = 60.0):
     "Hold the cache: 'look' with others who use it, 'alone' to throw away. True, False when it is busy for too long, None where there are no locks."
@@ -789,7 +789,7 @@ def _cache_lock(cache: Path, how: str, seconds: float = 60.0):
         yield got
     finally: os.close(file)
 
-
+# %% ../nbs/01_store.ipynb #adc978ae
 def _use(cache: Path, name: str) -> None:
     "Say that this process uses a copy."
     mine = (os.getpid(), str(cache))
@@ -817,14 +817,14 @@ def _used(cache: Path) -> set[str]:
             else: path.unlink()
     return names
 
-# %% ../nbs/01_store.ipynb #37e1cb93
+# %% ../nbs/01_store.ipynb #f19f7ed4
 def _given_limit() -> float | None:
     "Bytes that copies may take, by the environment."
     given = os.environ.get("SLML_CACHE_GB", "")
     try: return float(given) * 1e9 if given else None
     except ValueError: raise SlmlError(f"SLML_CACHE_GB={given} is no number", "environment", "export SLML_CACHE_GB=50") from None
 
-
+# %% ../nbs/01_store.ipynb #5710ef01
 def _copies(cache: Path) -> list[tuple[float, int, Path]]:
     "The copies: when used last, bytes, folder; the oldest first."
     homes = [p for p in cache.iterdir() if len(p.name) == 64 and p.is_dir()]
@@ -850,10 +850,10 @@ def evict(
     for aside in gone.values(): shutil.rmtree(aside, ignore_errors=True)
     return list(gone)
 
-# %% ../nbs/01_store.ipynb #f6f96c75
+# %% ../nbs/01_store.ipynb #d24e1436
 _brought = {}  # bytes fetched since this process last looked at the limit
 
-
+# %% ../nbs/01_store.ipynb #3d10f2e7
 def _bring(self: S3Store, key: str, place: Path, sha256: str) -> None:
     "Fetch a copy and put it in its place, when it is right."
     with tempfile.TemporaryDirectory(dir=self.cache, prefix=".part-") as beside:
@@ -871,7 +871,7 @@ def _bring(self: S3Store, key: str, place: Path, sha256: str) -> None:
             _use(self.cache, place.parent.name)
     time.sleep(0.011)  # a tick of the file system's clock: who changes it after this gets another time
 
-# %% ../nbs/01_store.ipynb #b3691932
+# %% ../nbs/01_store.ipynb #25765469
 def _anew(self: S3Store, key: str) -> Path:
     "Fetch a file or folder, whatever there is on this machine."
     home = Path(tempfile.mkdtemp(dir=self.cache))
@@ -880,7 +880,7 @@ def _anew(self: S3Store, key: str) -> Path:
         shutil.rmtree(home, ignore_errors=True)
         raise
 
-
+# %% ../nbs/01_store.ipynb #728153f2
 def _local(self: S3Store, key: str, sha256: str = "") -> Path:
     "A file or folder of the store on this machine; fetched when it is not there yet, and checked."
     with _folder_errors(self.cache):
@@ -894,7 +894,7 @@ def _local(self: S3Store, key: str, sha256: str = "") -> Path:
                     if not _usable(self, place, sha256): _bring(self, key, place, sha256), _tidy(self.cache, place)
     return place
 
-
+# %% ../nbs/01_store.ipynb #ac6de7ca
 def _usable(self: S3Store, place: Path, sha256: str) -> bool:
     "Whether there is a good copy; from now on this process uses it."
     with _cache_lock(self.cache, "look"):
@@ -935,14 +935,14 @@ def writable(
     except SlmlError as e: return str(e)
     return ""
 
-# %% ../nbs/01_store.ipynb #f556149a
+# %% ../nbs/01_store.ipynb #9eac73c5
 def _me() -> str:
     "user@host pid 123, since 2013-01-01 05:15 UTC"
     try: user = getpass.getuser()
     except (KeyError, OSError): user = str(os.getuid())  # a container without a name for its user
     return f"{user}@{socket.gethostname()} pid {os.getpid()}, since {dt.datetime.now(dt.timezone.utc):%Y-%m-%d %H:%M} UTC"
 
-
+# %% ../nbs/01_store.ipynb #52d04b97
 class Claim:
     "The right to make a thing; given back by release(), by leaving its `with`, or by the end of the process."
 
@@ -956,11 +956,11 @@ class Claim:
         give_back, self._give_back = self._give_back, None
         if give_back and self._pid == os.getpid(): give_back()
 
-# %% ../nbs/01_store.ipynb #2d5efae6
+# %% ../nbs/01_store.ipynb #6c295e9a
 _held = {}  # of this process: {lock file: (open file, who)}
 _holding = threading.RLock()
 
-
+# %% ../nbs/01_store.ipynb #c4d58679
 def _in_child():
     "A fork has copies of the locks' files: closed, they are its parent's alone."
     for file, _ in _held.values(): os.close(file)
@@ -977,13 +977,13 @@ def _flock(file: int, how: str) -> bool | None:
     except OSError as e: return False if e.errno in (errno.EAGAIN, errno.EACCES) else None
     return True
 
-# %% ../nbs/01_store.ipynb #baf30fff
+# %% ../nbs/01_store.ipynb #e3a3de51
 def _same_file(file: int, path: str) -> bool:
     "Whether a path still names an open file."
     try: return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError: return False
 
-
+# %% ../nbs/01_store.ipynb #9b0f8049
 def _open_lock(path: str) -> int:
     "A lock file, opened; one of somebody else's may be read only."
     try: return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

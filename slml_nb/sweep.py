@@ -18,8 +18,10 @@ from .core import (ParamSet, SlmlError, atomic_write, canonical_json, load_param
 from .graph import Graph, plan, read_stage, stages_of
 from .run import away_for, Run, Task, runner_for, schedule
 
-# %% ../nbs/50_sweep.ipynb #ea2dc372
+# %% ../nbs/50_sweep.ipynb #105c9960
 MOST = 10_000  # points of one sweep
+
+# %% ../nbs/50_sweep.ipynb #3081bb5e
 WORDS = ("zip", "exclude", "include", "metric", "direction")  # keys of `matrix:` that are no parameters
 
 # %% ../nbs/50_sweep.ipynb #01199807
@@ -32,23 +34,23 @@ class Matrix:
     lines: dict = field(default_factory=dict)  # {("matrix", key, …): "file:line"}
     file: str = "matrix"
 
-# %% ../nbs/50_sweep.ipynb #1fd8ce42
+# %% ../nbs/50_sweep.ipynb #4d35440a
 def _where(self: Matrix, *path):
     "The line of a part of the matrix, or of the nearest part around it."
     return next((self.lines[p] for n in range(len(path), -1, -1) if (p := ("matrix", *path[:n])) in self.lines), self.file)
 
-
+# %% ../nbs/50_sweep.ipynb #e95a946a
 def _fail(self: Matrix, what, path, fix):
     "Say what is wrong with a part of the matrix."
     raise SlmlError(what, self.where(*path), fix)
 
-
+# %% ../nbs/50_sweep.ipynb #4a2f0337
 def _full(self: Matrix, name, *path):
     "The full name of a parameter."
     try: return self.address(name)
     except SlmlError as e: raise SlmlError(e.what, self.where(*path), e.fix) from None
 
-
+# %% ../nbs/50_sweep.ipynb #906b5e2d
 Matrix.where, Matrix.fail, Matrix.full = _where, _fail, _full
 
 # %% ../nbs/50_sweep.ipynb #841b181b
@@ -81,18 +83,18 @@ def _groups(m: Matrix):
         if not isinstance(group, dict) or not group: m.fail(f"zip is {group!r}", path, "write a mapping of lists: zip: {train.lr: [0.1, 0.2], train.epochs: [20, 10]}")
         yield group, path
 
-# %% ../nbs/50_sweep.ipynb #b2440343
+# %% ../nbs/50_sweep.ipynb #be2f76ea
 def axes_of(
     m: Matrix,
 ) -> list[list[dict]]:  # per axis its steps, each {parameter: value}
     "The axes of a matrix, in the order they were written."
     axes, seen = [], {}
     def _axis(group, path):
-        lists = dict(axis_values(m, name, values, *path, name) for name, values in group.items())
-        lengths = {name: len(values) for name, values in zip(group, lists.values())}
+        pairs = [axis_values(m, name, values, *path, name) for name, values in group.items()]
+        lists, lengths = dict(pairs), {name: len(values) for name, (_, values) in zip(group, pairs)}
         if len(set(lengths.values())) > 1:
             m.fail("lists that advance together differ in length: " + ", ".join(f"{k} has {n}" for k, n in lengths.items()), path, "give each the same number of values")
-        for full, name in zip(lists, group):
+        for (full, _), name in zip(pairs, group):
             if full in seen: m.fail(f"{full} is varied twice", (*path, name), f"it is at {seen[full]} already; keep one")
             seen[full] = m.where(*path, name)
         axes.append([dict(zip(lists, step)) for step in zip(*lists.values())])
@@ -224,7 +226,7 @@ def accept_in(graph: Graph):  # a function: full name, value, where -> the value
         return resolve(stage, {parameter: schema[parameter]}, {parameter: value}, {(stage, parameter): where}, where)[parameter]
     return _accept
 
-# %% ../nbs/50_sweep.ipynb #646f2245
+# %% ../nbs/50_sweep.ipynb #a565539a
 def sweep_plan(
     params: ParamSet,  # with `matrix`
     points: list[dict] | None = None,  # of one's own, with full names and typed values; None: those of the matrix
@@ -238,7 +240,10 @@ def sweep_plan(
     given = {f"{s}.{p}": v for s, values in params.values.items() for p, v in values.items()} | {m.address(k): v for k, v in (overrides or {}).items()}
     for name in overrides or {}:
         if m.address(name) in varied: raise SlmlError(f"{m.address(name)} is varied by the matrix", f"-p {name}={overrides[name]}", "leave it out, or take it out of matrix:")
-    own = {n: m.accept(n, given[n], params.file) if n in given else graph.nodes[n.split(".", 1)[0]].schema[n.split(".", 1)[1]].default for n in varied}
+    known = {n: graph.nodes[n.split(".", 1)[0]].schema[n.split(".", 1)[1]] for n in varied}
+    for n, p in known.items():
+        if p.required and n not in given and not all(n in point for point in points): raise SlmlError(f"{n} has no value at some points, and no default", params.file, f"give it in the set, or at each point of matrix:")
+    own = {n: m.accept(n, given[n], params.file) if n in given else known[n].default for n in varied}
     points = [{n: p.get(n, own[n]) for n in varied} for p in points]
     distinct(m, points)
     graph, base = plan(params, {**(overrides or {}), **points[0]})
@@ -475,12 +480,12 @@ class SweepRecord:
         "Seconds since the sweep began."
         return round(time.monotonic() - self.clock, 3)
 
-# %% ../nbs/50_sweep.ipynb #97041bce
+# %% ../nbs/50_sweep.ipynb #0d7f3404
 def _place(self: SweepRecord, name: str) -> Path:
     "The folder of an execution."
     return self.folder / "nodes" / name
 
-
+# %% ../nbs/50_sweep.ipynb #8a793f95
 def _run_of(self: SweepRecord, name: str) -> Path:
     "A point that uses an execution: a run folder in which its inputs are found."
     return self.folder / self.points[self.sweep.nodes[name].points[0]]["folder"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from .core import SlmlError, atomic_write, canonical_json, masked_uri, project_root, read_json, sha256_text, suggest
 from .stage import artifact_path, list_runs
 
-# %% ../nbs/55_track.ipynb #1c820921
+# %% ../nbs/55_track.ipynb #2ef72a06
 def tracking_uri(
     record: dict,  # run.json
     uri: str = "",  # asked for by hand
@@ -21,7 +21,7 @@ def tracking_uri(
 ) -> str:  # "" when tracking is off
     "The address at which MLflow shall know a run."
     shell, mlflows = os.environ.get("SLML_TRACKING", ""), os.environ.get("MLFLOW_TRACKING_URI", "")
-    shell = "" if shell.lower() in ("on", "1") else shell
+    shell = "" if shell.lower() in ("on", "1", "true", "yes") else shell
     declared = "off" if record.get("tracking") is False else str(record.get("tracking") or "")
     if "***" in declared:
         known = [u for u in (os.environ.get("SLML_TRACKING_TO", ""), shell, mlflows) if u]
@@ -31,20 +31,20 @@ def tracking_uri(
     if "***" in found: raise SlmlError("its address is a secret, which no file keeps", "MLflow", "export MLFLOW_TRACKING_URI=…, then slml track")
     return found
 
-# %% ../nbs/55_track.ipynb #a303d411
+# %% ../nbs/55_track.ipynb #0bd14317
 def _runs_of(run: Path) -> Path:
     "The folder of the runs that a run, or a point of a sweep, lies in."
     return Path(run).resolve().parent.parent
 
-
+# %% ../nbs/55_track.ipynb #6b0274d2
 def _default(runs: Path) -> str: return f"sqlite:///{runs.name}/mlflow.db"
 
-# %% ../nbs/55_track.ipynb #eb05be5e
+# %% ../nbs/55_track.ipynb #4fe65de5
 def _database(uri: str, runs: Path) -> Path | None:
     "The file of a SQLite address."
     return (runs.parent / uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
 
-
+# %% ../nbs/55_track.ipynb #d352cd62
 def _spelled(uri: str, runs: Path) -> str:
     "An address as files may hold it: no password, and a database of the project by its place in the project."
     file = _database(uri, runs)
@@ -63,12 +63,13 @@ def _ms(when, default: int = 0) -> int:
     with contextlib.suppress(TypeError, ValueError): return round(dt.datetime.fromisoformat(when).timestamp() * 1000)
     return default
 
-# %% ../nbs/55_track.ipynb #2f438c64
+# %% ../nbs/55_track.ipynb #12458476
 def _name(text: str) -> str:
     "A name that MLflow takes: letters, digits, - _ . space : / and at most 250 of them."
-    return re.sub(r"[^\w\-. :/]", "_", text, flags=re.ASCII)[:250]
+    parts = [p for p in re.sub(r"[^\w\-. :/]", "_", text, flags=re.ASCII)[:250].split("/") if p not in ("", ".", "..")]  # it must be a path, too
+    return "/".join(parts) or "_"
 
-
+# %% ../nbs/55_track.ipynb #50b43fba
 def _short(value, limit: int) -> str:
     text = value if isinstance(value, str) else canonical_json(value)
     return text if len(text) <= limit else text[:limit - 1] + "…"

@@ -164,10 +164,10 @@ def network_finished(self, numeric, categorical):
     chances = torch.softmax(self(numeric, categorical), -1)
     return chances.mean(1) if chances.ndim == 3 else chances
 
-# %% ../nbs/32_train.ipynb #30cb7109
+# %% ../nbs/32_train.ipynb #a4970cb8
 LOSSES = ("auto", "mae", "mse", "huber", "quantile", "cross_entropy")
 
-
+# %% ../nbs/32_train.ipynb #dfdf6d79
 def choose_loss(
     loss: str,  # one of `LOSSES`
     metric: str,  # of the problem

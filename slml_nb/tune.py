@@ -116,16 +116,16 @@ def space_of(m: Matrix) -> list[Axis]:
         seen[axis.name] = axis
     return list(seen.values())
 
-# %% ../nbs/57_tune.ipynb #91927ece
-EFFORT = {"ms", "s", "seconds", "p50", "p90", "p95", "p99", "latency", "mb", "kb", "bytes", "size", "files", "weights", "usd", "kwh", "energy"}
+# %% ../nbs/57_tune.ipynb #735cce88
+EFFORT = {"ms", "s", "seconds", "latency", "mb", "kb", "bytes", "size", "files", "weights", "usd", "kwh", "energy"}
 
-
+# %% ../nbs/57_tune.ipynb #9686947c
 def is_effort(
     metric: str,  # "serve.p50_ms"
 ) -> bool:
     "Whether a metric is time, size or money, and nothing else."
-    words = set(re.split(r"[^a-z0-9]+", metric.split(".", 1)[-1].lower()))
-    return bool(words & EFFORT) and not kind_of(metric)[1]
+    bare = re.sub(r"(_(used|training|total|mean|max|min|p\d+|per_\w+))+$", "", metric.split(".", 1)[-1].lower())  # seconds_used, latency_p99, usd_per_1000
+    return re.split(r"[^a-z0-9]+", bare)[-1] in EFFORT and not kind_of(metric)[1]
 
 # %% ../nbs/57_tune.ipynb #1351671a
 def check_metric(
@@ -146,7 +146,7 @@ def check_metric(
 # %% ../nbs/57_tune.ipynb #72803f29
 WAYS = {"minimise": "minimise", "minimize": "minimise", "maximise": "maximise", "maximize": "maximise"}
 
-# %% ../nbs/57_tune.ipynb #b7fb0d17
+# %% ../nbs/57_tune.ipynb #23c29e45
 def objectives_of(
     m: Matrix,  # the mapping below `tune:`
     graph: Graph,
@@ -160,7 +160,7 @@ def objectives_of(
         for metric, way in (one if isinstance(one, dict) else {one: ""}).items():
             metric = str(metric)
             check_metric(metric, graph, lambda what, fix: m.fail(what, ("metric",), fix))
-            if way and way not in WAYS: m.fail(f"the direction of {metric} is {way!r}", ("metric",), "minimise or maximise")
+            if way and (not isinstance(way, str) or way not in WAYS): m.fail(f"the direction of {metric} is {way!r}", ("metric",), "minimise or maximise")
             if metric in found: m.fail(f"{metric} is asked for twice", ("metric",), "keep one")
             found[metric] = WAYS.get(way) or kind_of(metric)[1] or ("minimise" if is_effort(metric) else "")
             if not found[metric]: m.fail(f"the name of {metric} does not say which way is better", ("metric",), f"write metric: {{{metric}: maximise}}, or minimise")
@@ -170,7 +170,7 @@ def objectives_of(
 SETTINGS = {"trials": ("int", 50), "seconds": ("float", 0.0), "usd": ("float", 0.0), "workers": ("int", 0), "storage": ("str", ""), "warm_start": ("list[str]", []),
             "pruner": ('Literal["median", "hyperband", "none"]', "median"), "sampler": ('Literal["tpe", "random"]', "tpe"), "seed": ("int", 0)}
 
-# %% ../nbs/57_tune.ipynb #cc7fc3e4
+# %% ../nbs/57_tune.ipynb #89cd9ba8
 def settings_of(
     m: Matrix,  # the mapping below `tune:`
 ) -> dict:  # every setting, typed
@@ -181,8 +181,8 @@ def settings_of(
         if k not in out: m.fail(f"tune has no '{k}'", (k,), suggest(k, ["space", "metric", *SETTINGS]))
         try: typed = coerce(v, SETTINGS[k][0])
         except Refused as e: m.fail(f"{k} is {v!r}", (k,), f"give {e}")
-        if isinstance(typed, (int, float)) and typed < (k == "trials"):
-            m.fail(f"{k} is {v!r}", (k,), "give at least 1" if k == "trials" else "a budget is not negative; 0: none")
+        if isinstance(typed, (int, float)) and not typed >= (k == "trials"):  # nan is no budget either
+            m.fail(f"{k} is {v!r}", (k,), "give at least 1" if k == "trials" else "give 0 or more" if k == "seed" else "a budget is not negative; 0: none")
         out[k] = v if every(v, Secret) else typed
     return out
 
@@ -276,7 +276,7 @@ def storage_of(
     except Exception as e:
         raise SlmlError(f"the storage cannot be opened ({type(e).__name__}: {masked_uri(str(e).splitlines()[0])})", masked_uri(str(address)), "write storage: sqlite:///runs/tune.db, or leave it out") from None
 
-# %% ../nbs/57_tune.ipynb #b944bd5b
+# %% ../nbs/57_tune.ipynb #8984cd67
 def open_study(s: Search):
     "The study of a search: the one there is, or a new one."
     optuna = optuna_module()
@@ -287,12 +287,12 @@ def open_study(s: Search):
     if new and len(first) == len(s.axes): study.enqueue_trial(first)
     return study
 
-
+# %% ../nbs/57_tune.ipynb #5a7ae574
 def plain_name(s: Search, source: str) -> str:
     "A study by the name of its folder, whatever one calls it."
     return Path(source).name.removeprefix(f"{s.params.project}-")
 
-# %% ../nbs/57_tune.ipynb #88d29c17
+# %% ../nbs/57_tune.ipynb #b275af59
 def siblings(s: Search, study) -> list[str]:
     "What to say of earlier studies of the same parameters, when this one is new."
     if counts(study): return []
@@ -301,7 +301,7 @@ def siblings(s: Search, study) -> list[str]:
     if not same or {plain_name(s, n) for n in same} & {plain_name(s, w) for w in s.settings["warm_start"]}: return []
     return [f"Code, data, ranges or settings are not those of {same[-1]}, so this is another study; warm_start: [{same[-1]}] would let its trials enter the sampler."]
 
-
+# %% ../nbs/57_tune.ipynb #8f8930f6
 def sampler_of(s: Search, nth: int):
     "The sampler of the n-th trial, seeded by its number: a study that was killed goes on as if nothing had happened."
     optuna = optuna_module()
@@ -437,7 +437,7 @@ def note(self: StudyRecord, name: str, **what):
     if what.get("state") == "reused" and self.nodes[name].get("began") == "before": what = {"state": "made", "metrics": what["metrics"], "key": what["key"]}
     SweepRecord.note(self, name, **what)
 
-# %% ../nbs/57_tune.ipynb #1ffa6baf
+# %% ../nbs/57_tune.ipynb #6952cba7
 def close(self: StudyRecord, i: int):
     "A trial is over; pruned is not failed."
     if not self.sweep.ways[i]: return
@@ -449,6 +449,7 @@ def close(self: StudyRecord, i: int):
         file = self.folder / self.points[i]["folder"] / "run.json"
         atomic_write(file, json.dumps(seal({**read_json(file, {}), "state": state}), indent=1, ensure_ascii=False), durable=False)
 
+# %% ../nbs/57_tune.ipynb #ae9232a9
 StudyRecord.add, StudyRecord.note, StudyRecord.close = add, note, close
 
 # %% ../nbs/57_tune.ipynb #ddcc2100
@@ -556,7 +557,7 @@ class Works:
             with self.lock: self.made.pop(name)
         future.set_exception(error) if error else future.set_result(result)
 
-# %% ../nbs/57_tune.ipynb #a7d5d76c
+# %% ../nbs/57_tune.ipynb #7538b915
 def _make(self: Works, job: Job, name: str) -> dict:
     "Run one stage of a trial."
     e, graph = self.record.sweep.nodes[name], self.record.sweep.graph
@@ -576,6 +577,7 @@ def _make(self: Works, job: Job, name: str) -> dict:
             job.now = ""
             self.doing.pop(name)
 
+# %% ../nbs/57_tune.ipynb #80635a13
 Works._make = _make
 
 # %% ../nbs/57_tune.ipynb #4c4d8072
@@ -583,7 +585,7 @@ def progress_file(record: StudyRecord, name: str) -> Path:
     "Where an execution says how far it is."
     return record.place(name) / "progress.jsonl"
 
-# %% ../nbs/57_tune.ipynb #2aa1edfb
+# %% ../nbs/57_tune.ipynb #5adf5042
 def read_progress(
     path: Path,
     metric: str,  # its name within the stage: "valid_mae"
@@ -592,7 +594,7 @@ def read_progress(
     found = []
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
                 told = json.loads(line)
                 found.append((int(told["step"]), float(told[metric])))
     return [(step, v) for step, v in found if math.isfinite(v)]
@@ -725,7 +727,7 @@ def close(self: Tuner, job: Job, state: str, why: str, values=None):
     self.say(type="point", **{k: point[k] for k in ("point", "values", "state", "metrics", "seconds")}, why=f"{state}: {why}" if why else "  ".join(f"{m} {v:.6g}" for m, v in zip(self.s.objectives, values)))
     if state == "failed": self._hopeless(job)
 
-# %% ../nbs/57_tune.ipynb #914df549
+# %% ../nbs/57_tune.ipynb #df420547
 def _hopeless(self: Tuner, job: Job):
     "A stage that fails before anything is varied fails in every trial: that ends the study."
     varied = {a.name.split(".")[0] for a in self.s.axes}
@@ -733,6 +735,7 @@ def _hopeless(self: Tuner, job: Job):
     if broken:
         raise SlmlError(f"{broken[0]} failed, which no trial can change ({self.record.points[job.point]['why']})", "tune", "mend it; the same command begins again")
 
+# %% ../nbs/57_tune.ipynb #3bc74dbb
 Tuner.end, Tuner._no_value, Tuner.close, Tuner._hopeless = end, _no_value, close, _hopeless
 
 # %% ../nbs/57_tune.ipynb #ac0ed916
@@ -849,10 +852,10 @@ def draw_history(ax, record: dict, colours: list):
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(loc="upper right" if way == "minimise" else "lower right")
 
-# %% ../nbs/57_tune.ipynb #7f982c69
+# %% ../nbs/57_tune.ipynb #a975e4b0
 def _wide(values: list) -> bool: return min(values) > 0 and max(values) / min(values) > 50
 
-
+# %% ../nbs/57_tune.ipynb #6d480f4f
 def draw_importance(ax, record: dict, colours: list):
     "Which parameter counts."
     shown = list(record["tune"]["importance"].items())[:12][::-1]

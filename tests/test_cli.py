@@ -1,5 +1,6 @@
 """The command line, typed as a user types it: help, exit codes, one clean message, a draft that runs."""
-import csv, json, random, re, subprocess, sys
+import csv, json, random, re, shutil, subprocess, sys, urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,13 @@ def one_message(err):
     "One line for a person; never a traceback."
     assert "Traceback" not in err and err.startswith("slml: ") and len(err.strip().splitlines()) == 1, err
     return err
+
+
+def a_package():
+    "The package of the sample that is shipped."
+    from slml_nb.stage import made_in, sample_folder
+    record = made_in(sample_folder())["package"]
+    return f"{record['root']}/{record['file']}"
 
 
 def test_help_lists_every_command_and_every_exit_code(project):
@@ -194,9 +202,7 @@ def test_predict_leaves_a_broken_line_in_its_place(shop, form):
 def test_predict_with_a_package_alone_keeps_every_row(project, form):
     "Each form of file, from a name and from a pipe, into a CSV and into Parquet: the same rows in the same order."
     import duckdb, gzip
-    from slml_nb.stage import made_in, sample_folder
-    record = made_in(sample_folder())["package"]
-    package = f"{record['root']}/{record['file']}"
+    package = a_package()
     asked = json.loads(open(f"{package}/sample.json").read())["request"]
     requests = [{**asked, "hour": i % 24} for i in range(50)]
     if form == "parquet":
@@ -222,11 +228,76 @@ def test_predict_with_a_package_alone_keeps_every_row(project, form):
     assert duckdb.sql(f"select prediction, error from '{project.folder}/piped.parquet'").fetchall() == [(float(r["prediction"]) if r["prediction"] else None, r["error"] or None) for r in rows]
 
 
+def test_predict_says_what_stood_in_a_cell(shop):
+    "What a run could not read is named, and kept in its place; the rows beside it are answered as without it."
+    head, *rows = flats(4).splitlines()
+    built = lambda row: row.split(",")[2]
+    rows[1], rows[2] = rows[1].replace(built(rows[1]), "long ago", 1), rows[2].replace(built(rows[2]), "-", 1)
+    shop.write("cells.csv", "\n".join([head, *rows, "no row"]) + "\n")
+    code, out, err = shop.slml("predict", "flats", "cells.csv")
+    said = list(csv.DictReader(out.splitlines()))
+    assert code == 0 and "3 of 5 rows have no prediction" in err, err + out
+    assert [r["Built"] for r in said] == [built(rows[0]), "long ago", "", built(rows[3]), ""]
+    for place, words in ((1, "field 'Built' is 'long ago': send a whole number"), (2, "field 'Built' is missing"), (4, "is no row")): assert words in said[place]["error"], said[place]
+    assert [bool(r["prediction"]) for r in said] == [True, False, False, True, False]
+    shop.write("sound.csv", "\n".join([head, rows[0], rows[3]]) + "\n")
+    sound = list(csv.DictReader(shop.slml("predict", "flats", "sound.csv")[1].splitlines()))
+    assert [float(r["prediction"]) for r in sound] == pytest.approx([float(said[i]["prediction"]) for i in (0, 3)], rel=1e-12)  # the first are answered row by row, these as a block
+
+
+def test_predict_of_no_rows_is_a_table_without_rows(shop):
+    package = a_package()
+    for run, head in (("flats", flats(1).splitlines()[0]), (package, ",".join(json.loads(Path(package, "sample.json").read_text())["request"]))):
+        shop.write("head.csv", head + "\n")
+        code, out, err = shop.slml("predict", run, "head.csv")
+        assert (code, out.count("\n")) == (0, 1) and out.strip().endswith(",prediction,error") and one_message(err) == "slml: no rows in head.csv\n", err + out
+        for sent, words in ((b"", "standard input: it was empty"), (b"\x1f\x8bgarbage", "begins like gzip and cannot be unpacked")):
+            piped = subprocess.run(shop.command("predict", run, "-"), cwd=shop.folder, env=shop.environment(), input=sent, capture_output=True)
+            assert piped.returncode == 2 and words in one_message(piped.stderr.decode())
+
+
+def test_predict_does_not_overwrite_what_it_reads(project):
+    package = a_package()
+    project.write("a.csv", "x\n1\n")
+    (project.folder / "link.csv").symlink_to("a.csv")
+    for file, out in (("a.csv", "a.csv"), ("link.csv", "a.csv"), ("./a.csv", str(project.folder / "link.csv")), ("*.csv", "a.csv")):
+        code, _, err = project.slml("predict", package, file, "--out", out)
+        assert code == 2 and "answers would overwrite it" in one_message(err) and "--out" in err
+    assert (project.folder / "a.csv").read_text() == "x\n1\n" and (project.folder / "link.csv").is_symlink()
+
+
+@pytest.mark.parametrize("argv", [["{p}"], ["{p}", "--replicas", "2"], ["one={p}", "two={p}"]])
+def test_serve_tells_a_program_its_address_and_ends_in_silence(project, argv):
+    package = a_package()
+    server = subprocess.Popen(project.command("serve", *(a.format(p=package) for a in argv), "--port", "0", "--json"), cwd=project.folder, env=project.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        told = json.loads(server.stdout.readline())
+        if "--replicas" not in argv: assert json.load(urllib.request.urlopen(told["address"] + "/ping", timeout=60))["status"] == "ok"  # the replicas are stopped while they begin
+        server.terminate()
+        out, err = server.communicate(timeout=60)
+    finally: server.kill()
+    assert told["packages"] == (["one", "two"] if len(argv) == 2 else ["package"]) and (server.returncode, out, err) == (0, "", "")
+
+
+def test_serve_says_nothing_before_each_package_is_whole(project):
+    shutil.copytree(a_package(), project.folder / "spoilt")
+    (project.folder / "spoilt/card.md").write_text("another card")
+    code, out, err = project.slml("serve", f"good={a_package()}", "bad=spoilt", "--port", "0")
+    assert (code, out) == (2, "") and "'bad' cannot be served, card.md has been changed" in one_message(err)
+
+
+def test_doctor_wants_a_folder_for_a_dockerfile(project):
+    project.write("params/p.yaml", "project: p\nframe: {target: fare}\n")
+    project.write("a.csv", "x\n")
+    for argv, words in ((["--base", "some/image"], "slml doctor PARAMS --dockerfile FOLDER --base some/image"), (["params/p.yaml", "--dockerfile", "a.csv"], "a.csv is a file"), (["params/p.yaml", "--dockerfile", "a.csv/x"], "name a folder")):
+        code, out, err = project.slml("doctor", *argv)
+        assert (code, out) == (2, "") and words in one_message(err), err
+
+
 def test_predict_without_a_single_answer_has_failed(project):
-    from slml_nb.stage import made_in, sample_folder
-    record = made_in(sample_folder())["package"]
+    package = a_package()
     project.write("none.jsonl", "{\n3\n")
-    code, out, err = project.slml("predict", f"{record['root']}/{record['file']}", "none.jsonl")
+    code, out, err = project.slml("predict", package, "none.jsonl")
     assert code == 1 and len(out.splitlines()) == 3 and "2 of 2 rows have no prediction" in one_message(err)
     assert "exit code is 0" in re.sub(r"\s+", " ", project.slml("predict", "--help")[1])
 

@@ -476,6 +476,9 @@ def test_whoever_starts_pipelines_may_do_what_that_takes_and_no_more(mine, house
     stop_by_arn(next(s["arn"] for n, s in house.searches.items() if "allowed" in n))
     policy = policy_for(params, *plan(params), "pipeline")
     assert [m for s in sorted({s for s, *_ in made}) for m in missing(policy, s, [(o, g) for x, o, g in made if x == s])] == []
+    before, bare = len(made), replace(params, sagemaker={n: v for n, v in params.sagemaker.items() if n != "pipeline"})
+    assert [t.partition(" ")[0] for t in create(bare)["triggers"]] == ["no"] * 2  # no longer, by the policy of a set that names neither
+    assert {"DeleteSchedule", "RemoveTargets", "DeleteRule"} <= {o for _, o, _ in made[before:]} and [m for s, o, g in made[before:] for m in missing(policy_for(bare, *plan(bare), "pipeline"), s, [(o, g)])] == []
     used = {a for s, o, g in made for a, *_ in needs(s, o, g)}
     extra = {a for x in policy["Statement"] for a in x["Action"]} - used
     assert extra <= {"s3:AbortMultipartUpload", "s3:DeleteObject", "s3:GetObject", "s3:ListBucket", "iam:GetRole"}, extra  # the store's own, of its retries, and to be told 404 and not 403 of what is not there; a role that is there

@@ -724,8 +724,13 @@ def test_a_clocks_reading_is_in_no_key_and_never_stale(project):
 
     longer = drive(project, overrides={"lap.rounds": 4})
     assert set(states(longer).values()) == {"made"} and not set(keys(longer).values()) & set(keys(three).values()) and page(longer)[0] == page(longer)[1]
+    told = page(three)[0]
     again = drive(project, start="lap")
     assert set(states(again).values()) == {"made"} and keys(again) == keys(three) and page(again)[0] == page(again)[1]
+    assert page(three)[0] == told != page(again)[0]  # what was made from the measurement before stays as it was
+    from slml_nb.lineage import history
+    graph = history(project.folder / "runs")
+    assert all(len(graph["behind"][n["id"]]) == 2 for n in graph["nodes"].values() if n["type"] == "stage" and n["stage"] == "tell") and not graph["problems"]  # each from one verdict
     code, out, err = project.slml("verify", again["folder"])
     assert code == 0, out + err
     for _ in range(2):

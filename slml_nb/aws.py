@@ -8,13 +8,14 @@ __all__ = ['WAYS_OUT', 'WORDS', 'FACTS', 'MACHINE_LIMITS', 'CALLS', 'LOGS', 'ECR
            'aws_errors', 'Account', 'account_of', 'session_region', 'role_of', 'caller_of', 'number_of', 'name_part',
            'job_stem', 'job_name', 'tags_of', 'sagemaker_model', 'quiet_sdk', 'instance', 'usd_per_hour',
            'training_types', 'fitting_type', 'sound_machine', 'action_of', 'Scope', 'run_statements', 'job_statements',
-           'doctor_statements', 'bucket_statements', 'pipeline_statements', 'pipeline_role_statements', 'scope_of',
-           'policy_for', 'trust_policy', 'only_tls', 'encryption_of', 'bucket_settings', 'lacks', 'make_bucket', 'Line',
-           'look', 'check_caller', 'check_bucket', 'check_role', 'quotas_wanted', 'check_quotas', 'check_types',
-           'check_images', 'check_key', 'check_network', 'doctor', 'doctor_text', 'Idle', 'idle_endpoints',
-           'idle_notebooks', 'idle_apps', 'idle_pools', 'idle_uploads', 'idle', 'idle_text', 'volume_usd',
-           'machine_usd', 'probes', 'likenesses', 'expect', 'least_usd', 'estimate_stage', 'estimate', 'estimate_text',
-           'Purse', 'share_of', 'job_bill', 'Money', 'cost_first', 'away_machines', 'examine', 'printed_policy']
+           'doctor_statements', 'bucket_statements', 'pipeline_name', 'pipeline_statements', 'pipeline_role_statements',
+           'scope_of', 'policy_for', 'trust_policy', 'only_tls', 'encryption_of', 'bucket_settings', 'lacks',
+           'make_bucket', 'Line', 'look', 'check_caller', 'check_bucket', 'check_role', 'quotas_wanted', 'check_quotas',
+           'check_types', 'check_images', 'check_key', 'check_network', 'doctor', 'doctor_text', 'Idle',
+           'idle_endpoints', 'idle_notebooks', 'idle_apps', 'idle_pools', 'idle_uploads', 'idle', 'idle_text',
+           'volume_usd', 'machine_usd', 'probes', 'likenesses', 'expect', 'least_usd', 'estimate_stage', 'estimate',
+           'estimate_text', 'Purse', 'share_of', 'job_bill', 'Money', 'cost_first', 'away_machines', 'examine',
+           'printed_policy']
 
 # %% ../nbs/61_aws.ipynb #57d772da
 import contextlib, datetime as dt, functools, json, math, os, re, threading
@@ -445,15 +446,18 @@ def bucket_statements(scope: Scope) -> list[dict]:
     "For whoever makes the bucket, once."
     return [_allow("MakeBucket", "s3: CreateBucket GetBucketPolicy GetBucketPublicAccessBlock GetEncryptionConfiguration GetLifecycleConfiguration ListBucket PutBucketPolicy PutBucketPublicAccessBlock PutEncryptionConfiguration PutLifecycleConfiguration", [scope.s3(scope.account.bucket)])]
 
-# %% ../nbs/61_aws.ipynb #3685d10b
-def _pipeline_name(scope: Scope) -> str:
-    "The name of the set's pipeline, and of its group of models (see `63_pipeline`)."
-    return f"slml-{name_part(scope.account.project, 200)}"
+# %% ../nbs/61_aws.ipynb #6c3682d7
+def pipeline_name(
+    project: str,
+    most: int = 205,  # characters; where less room is: 64 for a schedule or rule, 50 for the role that starts it
+) -> str:
+    "What a project's pipeline is called, and its group of models: letters, digits and - are what SageMaker takes; two projects never share a name, also where it is cut short."
+    return f"slml-{name_part(project, most - 5)}"
 
 
 def pipeline_statements(scope: Scope) -> list[dict]:
     "For whoever creates, starts and watches the pipeline of a set."
-    name, sm = _pipeline_name(scope), lambda *rest: [scope.arn("sagemaker", r) for r in rest]
+    name, sm = pipeline_name(scope.account.project), lambda *rest: [scope.arn("sagemaker", r) for r in rest]
     jobs = _jobs(scope, "sagemaker", "hyper-parameter-tuning-job/")
     return [*_artifacts(scope),
             _allow("Pipeline", "sagemaker: AddTags CreatePipeline DescribePipeline DescribePipelineDefinitionForExecution DescribePipelineExecution ListPipelineExecutionSteps ListPipelineExecutions StartPipelineExecution StopPipelineExecution UpdatePipeline",
@@ -462,13 +466,13 @@ def pipeline_statements(scope: Scope) -> list[dict]:
             *([_allow("Search", "sagemaker: AddTags CreateHyperParameterTuningJob DescribeHyperParameterTuningJob StopHyperParameterTuningJob", jobs)] if scope.tunes else []),
             _hand_over(scope), *_starts_itself(scope)]
 
-# %% ../nbs/61_aws.ipynb #31bd12e4
+# %% ../nbs/61_aws.ipynb #359fa30e
 def _starts_itself(scope: Scope) -> list[dict]:
     "What a schedule and new objects need: the rules and the role that may start the pipeline, where the set has them; to take them away, always."
     words, out, project = scope.account.pipeline, [], scope.account.project
-    short = f"slml-{name_part(project, 59)}"
+    short = pipeline_name(project, 64)
     by = [s for s, word in (("scheduler", "cron"), ("events", "new_objects")) if words.get(word)]
-    role = words.get("trigger_role") or f"arn:{scope.partition}:iam::{scope.number}:role/slml-{name_part(project, 45)}-trigger"
+    role = words.get("trigger_role") or f"arn:{scope.partition}:iam::{scope.number}:role/{pipeline_name(project, 50)}-trigger"
     if by and not words.get("trigger_role"): out.append(_allow("Trigger", "iam: CreateRole GetRole PutRolePolicy TagRole", [role]))
     if by: out.append(_hand_over(scope, *by, role=role, sid="HandOverTrigger"))
     out.append(_allow("Schedule", "scheduler: DeleteSchedule" + " CreateSchedule UpdateSchedule" * ("scheduler" in by), [scope.arn("scheduler", f"schedule/default/{short}")]))
@@ -476,10 +480,10 @@ def _starts_itself(scope: Scope) -> list[dict]:
     bucket = words.get("new_objects", "").removeprefix("s3://").partition("/")[0]
     return out + ([_allow("NewObjects", "s3: GetBucketNotification PutBucketNotification", [scope.s3(bucket)])] if bucket else [])
 
-# %% ../nbs/61_aws.ipynb #a05c28b9
+# %% ../nbs/61_aws.ipynb #11251565
 def pipeline_role_statements(scope: Scope) -> list[dict]:
     "For the role that a pipeline runs as: what its jobs need, to start them, and to register what they made."
-    name, gate, lines = _pipeline_name(scope), "log-group:/aws/sagemaker/ProcessingJobs", job_statements(scope)
+    name, gate, lines = pipeline_name(scope.account.project), "log-group:/aws/sagemaker/ProcessingJobs", job_statements(scope)
     for s in lines:
         if s["Sid"] == "LogGroup": s["Resource"] = [*s["Resource"], scope.arn("logs", gate), scope.arn("logs", f"{gate}:*")]
         if s["Sid"] == "Logs": s["Resource"] = [*s["Resource"], *_jobs(scope, "logs", f"{gate}:log-stream:")]

